@@ -1,0 +1,1 @@
+"""Facts with sources: models, data sets, devices. No logic beyond arithmetic, no torch."""

@@ -1,0 +1,1 @@
+"""Bytes in shards become batches on a device."""

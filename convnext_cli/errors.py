@@ -1,0 +1,67 @@
+"""Everything that a user can get wrong, as a tree.
+
+```
+UserError              2   what, where, found value; a hint that works
+|- RecipeError         2   a recipe file, a key or a value in it
+|- PlanError           2   numbers that do not fit together (batch, devices, steps)
+|- DeviceError         2   a device or precision that this machine does not have
+|- DataError           2   a data set, a shard or an image
+|- CheckpointError     2   a checkpoint or weight file
+|- RunError            2   a run directory
+|- StorageError        2   no space, no permission
+`- Stopped            75   a signal came; a checkpoint is written; run the same command again
+```
+
+Anything else that escapes is a bug: its traceback stays, exit code 1.
+"""
+
+from typing import ClassVar
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; shown as one sentence and a hint, without a traceback.
+
+    Args:
+        message: What is wrong, where (file, key), and the value that was found.
+        hint: One command or one edit that works.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class RecipeError(UserError):
+    """A recipe cannot be found, read or accepted."""
+
+
+class PlanError(UserError):
+    """A recipe and a cluster do not fit together."""
+
+
+class DeviceError(UserError):
+    """A device, a number of devices or a precision is not there."""
+
+
+class DataError(UserError):
+    """A data set, a shard, a label or an image cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or weight file cannot be read, trusted or matched to the model."""
+
+
+class RunError(UserError):
+    """A run directory is missing, incomplete or belongs to another run."""
+
+
+class StorageError(UserError):
+    """A destination cannot be written: no space, no permission, not a directory."""
+
+
+class Stopped(UserError):
+    """A signal stopped the run after a checkpoint was written; the same command goes on."""
+
+    exit_code = 75

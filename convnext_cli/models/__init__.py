@@ -1,0 +1,1 @@
+"""The networks (nn.Module only), their published weight layouts, and safe checkpoint reading."""

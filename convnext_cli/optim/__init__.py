@@ -1,0 +1,1 @@
+"""How parameters move: schedule, parameter groups, averaged weights."""

@@ -1,0 +1,1 @@
+"""What will run: every derived number, resolved once from a recipe and a cluster."""

@@ -1,0 +1,1 @@
+"""What is asked: the recipe's schema and its files."""

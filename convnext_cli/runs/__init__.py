@@ -1,0 +1,1 @@
+"""What remains: the run directory, its records and its plots."""

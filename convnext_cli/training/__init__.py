@@ -1,0 +1,1 @@
+"""Where it is put together: the LightningModule, the Trainer and its callbacks."""
