@@ -1,1 +1,39 @@
-"""The commands, one file each: parse, call, render."""
+"""The commands, one file each: parse, call, render. Heavy imports live inside the commands."""
+
+from typing import Annotated
+
+import typer
+
+from convnext_cli import __version__
+from convnext_cli.cli import plan, recipes
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a bug's traceback stays as Python prints it
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:  # noqa: FBT001  # typer's callback form
+    if asked:
+        typer.echo(f"convnext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def convnext(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say it.")
+    ] = False,
+) -> None:
+    """Train ConvNeXt: from a folder of photos to an evaluated, exported model.
+
+    Start here: convnext train quickstart
+    """
+    del version
+
+
+app.command()(plan.plan)
+app.add_typer(recipes.app, name="recipes")

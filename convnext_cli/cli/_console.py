@@ -1,0 +1,24 @@
+"""Where commands write: stdout is data, stderr is for people."""
+
+import json
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False)
+"""For people; plain text where stderr is not a terminal."""
+
+
+def print_json(value: object) -> None:
+    """Write one JSON document to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def make_table(*columns: str, title: str | None = None) -> Table:
+    """A plain table in the house style; a column whose name starts with `>` is right-aligned."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+    return table

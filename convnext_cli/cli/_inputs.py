@@ -1,0 +1,102 @@
+"""What several commands take: recipe, overrides, data, devices; parsed alike everywhere."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import typer
+
+from convnext_cli.data.card import read_card
+from convnext_cli.errors import DataError, RecipeError
+from convnext_cli.plan.resolve import DataFacts
+from convnext_cli.recipe.files import load_recipe
+from convnext_cli.recipe.schema import Recipe
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="Recipe: a name (convnext recipes list) or a YAML file.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the recipe, such as optim.lr=2e-3.", metavar="[KEY=VALUE]..."),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Packed data set: a folder or URL.", metavar="DIR"),
+]
+DevicesOption = Annotated[
+    int | None, typer.Option(help="Devices on each node (default: all GPUs, or 1 CPU).", min=1)
+]
+NodesOption = Annotated[int, typer.Option(help="Nodes.", min=1)]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+DeviceOption = Annotated[DeviceChoice, typer.Option(help="Kind of device.")]
+PrecisionChoice = Literal["fp32", "bf16", "fp16"]
+PrecisionOption = Annotated[
+    PrecisionChoice | None, typer.Option(help="Same as compute.precision=...")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
+
+
+def load_asked_recipe(
+    name: str,
+    overrides: Sequence[str] | None,
+    *,
+    data: str | None = None,
+    precision: PrecisionChoice | None = None,
+) -> Recipe:
+    """The recipe with its overrides and with the flags that stand for one."""
+    flags = [f"data.path={data}"] if data else []
+    if precision:
+        flags.append(f"compute.precision={precision}")
+    for override in overrides or ():
+        if "=" not in override:
+            raise RecipeError(
+                f"{override}: section.key=value is wanted after the recipe {name}",
+                hint="for example optim.lr=2e-3; a data set is given with --data DIR",
+            )
+    return load_recipe(name, [*(overrides or ()), *flags])
+
+
+def read_facts(recipe: Recipe) -> DataFacts | None:
+    """Sizes of the data set at `data.path`; None where the recipe names none.
+
+    Raises:
+        DataError: The data set is not there, unfinished or damaged.
+    """
+    path = recipe.data.path
+    if path is None:
+        return None
+    if recipe.data.mode == "stream":
+        return _stream_facts(recipe, path)
+    card = read_card(path)
+    if "train" not in card.splits:
+        raise DataError(
+            f"{path}: the data set has no split named train, only {', '.join(card.splits)}",
+            hint="pack it with a training part: convnext data pack SOURCE DIR",
+        )
+    images = {name: split.images for name, split in card.splits.items()}
+    return DataFacts(
+        train_images=images["train"],
+        val_images=images.get("val", 0),
+        num_classes=len(card.classes),
+        source=path,
+    )
+
+
+def _stream_facts(recipe: Recipe, path: str) -> DataFacts:
+    data, classes = recipe.data, recipe.model.num_classes
+    if data.train_images is None or classes == "auto":
+        raise DataError(
+            f"{path}: an unindexed stream does not tell its number of images and classes",
+            hint="say them: data.train_images=N data.val_images=N model.num_classes=N",
+        )
+    return DataFacts(
+        train_images=data.train_images,
+        val_images=(data.val_images or 0) if data.val_path else 0,
+        num_classes=classes,
+        source=path,
+    )
+
+
+def rename(facts: DataFacts, source: str) -> DataFacts:
+    """The same facts under another name, for messages."""
+    return replace(facts, source=source)

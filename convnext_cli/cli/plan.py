@@ -1,0 +1,91 @@
+"""`convnext plan`: every number a run would use, before anything is spent."""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from convnext_cli.cli._console import console, make_table, print_json
+from convnext_cli.cli._inputs import (
+    DataOption,
+    JsonOption,
+    NodesOption,
+    OverridesArgument,
+    PrecisionOption,
+    RecipeArgument,
+    load_asked_recipe,
+    read_facts,
+)
+from convnext_cli.plan.cluster import Cluster, DeviceKind, count_cpus
+from convnext_cli.plan.resolve import Plan, make_plan
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    devices: Annotated[int, typer.Option(help="Devices on each node.", min=1)] = 1,
+    nodes: NodesOption = 1,
+    data: DataOption = None,
+    device: Annotated[DeviceKind, typer.Option(help="Kind of device.")] = "cuda",
+    precision: PrecisionOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Show every number a run would use: batch, steps, learning rate, cost.
+
+    Nothing is started and no device is needed. Without --data the published sizes of the
+    recipe's data set are used.
+
+    Example: convnext plan in1k_tiny --devices 8 --nodes 4
+    """
+    asked = load_asked_recipe(recipe, overrides, data=data, precision=precision)
+    cluster = Cluster(
+        num_nodes=nodes, devices_per_node=devices, device=device, cpus_per_node=count_cpus()
+    )
+    resolved = make_plan(asked, cluster, name=recipe, facts=read_facts(asked))
+    if json_output:
+        print_json(resolved.to_json())
+    else:
+        show_plan(resolved)
+
+
+def show_plan(plan: Plan) -> None:
+    """Write a plan for people, on stderr."""
+    recipe = plan.recipe
+    table = make_table("", "")
+    table.show_header = False
+    warmup = f"{plan.warmup_steps:,} warm-up" if plan.warmup_steps else "no warm-up"
+    rows = [
+        ("recipe", f"{plan.name}: {recipe.about}"),
+        (
+            "model",
+            f"{recipe.model.name}, {plan.num_classes} classes: {plan.parameters:,} parameters,"
+            f" {plan.gmacs:.2f} GMACs at {recipe.data.image_px} px",
+        ),
+        (
+            "data",
+            f"{plan.data_source}: {plan.train_images:,} training,"
+            f" {plan.val_images:,} validation images",
+        ),
+        (
+            "cluster",
+            f"{plan.cluster.num_nodes} x {plan.cluster.devices_per_node} {plan.cluster.device},"
+            f" {plan.precision}{', compiled' if plan.compile else ''}",
+        ),
+        ("batch", plan.batch_equation),
+        (
+            "steps",
+            f"{plan.total_steps:,} ({warmup}) = {plan.epochs:g} epochs"
+            f" x {plan.steps_per_epoch:,} steps; {plan.dropped_images:,} images of an epoch rest",
+        ),
+        ("lr", f"{plan.lr:g} to {plan.min_lr:g}: {plan.lr_note}"),
+        ("read", f"{plan.images_read:,} images, {plan.train_flops:.3g} FLOP"),
+        (
+            "state",
+            f"{plan.state_bytes / 1e9:.2f} GB a device for weights, gradients, optimizer"
+            f"{'' if recipe.ema.decay is None else ' and EMA'}; activations come on top",
+        ),
+    ]
+    for name, text in rows:
+        table.add_row(Text(name, style="bold"), Text(text))
+    console.print(table)

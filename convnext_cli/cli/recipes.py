@@ -1,0 +1,174 @@
+"""`convnext recipes`: list, show, diff and check recipes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.text import Text
+
+from convnext_cli.cli._console import console, make_table, print_json
+from convnext_cli.cli._inputs import JsonOption, OverridesArgument
+from convnext_cli.errors import RecipeError, UserError
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.files import (
+    find_recipe,
+    list_fields,
+    list_recipes,
+    load_recipe,
+    render_recipe,
+)
+from convnext_cli.recipe.schema import Recipe
+
+app = typer.Typer(no_args_is_help=True, help="List, show, compare and check recipes.")
+
+
+@app.command("list")
+def list_(*, json_output: JsonOption = False) -> None:
+    """List the shipped recipes with what they train and the published accuracy.
+
+    Example: convnext recipes list
+    """
+    recipes = {name: load_recipe(name) for name in list_recipes()}
+    if json_output:
+        print_json(
+            [
+                {
+                    "name": name,
+                    "model": recipe.model.name,
+                    "image_px": recipe.data.image_px,
+                    "published_top1": recipe.published_top1,
+                    "about": recipe.about,
+                }
+                for name, recipe in recipes.items()
+            ]
+        )
+        return
+    table = make_table("recipe", ">top-1", "about")
+    for name, recipe in recipes.items():
+        top1 = "" if recipe.published_top1 is None else f"{recipe.published_top1:.1f}"
+        table.add_row(Text(name, style="bold"), top1, Text(recipe.about))
+    console.print(table)
+
+
+@app.command("show")
+def show(
+    recipe: Annotated[str | None, typer.Argument(help="Recipe, or with --fields a key.")] = None,
+    overrides: OverridesArgument = None,
+    *,
+    fields: Annotated[bool, typer.Option("--fields", help="Explain the keys instead.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Show a recipe with everything it extends written out, or explain the keys.
+
+    Example: convnext recipes show in1k_tiny, or: convnext recipes show --fields optim.lr
+    """
+    if fields:
+        _show_fields(recipe, json_output=json_output)
+        return
+    if recipe is None:
+        raise RecipeError("which recipe?", hint="see them: convnext recipes list")
+    loaded = load_recipe(recipe, overrides or ())
+    if json_output:
+        print_json(loaded.model_dump(mode="json"))
+    else:
+        typer.echo(render_recipe(loaded), nl=False)
+
+
+def _show_fields(key: str | None, *, json_output: bool) -> None:
+    chosen = [name for name in list_fields() if key is None or name.startswith(key)]
+    if not chosen:
+        raise RecipeError(f"no key {key} in a recipe", hint="see all: convnext recipes show --fields")
+    help_of = _field_help()
+    if json_output:
+        print_json({name: help_of[name] for name in chosen})
+        return
+    for name in chosen:
+        console.print(Text.assemble((name, "bold"), "  ", help_of[name].replace("\n", " ")))
+
+
+def _field_help() -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for inner, inner_field in field.annotation.model_fields.items():
+                texts[f"{name}.{inner}"] = inner_field.description or ""
+        else:
+            texts[name] = field.description or ""
+    return texts
+
+
+@app.command("diff")
+def diff(
+    first: Annotated[str, typer.Argument(help="Recipe.")],
+    second: Annotated[str, typer.Argument(help="Recipe.")],
+    *,
+    json_output: JsonOption = False,
+) -> None:
+    """Show where two recipes differ, key by key.
+
+    Example: convnext recipes diff in1k_tiny in1k_base
+    """
+    left, right = _flatten(load_recipe(first)), _flatten(load_recipe(second))
+    differing = {key: (left[key], right[key]) for key in left if left[key] != right[key]}
+    if json_output:
+        print_json({key: {first: a, second: b} for key, (a, b) in differing.items()})
+        return
+    table = make_table("key", first, second)
+    for key, (a, b) in differing.items():
+        table.add_row(key, Text(_word(a)), Text(_word(b)))
+    console.print(table)
+
+
+def _flatten(recipe: Recipe) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in recipe.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _word(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+@app.command("check")
+def check(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(help="Recipes; none: all shipped ones.")
+    ] = None,
+    *,
+    json_output: JsonOption = False,
+) -> None:
+    """Check that recipes load and plan; exit code 2 if one does not.
+
+    Example: convnext recipes check my_recipe.yaml
+    """
+    problems: dict[str, str | None] = {}
+    for name in recipes or list_recipes():
+        try:
+            _check_one(name)
+        except UserError as error:
+            problems[name] = str(error)
+        else:
+            problems[name] = None
+    if json_output:
+        print_json(problems)
+    else:
+        for name, problem in problems.items():
+            console.print(Text(f"{name}: {problem or 'ok'}", style="red" if problem else ""))
+    bad = [name for name, problem in problems.items() if problem]
+    if bad:
+        raise RecipeError(f"{len(bad)} of {len(problems)} recipes do not hold: {', '.join(bad)}")
+
+
+def _check_one(name: str) -> None:
+    """Load a recipe and, where its data set's size is known, plan it on one device."""
+    recipe = load_recipe(name)
+    if recipe.data.dataset is not None:
+        make_plan(recipe, Cluster(), name=Path(find_recipe(name)).stem)
+
+

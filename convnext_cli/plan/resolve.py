@@ -1,0 +1,278 @@
+"""`Plan`: every number that a run uses, derived once from a recipe, a cluster and a data set.
+
+```
+global_images = per_device_images x world_size x accumulate_steps       (the contract)
+steps_per_epoch = train_images // global_images                         (an epoch's rest is dropped)
+total_steps = schedule.length in steps
+```
+
+Pure: depends on the arguments alone, imports no torch.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+from convnext_cli.catalog.datasets import DATASETS
+from convnext_cli.catalog.models import count_parameters, estimate_macs, find_variant
+from convnext_cli.errors import PlanError
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.recipe.durations import Duration
+from convnext_cli.recipe.schema import Optim, Precision, Recipe
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What planning needs to know of a data set."""
+
+    train_images: int
+    val_images: int
+    num_classes: int
+    source: str
+    """Where the numbers come from, for messages."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run. Steps are optimizer steps; images are per step unless said."""
+
+    name: str
+    recipe: Recipe
+    cluster: Cluster
+    data_source: str
+    num_classes: int
+    parameters: int
+    gmacs: float
+    """Multiply-adds of one image's forward pass, 1e9; the papers' "FLOPs"."""
+    train_images: int
+    val_images: int
+    global_images: int
+    per_device_images: int
+    accumulate_steps: int
+    steps_per_epoch: int
+    dropped_images: int
+    """Images of each epoch that do not fill a last step; other ones every epoch."""
+    total_steps: int
+    warmup_steps: int
+    epochs: float
+    lr: float
+    lr_note: str
+    min_lr: float
+    precision: Precision
+    compile: bool
+    channels_last: bool
+    workers: int
+    eval_per_device_images: int
+    eval_every_steps: int | None
+    checkpoint_every_steps: int | None
+    checkpoint_every_seconds: float | None
+    images_read: int
+    """Training images over the whole run, all devices."""
+    train_flops: float
+    """Floating-point operations of the whole run: 2 a multiply-add, backward twice the forward."""
+    state_bytes: int
+    """Per device: weights, gradients, two moments and averaged weights in fp32; no activations."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, one a device."""
+        return self.cluster.world_size
+
+    @property
+    def batch_equation(self) -> str:
+        """The contract of the batch, written out."""
+        return (
+            f"{self.global_images} images = {self.per_device_images} a device"
+            f" x {self.world_size} devices x {self.accumulate_steps} passes"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the derived numbers at the top level, the recipe and cluster below."""
+        plain = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in {"recipe", "cluster"}
+        }
+        return plain | {
+            "world_size": self.world_size,
+            "model": self.recipe.model.name,
+            "image_px": self.recipe.data.image_px,
+            "weight_decay": self.recipe.optim.weight_decay,
+            "layer_decay": self.recipe.optim.layer_decay,
+            "ema_decay": self.recipe.ema.decay,
+            "gradient_checkpointing": self.recipe.compute.gradient_checkpointing,
+            "cluster": dataclasses.asdict(self.cluster),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+
+def make_plan(
+    recipe: Recipe, cluster: Cluster, *, name: str, facts: DataFacts | None = None
+) -> Plan:
+    """Resolve every number of a run.
+
+    Args:
+        recipe: What is asked.
+        cluster: What there is.
+        name: The recipe's name, for messages and the run's folder.
+        facts: The data set at hand; None: the sizes of the recipe's known data set.
+
+    Raises:
+        PlanError: Recipe, cluster and data do not fit together; the hint mends it.
+    """
+    if facts is None:
+        facts = _known_facts(recipe)
+    variant = find_variant(recipe.model.name)
+    num_classes = _resolve_classes(recipe, facts)
+    per_device_images, accumulate_steps = _split_batch(recipe, cluster)
+    global_images = recipe.batch.global_images
+    steps_per_epoch, dropped_images = divmod(facts.train_images, global_images)
+    if steps_per_epoch == 0:
+        smaller = 1 << (max(1, facts.train_images // 20).bit_length() - 1)
+        raise PlanError(
+            f"one step takes {global_images} images, but {facts.source} has only"
+            f" {facts.train_images} to train on",
+            hint=f"use a smaller batch: batch.global_images={smaller} optim.lr_rule=linear",
+        )
+    total_steps = _steps(recipe.schedule.length, steps_per_epoch)
+    warmup = recipe.schedule.warmup
+    warmup_steps = 0 if warmup is None else _steps(warmup, steps_per_epoch)
+    if total_steps == 0 or warmup_steps >= total_steps:
+        raise PlanError(
+            f"schedule: {warmup_steps} warm-up steps ({warmup}) leave nothing of"
+            f" {total_steps} steps ({recipe.schedule.length})",
+            hint="lengthen schedule.length, or shorten schedule.warmup (schedule.warmup=null: off)",
+        )
+    lr, lr_note = _resolve_lr(recipe.optim, global_images)
+    if recipe.optim.min_lr > lr:
+        raise PlanError(
+            f"optim.min_lr {recipe.optim.min_lr:g} is above the peak learning rate {lr:g}",
+            hint=f"lower it: optim.min_lr={lr / 1000:.1g}",
+        )
+    macs = estimate_macs(variant, image_px=recipe.data.image_px, num_classes=num_classes)
+    parameters = count_parameters(variant, num_classes=num_classes)
+    compute, on_gpu = recipe.compute, cluster.device == "cuda"
+    precision: Precision = "bf16" if on_gpu else "fp32"
+    if compute.precision != "auto":
+        precision = compute.precision
+    images_read = total_steps * global_images
+    every = recipe.evaluate.every
+    save = recipe.checkpoint.every
+    return Plan(
+        name=name,
+        recipe=recipe,
+        cluster=cluster,
+        data_source=facts.source,
+        num_classes=num_classes,
+        parameters=parameters,
+        gmacs=macs / 1e9,
+        train_images=facts.train_images,
+        val_images=facts.val_images,
+        global_images=global_images,
+        per_device_images=per_device_images,
+        accumulate_steps=accumulate_steps,
+        steps_per_epoch=steps_per_epoch,
+        dropped_images=dropped_images,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        epochs=total_steps / steps_per_epoch,
+        lr=lr,
+        lr_note=lr_note,
+        min_lr=recipe.optim.min_lr,
+        precision=precision,
+        compile=on_gpu if compute.compile == "auto" else compute.compile,
+        channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
+        workers=_workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers,
+        eval_per_device_images=recipe.batch.per_device_images * 3 // 2
+        if recipe.evaluate.per_device_images == "auto"
+        else recipe.evaluate.per_device_images,
+        eval_every_steps=None if every is None else max(1, _steps(every, steps_per_epoch)),
+        checkpoint_every_steps=save.to_steps(steps_per_epoch=steps_per_epoch),
+        checkpoint_every_seconds=save.value * 60 if save.unit == "min" else None,
+        images_read=images_read,
+        train_flops=6.0 * macs * images_read,
+        state_bytes=parameters * (16 if recipe.ema.decay is None else 20),
+    )
+
+
+def _steps(duration: Duration, steps_per_epoch: int) -> int:
+    steps = duration.to_steps(steps_per_epoch=steps_per_epoch)
+    assert steps is not None  # the schema takes no wall time here
+    return steps
+
+
+def _known_facts(recipe: Recipe) -> DataFacts:
+    if recipe.data.dataset is None:
+        raise PlanError(
+            "the number of images is not known: the recipe names no known data set",
+            hint="name a packed data set with --data DIR (convnext data pack SOURCE DIR makes it)",
+        )
+    known = DATASETS[recipe.data.dataset]
+    return DataFacts(
+        train_images=known.train_images,
+        val_images=known.val_images,
+        num_classes=known.num_classes,
+        source=f"{known.name} (published sizes)",
+    )
+
+
+def _resolve_classes(recipe: Recipe, facts: DataFacts) -> int:
+    asked = recipe.model.num_classes
+    if asked == "auto":
+        return facts.num_classes
+    if asked != facts.num_classes:
+        raise PlanError(
+            f"the recipe's head has {asked} classes, but {facts.source} has {facts.num_classes}",
+            hint=f"fit the head to the data: model.num_classes={facts.num_classes}",
+        )
+    return asked
+
+
+def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
+    """(images a device and pass, passes a step): as few passes as the device's limit allows."""
+    global_images, world = recipe.batch.global_images, cluster.world_size
+    per_step, rest = divmod(global_images, world)
+    if rest or per_step == 0:
+        fewer = max(count for count in range(1, world + 1) if global_images % count == 0)
+        raise PlanError(
+            f"batch.global_images: {global_images} images per step do not split over"
+            f" {world} devices",
+            hint=f"use a number of devices that divides {global_images}, such as {fewer}",
+        )
+    limit = recipe.batch.per_device_images
+    passes = next(n for n in range(math.ceil(per_step / limit), per_step + 1) if per_step % n == 0)
+    return per_step // passes, passes
+
+
+def _resolve_lr(optim: Optim, global_images: int) -> tuple[float, str]:
+    """The peak learning rate and a sentence about it."""
+    if global_images == optim.lr_images:
+        return optim.lr, "as the recipe says"
+    ratio = global_images / optim.lr_images
+    match optim.lr_rule:
+        case None:
+            raise PlanError(
+                f"optim.lr {optim.lr:g} is meant for {optim.lr_images} images per step, but"
+                f" batch.global_images is {global_images}",
+                hint=f"say how it follows: optim.lr_rule=linear (lr {optim.lr * ratio:.3g}),"
+                f" sqrt (lr {optim.lr * math.sqrt(ratio):.3g}) or none (lr {optim.lr:g})",
+            )
+        case "none":
+            return optim.lr, f"kept as written for {optim.lr_images} images (lr_rule: none)"
+        case "linear":
+            lr = optim.lr * ratio
+        case "sqrt":
+            lr = optim.lr * math.sqrt(ratio)
+        case _:
+            assert_never(optim.lr_rule)
+    return lr, (
+        f"{optim.lr:g} at {optim.lr_images} images becomes {lr:.4g} at {global_images}"
+        f" (lr_rule: {optim.lr_rule})"
+    )
+
+
+def _workers(cluster: Cluster) -> int:
+    """Loader processes a device: all cores of a GPU node, one beside a training CPU."""
+    share = cluster.cpus_per_node // cluster.devices_per_node
+    return max(1, min(16, share - 1)) if cluster.device == "cuda" else min(2, max(0, share - 1))

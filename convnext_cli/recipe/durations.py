@@ -1,0 +1,80 @@
+"""Lengths of training as a person writes them: `300ep`, `5000st`, `30min`.
+
+| unit | means |
+|---|---|
+| `ep` | epochs: passes over the training split, fractions allowed |
+| `st` | optimizer steps |
+| `min` | minutes of wall time |
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, PlainSerializer
+
+Unit = Literal["ep", "st", "min"]
+
+_TEXT = re.compile(r"(?P<value>\d+(?:\.\d+)?(?:e\d+)?)\s*(?P<unit>ep|st|min)")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A positive length with its unit."""
+
+    value: float
+    unit: Unit
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{self.unit}" if self.value < 1e6 else f"{int(self.value)}{self.unit}"
+
+    def to_steps(self, *, steps_per_epoch: int) -> int | None:
+        """Optimizer steps, rounded to the nearest one; None for wall time."""
+        match self.unit:
+            case "ep":
+                return round(self.value * steps_per_epoch)
+            case "st":
+                return round(self.value)
+            case "min":
+                return None
+
+
+def parse_duration(text: object) -> Duration:
+    """Read `300ep`, `5000st` or `30min`.
+
+    Raises:
+        ValueError: The text has no unit, another unit, or is not positive.
+    """
+    if isinstance(text, Duration):
+        return text
+    match = _TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None or float(match["value"]) == 0:
+        units = ", ".join(get_args(Unit))
+        raise ValueError(f"a length with its unit ({units}) is wanted, such as 300ep or 5000st")
+    value = float(match["value"])
+    unit = next(unit for unit in get_args(Unit) if unit == match["unit"])
+    if unit == "st" and not value.is_integer():
+        raise ValueError("steps are whole numbers")
+    return Duration(value, unit)
+
+
+def _require_steps(duration: Duration) -> Duration:
+    if duration.unit == "min":
+        raise ValueError("epochs (ep) or steps (st) are wanted here, not wall time")
+    return duration
+
+
+def _parse_any(value: Any) -> Duration:  # noqa: ANN401  # pydantic hands over whatever was written
+    return parse_duration(value)
+
+
+AnyDuration = Annotated[Duration, BeforeValidator(_parse_any), PlainSerializer(str)]
+"""Epochs, steps or wall time."""
+
+
+def _parse_steps(value: Any) -> Duration:  # noqa: ANN401  # as above
+    return _require_steps(parse_duration(value))
+
+
+StepDuration = Annotated[Duration, BeforeValidator(_parse_steps), PlainSerializer(str)]
+"""Epochs or steps."""
