@@ -1,0 +1,260 @@
+"""ConvNeXt V1, V2 and isotropic: one class, with the official parameter names.
+
+```
+hierarchical   downsample_layers.0 (4x4 conv, LayerNorm) -> stages.0 -> downsample_layers.1 -> ...
+isotropic      stem (16x16 conv) -> blocks
+both           ... -> mean over positions -> norm -> head
+block          x + drop_path(gamma * pwconv2([grn] gelu(pwconv1(norm(dwconv(x))))))
+```
+
+Shapes: N images, C channels, H x W positions, K classes. Tensors between blocks are NCHW in
+channels_last memory; see `layers` for why.
+
+Source: facebookresearch/ConvNeXt@048efce models/convnext.py, models/convnext_isotropic.py;
+facebookresearch/ConvNeXt-V2@2553895 models/convnextv2.py.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from convnext_cli.catalog.models import Variant
+from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm
+
+Checkpointing = Literal["none", "stages", "blocks"]
+"""What is computed again in the backward pass instead of being kept: nothing, stages, or blocks."""
+
+_ISOTROPIC_RUN = 6
+
+
+class Block(nn.Module):
+    """Depthwise convolution and LayerNorm over space, then a two-layer network over channels.
+
+    The two halves, `mix_positions` and `mix_channels`, meet in one NHWC tensor and share nothing
+    else, so that either can be replaced by a faster operator.
+
+    Args:
+        dim: Channels of input and output.
+        drop_frac: Probability of leaving an image's branch out in training.
+        layer_scale_init: First value of `gamma`; None for a block without it.
+        grn: Whether a GRN follows the activation.
+    """
+
+    def __init__(
+        self, dim: int, *, drop_frac: float, layer_scale_init: float | None, grn: bool
+    ) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = LayerNorm(dim)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.grn = GRN(4 * dim) if grn else None
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma: nn.Parameter | None = None
+        if layer_scale_init is not None:
+            self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init))
+        self.drop_path = DropPath(drop_frac)
+
+    def mix_positions(self, x_NCHW: Tensor) -> Tensor:
+        """The half over space: (N, C, H, W) to (N, H, W, C), normalised."""
+        y_NHWC: Tensor = self.norm(self.dwconv(x_NCHW).permute(0, 2, 3, 1))
+        return y_NHWC
+
+    def mix_channels(self, y_NHWC: Tensor) -> Tensor:
+        """The half over channels: (N, H, W, C) to the same shape."""
+        h_NHWC: Tensor = self.act(self.pwconv1(y_NHWC))
+        if self.grn is not None:
+            h_NHWC = self.grn(h_NHWC)
+        out_NHWC: Tensor = self.pwconv2(h_NHWC)
+        return out_NHWC
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape and dtype."""
+        y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
+        if self.gamma is not None:
+            y_NHWC = self.gamma * y_NHWC
+        y_NHWC = self.drop_path(y_NHWC)
+        # Under autocast the float32 gamma would turn the stream between blocks into float32, twice
+        # the memory traffic of everything that reads it; the sum goes back to the stream's dtype.
+        out_NCHW: Tensor = x_NCHW + y_NHWC.permute(0, 3, 1, 2).to(x_NCHW.dtype)
+        return out_NCHW
+
+
+class ConvNeXt(nn.Module):
+    """The classifier.
+
+    Args:
+        depths: Blocks per stage; one number if isotropic.
+        dims: Channels per stage; one number if isotropic.
+        num_classes: Outputs of the head.
+        drop_path: Drop probability of the last block; it grows linearly from 0 in the first.
+        layer_scale_init: First value of every LayerScale; None for none.
+        grn: Whether blocks hold a GRN (V2).
+        isotropic: Whether one resolution and one width run through all blocks.
+        head_init_scale: Factor on the head's first weight and bias (0.001 for fine-tuning).
+        gradient_checkpointing: What the backward pass computes again. For isotropic models
+            `stages` means runs of six blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        num_classes: int,
+        drop_path: float = 0.0,
+        layer_scale_init: float | None = None,
+        grn: bool = False,
+        isotropic: bool = False,
+        head_init_scale: float = 1.0,
+        gradient_checkpointing: Checkpointing = "none",
+    ) -> None:
+        super().__init__()
+        if len(depths) != len(dims) or not depths or (isotropic and len(depths) != 1):
+            raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} do not fit together")
+        self.gradient_checkpointing: Checkpointing = gradient_checkpointing
+        num_blocks = sum(depths)
+        blocks = iter(
+            Block(
+                dim,
+                drop_frac=drop_path * index / max(num_blocks - 1, 1),
+                layer_scale_init=layer_scale_init,
+                grn=grn,
+            )
+            for index, dim in enumerate(
+                dim for depth, dim in zip(depths, dims, strict=True) for _ in range(depth)
+            )
+        )
+        self.isotropic = isotropic
+        if isotropic:
+            self.stem = nn.Conv2d(3, dims[0], kernel_size=16, stride=16)
+            self.blocks = nn.Sequential(*blocks)
+        else:
+            self.downsample_layers = nn.ModuleList(
+                [
+                    nn.Sequential(
+                        nn.Conv2d(3, dims[0], kernel_size=4, stride=4),
+                        ChannelsFirstLayerNorm(dims[0]),
+                    )
+                ]
+            )
+            for narrow, wide in itertools.pairwise(dims):
+                self.downsample_layers.append(
+                    nn.Sequential(
+                        ChannelsFirstLayerNorm(narrow),
+                        nn.Conv2d(narrow, wide, kernel_size=2, stride=2),
+                    )
+                )
+            self.stages = nn.ModuleList(
+                nn.Sequential(*(next(blocks) for _ in range(depth))) for depth in depths
+            )
+        self.norm = LayerNorm(dims[-1])
+        self.head = nn.Linear(dims[-1], num_classes)
+        self.layer_scale_init = layer_scale_init
+        self.init_weights(head_init_scale=head_init_scale)
+
+    def init_weights(self, *, head_init_scale: float = 1.0) -> None:
+        """Give every parameter its first value; also what a model made on `meta` needs.
+
+        Draws from the global generator: the same on every rank only after the same seed.
+
+        Source: facebookresearch/ConvNeXt@048efce models/convnext.py `_init_weights`. (The paper
+        prints a standard deviation of 0.2; the code's 0.02 is what was trained.)
+        """
+        for module in self.modules():
+            match module:
+                case nn.Conv2d() | nn.Linear():
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+                case nn.LayerNorm():
+                    module.reset_parameters()
+                case GRN():
+                    nn.init.zeros_(module.gamma)
+                    nn.init.zeros_(module.beta)
+                case Block(gamma=nn.Parameter() as gamma) if self.layer_scale_init is not None:
+                    nn.init.constant_(gamma, self.layer_scale_init)
+                case _:
+                    pass
+        with torch.no_grad():
+            self.head.weight.mul_(head_init_scale)
+            self.head.bias.mul_(head_init_scale)
+
+    def forward_features(self, x_NCHW: Tensor) -> Tensor:
+        """Map images (N, 3, H, W) to pooled and normalised features (N, C)."""
+        if self.isotropic:
+            # Without a LayerNorm after the stem, nothing else brings the stream into this memory
+            # format; a block of another format would copy at both of its permutes.
+            x_NCHW = self.stem(x_NCHW).contiguous(memory_format=torch.channels_last)
+            for start in range(0, len(self.blocks), _ISOTROPIC_RUN):
+                x_NCHW = self._run(self.blocks[start : start + _ISOTROPIC_RUN], x_NCHW)
+        else:
+            for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+                x_NCHW = self._run(stage, downsample(x_NCHW))
+        features_NC: Tensor = self.norm(x_NCHW.mean(dim=(2, 3)))
+        return features_NC
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map normalised images (N, 3, H, W) to logits (N, K)."""
+        logits_NK: Tensor = self.head(self.forward_features(x_NCHW))
+        return logits_NK
+
+    def _run(self, blocks: nn.Module, x_NCHW: Tensor) -> Tensor:
+        # `checkpoint` restores the random state, so drop path leaves out the same images when the
+        # blocks run again.
+        recompute = self.training and torch.is_grad_enabled()
+        mode: Checkpointing = self.gradient_checkpointing if recompute else "none"
+        match mode:
+            case "none":
+                x_NCHW = blocks(x_NCHW)
+            case "stages":
+                x_NCHW = checkpoint(blocks, x_NCHW, use_reentrant=False)
+            case "blocks":
+                for block in blocks.children():
+                    x_NCHW = checkpoint(block, x_NCHW, use_reentrant=False)
+            case _:
+                assert_never(mode)
+        return x_NCHW
+
+
+def build_convnext(
+    variant: Variant,
+    *,
+    num_classes: int,
+    drop_path: float = 0.0,
+    layer_scale_init: float | Literal["auto"] | None = "auto",
+    head_init_scale: float = 1.0,
+    gradient_checkpointing: Checkpointing = "none",
+) -> ConvNeXt:
+    """A ConvNeXt of a catalogued shape; `auto` takes the variant's own LayerScale."""
+    if variant.family == "timm":
+        raise ValueError(f"{variant.name} is no ConvNeXt; see build_comparison")
+    if layer_scale_init == "auto":
+        layer_scale_init = variant.layer_scale_init
+    return ConvNeXt(
+        depths=variant.depths,
+        dims=variant.dims,
+        num_classes=num_classes,
+        drop_path=drop_path,
+        layer_scale_init=layer_scale_init,
+        grn=variant.grn,
+        isotropic=variant.isotropic,
+        head_init_scale=head_init_scale,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def build_comparison(variant: Variant, *, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+    """The timm model of a comparison family, with fresh weights."""
+    import timm  # noqa: PLC0415  # takes seconds, and no ConvNeXt needs it
+
+    if variant.family != "timm" or variant.timm_name is None:
+        raise ValueError(f"{variant.name} is no comparison model; see build_convnext")
+    model: nn.Module = timm.create_model(
+        variant.timm_name, pretrained=False, num_classes=num_classes, drop_path_rate=drop_path
+    )
+    return model

@@ -1,0 +1,125 @@
+"""The small parts of ConvNeXt: LayerNorm over channels, GRN and DropPath.
+
+Shapes: N images, C channels, H x W positions. Blocks compute in NHWC, where a linear layer is one
+matrix product; between blocks tensors are NCHW in channels_last memory, so that the permutes
+around a block are views.
+
+In float32 every layer equals the published one. Under autocast they keep the dtype that they are
+given: statistics and sums are float32 inside, but no float32 copy of an activation is kept for the
+backward pass, as autocast's own rule for `layer_norm` would do.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def _plain_math(x: Tensor) -> AbstractContextManager[object]:
+    # Entered only when autocast is on: a disabled autocast region is still a node in an exported
+    # graph, and ONNX has no such node. Some devices (meta) know no autocast and raise when asked.
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis; the result has the dtype of the input.
+
+    Mean and (biased) variance are float32 inside the operator, so float16 inputs near its largest
+    value neither overflow nor lose their statistics.
+    """
+
+    def __init__(self, num_channels: int, *, eps: float = 1e-6) -> None:
+        super().__init__(num_channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to the same shape and dtype."""
+        with _plain_math(x):
+            return functional.layer_norm(
+                x,
+                self.normalized_shape,
+                self.weight.to(x.dtype),
+                self.bias.to(x.dtype),
+                self.eps,
+            )
+
+
+class ChannelsFirstLayerNorm(LayerNorm):
+    """LayerNorm over the channels of an NCHW tensor.
+
+    Works on a permuted view, which costs no copy in channels_last memory; the result is in
+    channels_last memory whatever the input was.
+
+    Source: facebookresearch/ConvNeXt@048efce models/convnext.py `LayerNorm`. Differs: one operator
+    in place of a hand-written mean and square, which overflows in float16.
+    """
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape and dtype."""
+        return super().forward(x_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GRN(nn.Module):
+    """Global response normalisation: channels of one image compete by their energy.
+
+    `G = ||x||` over the positions of each image and channel, `N = G / (mean over channels of G +
+    eps)`, result `gamma * (x * N) + beta + x`; with gamma and beta 0, as they start, the identity.
+    Never mixes images. G and N are float32 whatever the input is.
+
+    Source: ConvNeXt V2 section 3; facebookresearch/ConvNeXt-V2@2553895 models/utils.py `GRN`.
+    Differs: computed as `x * (1 + gamma * N) + beta`, which is the same sum in one pass over the
+    wide tensor instead of four.
+    """
+
+    def __init__(self, num_channels: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
+        self.eps = eps
+
+    def forward(self, x_NHWC: Tensor) -> Tensor:
+        """Map (N, H, W, C) to the same shape and dtype."""
+        with _plain_math(x_NHWC):
+            dtype = torch.promote_types(x_NHWC.dtype, torch.float32)
+            energy_N11C = torch.linalg.vector_norm(x_NHWC, dim=(1, 2), keepdim=True, dtype=dtype)
+            share_N11C = energy_N11C / (energy_N11C.mean(dim=-1, keepdim=True) + self.eps)
+            out_NHWC = torch.addcmul(self.beta, x_NHWC, 1 + self.gamma * share_N11C)
+            return out_NHWC.to(x_NHWC.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.gamma.shape[-1]}, eps={self.eps}"
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero the whole branch of a random share of the images.
+
+    Each image is dropped on its own with probability `drop_frac`, the others are divided by
+    `1 - drop_frac`, so that the expected value stays. The factor is float32: rounded to bfloat16,
+    as 1 / 0.9 = 1.109, it would shift every mean.
+
+    Source: timm `drop_path`, as facebookresearch/ConvNeXt@048efce uses it.
+    """
+
+    def __init__(self, drop_frac: float) -> None:
+        super().__init__()
+        if not 0 <= drop_frac < 1:
+            raise ValueError(f"drop_frac must be in [0, 1), not {drop_frac}")
+        self.drop_frac = drop_frac
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, ...) to the same shape; draws N numbers from the device's generator."""
+        if not self.training or self.drop_frac == 0:
+            return x
+        keep_frac = 1 - self.drop_frac
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(keep_frac)
+        return (x * (kept / keep_frac)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.drop_frac:.3f}"
