@@ -9,6 +9,7 @@ UserError              2   what, where, found value; a hint that works
 |- CheckpointError     2   a checkpoint or weight file
 |- RunError            2   a run directory
 |- StorageError        2   no space, no permission
+|- Diverged           71   the loss is not finite
 `- Stopped            75   a signal came; a checkpoint is written; run the same command again
 ```
 
@@ -59,6 +60,12 @@ class RunError(UserError):
 
 class StorageError(UserError):
     """A destination cannot be written: no space, no permission, not a directory."""
+
+
+class Diverged(UserError):
+    """Training gave a loss that is not finite."""
+
+    exit_code = 71
 
 
 class Stopped(UserError):

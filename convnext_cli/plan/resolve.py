@@ -87,6 +87,13 @@ class Plan:
             f" x {self.world_size} devices x {self.accumulate_steps} passes"
         )
 
+    def validates_at(self, step: int) -> bool:
+        """Whether the validation images are evaluated after this optimizer step."""
+        if self.val_images == 0:
+            return False
+        every = self.eval_every_steps
+        return step == self.total_steps or (every is not None and step % every == 0)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, the derived numbers at the top level, the recipe and cluster below."""
         plain = {

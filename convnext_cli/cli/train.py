@@ -1,0 +1,143 @@
+"""`convnext train`: a recipe and a data set become a run directory with a trained model."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from convnext_cli.cli._console import console
+from convnext_cli.cli._inputs import (
+    DataOption,
+    DeviceChoice,
+    DeviceOption,
+    DevicesOption,
+    NodesOption,
+    OverridesArgument,
+    PrecisionOption,
+    RecipeArgument,
+    load_asked_recipe,
+    read_facts,
+)
+from convnext_cli.cli.plan import show_plan
+from convnext_cli.errors import RecipeError
+from convnext_cli.plan.cluster import Cluster, count_cpus, read_rank, read_shape
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.schema import Recipe
+from convnext_cli.runs.layout import RunDir
+
+NameOption = Annotated[
+    str | None, typer.Option(help="Name of the run's folder (default: the recipe's name).")
+]
+RunsDirOption = Annotated[Path, typer.Option(help="Folder of all runs.")]
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        help="auto: go on where the run stopped; never: refuse to; must: refuse to start anew;"
+        " or the PATH of a checkpoint.",
+        metavar="auto|never|must|PATH",
+    ),
+]
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    data: DataOption = None,
+    devices: DevicesOption = None,
+    nodes: NodesOption = 1,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    name: NameOption = None,
+    runs_dir: RunsDirOption = Path("runs"),
+    resume: ResumeOption = "auto",
+) -> None:
+    """Train a model; the same command again goes on where it stopped.
+
+    Everything lands in runs/NAME: checkpoints, metrics.jsonl, metrics.csv, plots. Ctrl-C saves
+    and stops.
+
+    Example: convnext train in1k_tiny --data /data/imagenet optim.lr=2e-3 --name tiny_lr2
+    """
+    asked = load_asked_recipe(recipe, overrides, data=data, precision=precision)
+    run_training(
+        asked,
+        name=name or Path(recipe).stem,
+        cluster=find_cluster(devices=devices, nodes=nodes, device=device),
+        runs_dir=runs_dir,
+        resume=resume,
+    )
+
+
+def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cluster:
+    """The devices of flags and launcher; without flags all GPUs of this machine, or one CPU."""
+    import torch
+
+    kind = device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if (shape := read_shape()) is not None:
+        nodes, devices = shape
+    if devices is None:
+        devices = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    return Cluster(
+        num_nodes=nodes,
+        devices_per_node=devices,
+        device=kind,
+        cpus_per_node=count_cpus(),
+        rank=read_rank(),
+    )
+
+
+def run_training(
+    recipe: Recipe, *, name: str, cluster: Cluster, runs_dir: Path, resume: str
+) -> None:
+    """Plan, train, and say what came out and what to do next."""
+    if not re.fullmatch(r"[\w.=-]+", name):
+        raise RecipeError(f"--name {name}: letters, digits, _, -, . and = are allowed in a name")
+    if cluster.rank != 0:
+        console.quiet = True
+    recipe = _with_builtin_data(recipe)
+    plan = make_plan(recipe, cluster, name=name, facts=read_facts(recipe))
+    show_plan(plan)
+    run = RunDir(runs_dir / name)
+    from convnext_cli.training.fit import fit, open_run
+
+    mode = resume if resume in {"auto", "never", "must"} else Path(resume)
+    resume_from = open_run(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
+    console.print(Text(f"run        {run.root}"))
+    result = fit(plan, run, resume_from=resume_from, console=console)
+    if cluster.rank == 0:
+        _tell_result(run, result.validation, recipe=recipe)
+
+
+def _with_builtin_data(recipe: Recipe) -> Recipe:
+    """The recipe with the packed quick-start images, where it names those and no path."""
+    if recipe.data.dataset != "quickstart" or recipe.data.path is not None:
+        return recipe
+    from convnext_cli.data.quickstart import pack_quickstart
+
+    folder = pack_quickstart()
+    data = recipe.data.model_copy(update={"path": str(folder)})
+    return recipe.model_copy(update={"data": data})
+
+
+def _tell_result(run: RunDir, validation: dict[str, float], *, recipe: Recipe) -> None:
+    from convnext_cli.runs.plots import plot_runs
+
+    plot_runs([run], run.curves)
+    ema = validation.get("val_ema/top1")
+    best = run.best_ema if ema is not None and run.best_ema.exists() else run.best
+    if validation:
+        text = f"top-1 {validation['val/top1']:.2f}%"
+        text += f", averaged weights {ema:.2f}%" if ema is not None else ""
+        if recipe.published_top1 is not None:
+            text += f" (published {recipe.published_top1:.1f}%)"
+        console.print(Text(f"finished   {text}", style="bold"))
+    checkpoint = best if best.exists() else run.last
+    console.print(Text(f"checkpoint {checkpoint}"))
+    console.print(Text(f"plot       {run.curves}"))
+    data = f" --data {recipe.data.path}" if recipe.data.path else " --data DIR"
+    console.print(Text(f"next       convnext evaluate {checkpoint}{data}"))

@@ -1,0 +1,254 @@
+"""`fit`: one attempt of a run, from the run directory to the last validation.
+
+```
+open_run    new, or the same run to go on with; refuses another recipe in the same folder
+fit         model + data + optimizer -> Trainer -> checkpoints, rows, plots
+```
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+from rich.console import Console
+from torch import nn
+
+from convnext_cli.catalog.models import find_variant
+from convnext_cli.data.build import ImageData, build_data, build_mix
+from convnext_cli.errors import CheckpointError, RunError
+from convnext_cli.models.build import build_model
+from convnext_cli.models.weights import ModelCard, load_into, read_weights
+from convnext_cli.optim.ema import make_averaged
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.recipe.files import read_yaml, render_recipe
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.record import JsonLines, record_environment, utc_now, write_json, writing_to
+from convnext_cli.training.build import build_loggers, build_trainer, check_devices
+from convnext_cli.training.checkpoint import Checkpoints, read_step
+from convnext_cli.training.preempt import StopOnSignal
+from convnext_cli.training.progress import ProgressDisplay
+from convnext_cli.training.recorder import Recorder
+from convnext_cli.training.task import Classifier
+
+ResumeMode = Literal["auto", "never", "must"]
+
+CHANGEABLE = (
+    "about",
+    "published_top1",
+    "data.path",
+    "data.val_path",
+    "data.workers",
+    "data.cache_dir",
+    "batch.per_device_images",
+    "compute.",
+    "evaluate.every",
+    "evaluate.per_device_images",
+    "checkpoint.",
+    "log.",
+)
+"""Keys that may change between two attempts of one run: they do not decide what is learned."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one attempt came to; the same on every rank."""
+
+    run: RunDir
+    step: int
+    validation: dict[str, float]
+    """The last validation row; empty where there are no validation images."""
+
+
+def open_run(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | None:
+    """Make a run's folder, or find the checkpoint where the same run goes on.
+
+    Returns:
+        The checkpoint to go on from; None to start at step 0.
+
+    Raises:
+        RunError: The folder holds another run, or none where one must be.
+        StorageError: The folder cannot be written.
+    """
+    if plan.cluster.rank == 0:
+        if run.is_run():
+            _check_same_run(plan, run)
+        if resume == "never" and run.is_run():
+            raise RunError(
+                f"{run.root} holds a run already, and --resume never starts a new one",
+                hint="give the new run its own folder with --name NAME",
+            )
+        with writing_to(run.root):
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not run.recipe.is_file():
+                run.recipe.write_text(render_recipe(plan.recipe), encoding="utf-8")
+            write_json(run.plan, plan.to_json())
+            write_json(run.environment, record_environment())
+    if isinstance(resume, Path):
+        if not resume.is_file():
+            raise RunError(f"--resume {resume}: there is no such file")
+        return resume
+    if run.last.exists():
+        return run.last
+    if resume == "must":
+        raise RunError(
+            f"{run.root} has no checkpoint to go on from, and --resume must asks for one",
+            hint="leave --resume out to start the run",
+        )
+    return None
+
+
+def _check_same_run(plan: Plan, run: RunDir) -> None:
+    """Refuse to go on with a run under another recipe."""
+    before = _flatten(read_yaml(run.recipe.read_text(encoding="utf-8"), where=str(run.recipe)))
+    asked = _flatten(plan.recipe.model_dump(mode="json"))
+    differing = [
+        key
+        for key in sorted(before.keys() | asked.keys())
+        if before.get(key) != asked.get(key) and not key.startswith(CHANGEABLE)
+    ]
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+        raise RunError(
+            f"{run.root} holds a run with {key}={before.get(key)}, but {asked.get(key)} is asked"
+            f" now{more}",
+            hint="give the new run its own folder with --name NAME",
+        )
+
+
+def _flatten(keys: dict[str, object]) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in keys.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) -> Result:
+    """Train to the end of the schedule, or go on from a checkpoint.
+
+    Raises:
+        UserError: Devices, data, weights or checkpoint do not fit (see `errors`).
+        Stopped: A signal came; a checkpoint is written.
+        Diverged: The loss is not finite.
+    """
+    check_devices(plan)
+    display = ProgressDisplay(plan, console=console, log=run.log)
+    first_step = 0 if resume_from is None else read_step(resume_from)
+    data = build_data(plan, first_step=first_step)
+    model = build_model(plan)
+    if resume_from is None and plan.recipe.init.weights is not None:
+        for line in load_start_weights(model, plan, classes=data.classes):
+            _say(display, plan, line)
+    task = Classifier(
+        model,
+        averaged=None if plan.recipe.ema.decay is None else make_averaged(model),
+        plan=plan,
+        mix=build_mix(plan),
+        card=make_card(plan, classes=data.classes),
+    )
+    if plan.channels_last:
+        task.to_channels_last()
+    checkpoints = Checkpoints(run, plan)
+    recorder = Recorder(run, plan, listeners=[display.show])
+    callbacks = [recorder, checkpoints, StopOnSignal(checkpoints, plan), display]
+    trainer = build_trainer(
+        plan,
+        callbacks=callbacks,
+        loggers=build_loggers(plan, run, first_step=first_step),
+    )
+    if resume_from is not None:
+        _say(display, plan, f"going on from {resume_from} at step {first_step}")
+    if first_step >= plan.total_steps:
+        return Result(run, first_step, _last_validation(run))
+    if plan.compile:
+        model.compile()
+    event = "started" if resume_from is None else "resumed"
+    _record(run, plan, event=event, step=first_step)
+    _run_trainer(trainer, task, data, resume_from=resume_from, run=run, plan=plan)
+    return Result(run, task.step, task.validation)
+
+
+def _run_trainer(
+    trainer: pl.Trainer,
+    task: Classifier,
+    data: ImageData,
+    *,
+    resume_from: Path | None,
+    run: RunDir,
+    plan: Plan,
+) -> None:
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    except BaseException as error:
+        _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
+        raise
+    _record(run, plan, event="finished", step=task.step)
+
+
+def _record(run: RunDir, plan: Plan, *, event: str, step: int, **more: object) -> None:
+    if plan.cluster.rank == 0:
+        with JsonLines(run.events) as events:
+            events.write({"event": event, "time": utc_now(), "step": step, **more})
+
+
+def _say(display: ProgressDisplay, plan: Plan, line: str) -> None:
+    if plan.cluster.rank == 0:
+        display.say(line)
+
+
+def _last_validation(run: RunDir) -> dict[str, float]:
+    from convnext_cli.runs.record import read_jsonl  # noqa: PLC0415
+
+    rows = [row for row in read_jsonl(run.metrics) if "val/top1" in row]
+    if not rows:
+        return {}
+    return {
+        key: float(value)
+        for key, value in rows[-1].items()
+        if key.startswith("val") and isinstance(value, int | float)
+    }
+
+
+def make_card(plan: Plan, *, classes: tuple[str, ...]) -> ModelCard:
+    """What the weights of a plan are, for everyone who reads them later."""
+    recipe = plan.recipe
+    return ModelCard(
+        variant=recipe.model.name,
+        num_classes=plan.num_classes,
+        image_px=recipe.data.image_px,
+        classes=classes,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        interpolation=recipe.augment.interpolation,
+        crop=recipe.evaluate.crop,
+        crop_frac=recipe.evaluate.crop_frac,
+    )
+
+
+def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]) -> list[str]:
+    """Load `init.weights` into a fresh model; says what was taken and what was not.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of another architecture.
+    """
+    init = plan.recipe.init
+    assert init.weights is not None
+    if find_variant(plan.recipe.model.name).family == "timm":
+        raise CheckpointError(
+            f"init.weights: start weights are read for ConvNeXt models, not for"
+            f" {plan.recipe.model.name}",
+            hint="leave init.weights out, or train a ConvNeXt",
+        )
+    weights = read_weights(Path(init.weights), prefer=init.source)
+    report = load_into(
+        model,
+        weights,
+        head=init.head,
+        head_init_scale=plan.recipe.model.head_init_scale,
+        target_classes=classes,
+    )
+    return [str(report)]

@@ -1,0 +1,92 @@
+"""What a person sees of a run under way: a bar on a terminal, else lines; both in train.log."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.training.task import Classifier
+
+Row = Mapping[str, Any]
+
+
+def render_row(row: Row, *, plan: Plan) -> str:
+    """One line for people of a training or validation row."""
+    head = f"step {row['step']:>{len(str(plan.total_steps))}}/{plan.total_steps}"
+    head += f"  epoch {row['epoch']:.2f}"
+    if "train/loss" in row:
+        parts = [f"loss {row['train/loss']:.4f}", f"lr {row['train/lr']:.2e}"]
+        if "train/grad_norm" in row:
+            parts.append(f"grad {row['train/grad_norm']:.2f}")
+        parts.append(f"{row['speed/images_per_second']:,.0f} img/s")
+        if row["speed/data_wait_frac"] > 0.1:  # worth a word only where it costs something
+            parts.append(f"waiting for data {row['speed/data_wait_frac']:.0%}")
+        parts.append(f"{row['memory/gib']:.1f} GiB")
+    else:
+        parts = [f"val top-1 {row['val/top1']:.2f}%", f"loss {row['val/loss']:.4f}"]
+        if "val_ema/top1" in row:
+            parts += [f"EMA top-1 {row['val_ema/top1']:.2f}%", f"loss {row['val_ema/loss']:.4f}"]
+    return "  ".join([head, *parts])
+
+
+class ProgressDisplay(pl.Callback):
+    """A live bar where stderr is a terminal; a line a row where it is not. Rank 0 only."""
+
+    def __init__(self, plan: Plan, *, console: Console, log: Path) -> None:
+        self.plan = plan
+        self.console = console
+        self.log = log
+        self._bar: Progress | None = None
+
+    def say(self, line: str) -> None:
+        """Write one line for people, and to the log."""
+        self.console.print(line, markup=False, soft_wrap=True)
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def show(self, row: Row) -> None:
+        """Show a new row."""
+        line = render_row(row, plan=self.plan)
+        if self._bar is None or "val/top1" in row:
+            self.say(line)
+            return
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self._bar.update(self._bar.task_ids[0], text=line.split("  ", 2)[2])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar at the step where the run goes on."""
+        if not trainer.is_global_zero or not self.console.is_terminal:
+            return
+        assert isinstance(pl_module, Classifier)
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+        )
+        self._bar.add_task(
+            "train", total=self.plan.total_steps, completed=pl_module.step, text="first steps ..."
+        )
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
+    ) -> None:
+        """Move the bar."""
+        del trainer
+        assert isinstance(pl_module, Classifier)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=pl_module.step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the bar, whatever ended the run."""
+        del trainer, pl_module, stage
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

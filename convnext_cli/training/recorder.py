@@ -1,0 +1,130 @@
+"""Writes the rows of a run: metrics.jsonl, metrics.csv and the trackers; tells who listens.
+
+Values leave the device only when a row is due, so the host does not wait for it at every step.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+
+from convnext_cli.errors import Diverged
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.record import JsonLines, utc_now, write_csv
+from convnext_cli.training.task import Classifier
+from convnext_cli.training.throughput import Meter, read_memory_gib
+
+Row = Mapping[str, Any]
+Listener = Callable[[Row], None]
+
+
+class Recorder(pl.Callback):
+    """One row every `log.every_steps`, and one after each validation.
+
+    Rows are the same sums on every rank; only rank 0 writes and tells the listeners.
+    """
+
+    def __init__(self, run: RunDir, plan: Plan, *, listeners: Sequence[Listener] = ()) -> None:
+        self.run = run
+        self.plan = plan
+        self.listeners = list(listeners)
+        self._file: JsonLines | None = None
+        self._meter = Meter(plan.per_device_images * plan.world_size)
+        self._rows_since = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop rows that a resumed run will write again."""
+        assert isinstance(pl_module, Classifier)
+        self._rows_since = pl_module.step
+        if trainer.is_global_zero:
+            self._file = JsonLines(self.run.metrics)
+            self._file.truncate_after(pl_module.step)
+        self._meter = Meter(self._meter.images_per_pass)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        """Note that data came, and ask for the gradient's norm where a row is due."""
+        del trainer
+        assert isinstance(pl_module, Classifier)
+        self._meter.start_batch()
+        pl_module.wants_grad_norm = self._is_due(pl_module.step + 1)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
+    ) -> None:
+        """Write the training row where it is due."""
+        assert isinstance(pl_module, Classifier)
+        self._meter.end_batch()
+        if not pl_module.at_step_end or not self._is_due(pl_module.step):
+            return
+        steps = pl_module.step - self._rows_since
+        loss = pl_module.loss_sum / (steps * self.plan.accumulate_steps)
+        loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        row = {
+            "train/loss": float(loss),  # waits for the device, so the rates below are true
+            "train/lr": pl_module.lr_at(pl_module.step - 1),
+            **self._meter.read(),
+            "memory/gib": read_memory_gib(),
+        }
+        if pl_module.grad_norm is not None:
+            row["train/grad_norm"] = float(pl_module.grad_norm)
+        pl_module.loss_sum = torch.zeros_like(pl_module.loss_sum)
+        self._rows_since = pl_module.step
+        self._write(trainer, pl_module.step, row)
+        if not math.isfinite(row["train/loss"]):
+            raise Diverged(
+                f"the training loss is not finite at step {pl_module.step}"
+                f" (learning rate {row['train/lr']:.3g}, {self.plan.precision})",
+                hint="lower optim.lr, set optim.clip_norm=1.0, or use --precision bf16 or fp32;"
+                " the last checkpoint is whole",
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the validation row and the table of all rows."""
+        assert isinstance(pl_module, Classifier)
+        self._write(trainer, pl_module.step, pl_module.validation)
+        if trainer.is_global_zero and "csv" in self.plan_trackers:
+            write_csv(self.run.metrics, self.run.metrics_csv)
+        self._meter.pause()
+
+    @property
+    def plan_trackers(self) -> tuple[str, ...]:
+        """The trackers asked for, csv among them by default."""
+        asked = self.plan.recipe.log.trackers
+        return ("csv", "tensorboard") if asked == "auto" else asked
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.plan.recipe.log.every_steps == 0 or step == self.plan.total_steps
+
+    def _write(self, trainer: pl.Trainer, step: int, values: Mapping[str, float]) -> None:
+        if not trainer.is_global_zero or self._file is None:
+            return
+        row = {
+            "step": step,
+            "epoch": round(step / self.plan.steps_per_epoch, 4),
+            "time": utc_now(),
+            **values,
+        }
+        self._file.write(row)
+        for logger in trainer.loggers:
+            _log(logger, values, step)
+        for listener in self.listeners:
+            listener(row)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the file; the table holds what was written."""
+        del trainer, pl_module, stage
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            if "csv" in self.plan_trackers:
+                write_csv(self.run.metrics, self.run.metrics_csv)
+
+
+def _log(logger: Logger, values: Mapping[str, float], step: int) -> None:
+    logger.log_metrics(dict(values), step=step)

@@ -1,0 +1,87 @@
+"""Accuracy and loss over a whole data set, exact for any batch size and number of ranks.
+
+Shapes: N images, K classes. Padding carries the label -1 and is not counted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import Metric
+
+from convnext_cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores over all ranks: percent, mean loss, and the number of images counted."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+class Scores(Metric):
+    """Sums of hits, losses and images; summed over ranks when computed.
+
+    A tie counts for the classes that `torch.topk` lists first. Non-finite logits are a failure,
+    not a guess of class 0.
+    """
+
+    full_state_update = False
+    top1_hits: Tensor
+    top5_hits: Tensor
+    loss_sum: Tensor
+    images: Tensor
+    non_finite: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        for name in ("top1_hits", "top5_hits", "images", "non_finite"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        # float64: a sum over millions of images must not depend on their grouping visibly
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits_NK: Tensor, label_N: Tensor) -> None:
+        """Count a batch; no value leaves the device."""
+        counted_N = label_N >= 0
+        safe_N = label_N.clamp_min(0)
+        ranked_NK = logits_NK.topk(min(5, self.num_classes), dim=1).indices
+        hits_NK = (ranked_NK == safe_N[:, None]) & counted_N[:, None]
+        loss_N = functional.cross_entropy(logits_NK.float(), safe_N, reduction="none")
+        self.top1_hits += hits_NK[:, 0].sum()
+        self.top5_hits += hits_NK.any(dim=1).sum()
+        self.loss_sum += torch.where(counted_N, loss_N, 0.0).double().sum()
+        self.images += counted_N.sum()
+        finite_N = torch.isfinite(logits_NK).all(dim=1)
+        self.non_finite += (~finite_N & counted_N).sum()
+
+    def compute(self) -> Tensor:
+        """(top-1 hits, top-5 hits, loss sum, images, non-finite images) over all ranks."""
+        parts = (self.top1_hits, self.top5_hits, self.loss_sum, self.images, self.non_finite)
+        return torch.stack([part.double() for part in parts])
+
+    def compute_summary(self) -> Summary:
+        """The scores of all images seen since the last reset; the same on every rank.
+
+        Raises:
+            UserError: Some logits were not finite.
+        """
+        state: Tensor = self.compute()
+        top1, top5, loss, images, non_finite = state.tolist()
+        if non_finite:
+            raise UserError(
+                f"the model gave non-finite outputs for {int(non_finite)} of {int(images)} images",
+                hint="evaluate in another precision (--precision fp32 or bf16), or an earlier"
+                " checkpoint",
+            )
+        counted = max(images, 1.0)
+        return Summary(
+            top1=100 * top1 / counted,
+            top5=100 * top5 / counted,
+            loss=loss / counted,
+            images=int(images),
+        )

@@ -1,0 +1,227 @@
+"""The LightningModule: one optimizer step, the averaged weights, and exact evaluation.
+
+Shapes: N images, C channels, H height, W width, K classes.
+
+A run is one long Lightning epoch: `Classifier.step` counts optimizer steps over all attempts, and
+everything that changes with time (learning rate, mixing, drop path) is a function of that count.
+So a resume needs no clock and no saved random state.
+
+Metric names, as they appear in metrics.jsonl and every tracker:
+
+| name | what |
+|---|---|
+| `train/loss` | mean training loss since the row before, over all ranks |
+| `train/lr` | learning rate of the head (layer decay scale 1) |
+| `train/grad_norm` | norm of the gradient before clipping |
+| `val/loss`, `val/top1`, `val/top5` | raw weights; accuracies in percent |
+| `val_ema/loss`, `val_ema/top1`, `val_ema/top5` | averaged weights |
+| `speed/images_per_second`, `speed/data_wait_frac` | over all devices; share of time without data |
+| `memory/gib` | peak of the device (GPU) or of the process (CPU) |
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+
+from convnext_cli.data.mix import BatchMix, normalise
+from convnext_cli.data.order import batch_rng
+from convnext_cli.data.reader import Batch
+from convnext_cli.errors import DataError
+from convnext_cli.models.weights import ModelCard
+from convnext_cli.optim.build import apply_lr, build_optimizer
+from convnext_cli.optim.ema import update_averaged
+from convnext_cli.optim.schedule import cosine_lr
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.training.scores import Scores
+
+CHECKPOINT_KEY = "convnext"
+"""Our own part of a checkpoint: the model card, and where the run stands."""
+
+
+class Classifier(pl.LightningModule):
+    """A network that learns to classify images, as the plan says.
+
+    Args:
+        model: Network from (N, 3, H, W) to (N, K).
+        averaged: A copy of it that holds the averaged weights; None: no averaging.
+        plan: Every number of the run.
+        mix: What is done to each training batch on the device.
+        card: What the weights are, written into each checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        averaged: nn.Module | None,
+        plan: Plan,
+        mix: BatchMix,
+        card: ModelCard,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.ema_model = averaged
+        self.plan = plan
+        self.mix = mix
+        self.card = card
+        self.step = 0
+        """Optimizer steps taken over all attempts."""
+        self.grad_norm: Tensor | None = None
+        """Norm of the newest gradient before clipping, where it was measured."""
+        self.wants_grad_norm = False
+        """Set by whoever writes the next row: measuring costs a pass over the gradients."""
+        self.loss_sum = torch.zeros(())
+        """Sum of the losses since the row before; stays on the device."""
+        self.at_step_end = False
+        """Whether the newest pass ended an optimizer step."""
+        self.validation: dict[str, float] = {}
+        """The newest validation row."""
+        self.val_scores = Scores(plan.num_classes)
+        self.val_ema_scores = None if averaged is None else Scores(plan.num_classes)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the published groups; the learning rate is set before each step."""
+        return build_optimizer(self.plan, self.model)
+
+    def prepare_images(self, images_NCHW: Tensor) -> Tensor:
+        """Put float images into the memory format of the plan."""
+        if self.plan.channels_last:
+            return images_NCHW.contiguous(memory_format=torch.channels_last)
+        return images_NCHW
+
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Loss of one pass; Lightning divides it by the passes of a step."""
+        micro = batch_idx % self.plan.accumulate_steps
+        self.at_step_end = micro == self.plan.accumulate_steps - 1
+        rng = batch_rng(self.plan.recipe.seed, step=self.step, micro=micro, rank=self.global_rank)
+        torch.manual_seed(int(rng.integers(2**63)))  # drop path
+        x_NCHW, target_NK = self.mix(batch.image_NCHW, batch.label_N, rng)
+        logits_NK = self.model(self.prepare_images(x_NCHW))
+        loss: Tensor = functional.cross_entropy(logits_NK.float(), target_NK)
+        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
+        return loss
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,  # noqa: ANN401  # Lightning wraps the optimizer
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Set the learning rate of this step, step, and average the weights."""
+        apply_lr(optimizer, self.lr_at(self.step))
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.ema_model is not None and self.plan.recipe.ema.decay is not None:
+            update_averaged(self.ema_model, self.model, decay=self.plan.recipe.ema.decay)
+        self.step += 1
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the head at an optimizer step."""
+        return cosine_lr(
+            step,
+            peak=self.plan.lr,
+            floor=self.plan.min_lr,
+            warmup_steps=self.plan.warmup_steps,
+            total_steps=self.plan.total_steps,
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm in every precision, and measure the norm when a row wants it.
+
+        Lightning calls this on unscaled gradients before every optimizer step.
+        """
+        del optimizer, gradient_clip_val, gradient_clip_algorithm
+        limit = self.plan.recipe.optim.clip_norm
+        if limit is None and not self.wants_grad_norm:
+            return
+        parameters = [weight for weight in self.model.parameters() if weight.grad is not None]
+        norm = nn.utils.get_total_norm([weight.grad for weight in parameters])
+        if limit is not None:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        self.grad_norm = norm.detach()
+
+    def predict_logits(self, images_NCHW: Tensor, *, ema: bool) -> Tensor:
+        """Logits (N, K) in fp32 of uint8 images, from the averaged or the raw weights."""
+        model = self.ema_model if ema and self.ema_model is not None else self.model
+        x_NCHW = normalise(images_NCHW, mean=self.card.mean, std=self.card.std)
+        logits_NK: Tensor = model(self.prepare_images(x_NCHW))
+        return logits_NK.float()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting afresh."""
+        self.val_scores.reset()
+        if self.val_ema_scores is not None:
+            self.val_ema_scores.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch for the raw and for the averaged weights; padding is not counted."""
+        del batch_idx
+        self.val_scores.update(self.predict_logits(batch.image_NCHW, ema=False), batch.label_N)
+        if self.val_ema_scores is not None:
+            logits_NK = self.predict_logits(batch.image_NCHW, ema=True)
+            self.val_ema_scores.update(logits_NK, batch.label_N)
+
+    def on_validation_epoch_end(self) -> None:
+        """Sum over the ranks; callbacks read the row."""
+        self.validation = self.compute_validation()
+
+    def compute_validation(self) -> dict[str, float]:
+        """The validation row; the same on every rank.
+
+        Raises:
+            DataError: Not every image was counted exactly once.
+        """
+        row: dict[str, float] = {}
+        for prefix, scores in (("val", self.val_scores), ("val_ema", self.val_ema_scores)):
+            if scores is None:
+                continue
+            result = scores.compute_summary()
+            if result.images != self.plan.val_images:
+                raise DataError(
+                    f"validation counted {result.images} images instead of"
+                    f" {self.plan.val_images} in {self.plan.data_source}",
+                    hint="check the data set: convnext data check DIR",
+                )
+            row |= {
+                f"{prefix}/loss": result.loss,
+                f"{prefix}/top1": result.top1,
+                f"{prefix}/top5": result.top5,
+            }
+        return row
+
+    def to_channels_last(self) -> None:
+        """Put the convolutions of both weight sets into NHWC memory format; values stay."""
+        for network in (self.model, self.ema_model):
+            if network is not None:
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+
+    def on_fit_start(self) -> None:
+        """Let Lightning count on from the step of the checkpoint.
+
+        Its own counters begin at zero in every process. Validation is due by its count of passes.
+        """
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.batch_progress.total.ready = self.step * self.plan.accumulate_steps
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model card and the step; Lightning's own loop positions are left out.
+
+        They count within one process; `step` counts over all of them and says the same.
+        """
+        checkpoint.pop("loops", None)
+        checkpoint[CHECKPOINT_KEY] = self.card.to_dict() | {"step": self.step}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on at the step of the checkpoint."""
+        self.step = int(checkpoint[CHECKPOINT_KEY]["step"])

@@ -1,0 +1,58 @@
+"""How fast a run is, without making the host wait for the device."""
+
+import time
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+
+@dataclass
+class Meter:
+    """Times between rows: images per second over all devices, and the share spent without data.
+
+    The host runs ahead of the device between rows; a row waits for it once, so a row's mean rate is
+    the true one.
+    """
+
+    images_per_pass: int
+    """Images of one pass over all devices."""
+    passes: int = 0
+    waited_seconds: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
+    _batch_ended: float = field(default_factory=time.perf_counter)
+
+    def start_batch(self) -> None:
+        """The data is there."""
+        self.waited_seconds += time.perf_counter() - self._batch_ended
+
+    def end_batch(self) -> None:
+        """The pass was handed to the device."""
+        self.passes += 1
+        self._batch_ended = time.perf_counter()
+
+    def pause(self) -> None:
+        """Leave out what came since the last pass, such as validation or saving."""
+        now = time.perf_counter()
+        self._started += now - self._batch_ended
+        self._batch_ended = now
+
+    def read(self) -> dict[str, float]:
+        """The rates since the last reading; starts afresh."""
+        now = time.perf_counter()
+        seconds = max(now - self._started, 1e-9)
+        row = {
+            "speed/images_per_second": self.passes * self.images_per_pass / seconds,
+            "speed/data_wait_frac": min(1.0, self.waited_seconds / seconds),
+        }
+        self.passes, self.waited_seconds = 0, 0.0
+        self._started = self._batch_ended = now
+        return row
+
+
+def read_memory_gib() -> float:
+    """Peak memory of the device (GPU), or memory of this process (CPU), in GiB."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    used: int = psutil.Process().memory_info().rss
+    return used / 2**30
