@@ -1,0 +1,204 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convnext_cli.data.order import Order, batch_rng, evaluation_share, image_rng, philox
+
+KINDS = ("full", "window")
+WINDOW_V1 = [86, 173, 26, 180, 101, 58, 123, 117]
+FULL_V1 = [105, 107, 89, 150, 55, 0, 32, 149]
+SHARDS = (130, 64, 1, 200, 77)  # whole, cut and tiny chunks
+
+
+def epoch_ids(order: Order, epoch: int) -> np.ndarray:
+    return np.concatenate([order.batch(epoch, step) for step in range(order.steps_per_epoch)])
+
+
+def same_shard_rate(ids: np.ndarray, shard_of: np.ndarray) -> float:
+    counts = np.bincount(shard_of[ids])
+    return float((counts * (counts - 1)).sum() / (len(ids) * (len(ids) - 1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_uses_each_image_at_most_once_and_drops_less_than_one_batch(kind):
+    order = Order(shard_images=SHARDS, seed=3, global_images=32, lanes=8, kind=kind)
+
+    ids = epoch_ids(order, 0)
+
+    assert len(ids) == 472 // 32 * 32
+    assert len(np.unique(ids)) == len(ids)
+    assert ids.min() >= 0
+    assert ids.max() < 472
+    assert order.dropped_images == 472 - len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_without_remainder_is_a_permutation(kind):
+    order = Order(shard_images=(100, 156), seed=0, global_images=16, lanes=8, kind=kind)
+
+    assert sorted(epoch_ids(order, 4)) == list(range(256))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_remainder_is_another_one_each_epoch(kind):
+    order = Order(shard_images=(1500,), seed=0, global_images=64, kind=kind)
+
+    left_out = {frozenset(set(range(1500)) - set(epoch_ids(order, epoch))) for epoch in range(4)}
+
+    assert all(len(ids) == 1500 % 64 for ids in left_out)
+    assert len(left_out) == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.lists(st.integers(1, 150), min_size=1, max_size=6),
+    batch=st.integers(1, 48),
+    lanes=st.integers(1, 16),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 1000),
+    kind=st.sampled_from(KINDS),
+    data=st.data(),
+)
+def test_the_shares_of_any_world_are_the_same_global_batch(
+    shards, batch, lanes, seed, epoch, kind, data
+):
+    if sum(shards) < batch:
+        shards = [*shards, batch]
+    order = Order(
+        shard_images=tuple(shards), seed=seed, global_images=batch, lanes=lanes, kind=kind
+    )
+    step = data.draw(st.integers(0, order.steps_per_epoch - 1))
+    world = data.draw(st.sampled_from(order.worlds))
+
+    shares = [order.share(epoch, step, rank=rank, world=world) for rank in range(world)]
+
+    assert {len(share) for share in shares} == {batch // world}
+    np.testing.assert_array_equal(np.concatenate(shares), order.batch(epoch, step))
+
+
+@settings(max_examples=20, deadline=None)
+@given(images=st.integers(1, 400), batch=st.integers(1, 64), kind=st.sampled_from(KINDS))
+def test_any_sizes_give_epochs_without_repetition(images, batch, kind):
+    images = max(images, batch)
+    order = Order(shard_images=(images,), seed=1, global_images=batch, lanes=32, kind=kind)
+
+    ids = epoch_ids(order, 1)
+
+    assert len(set(ids.tolist())) == images // batch * batch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_epochs_and_seeds_have_other_orders_and_the_same_ones_repeat(kind):
+    def ids(seed, epoch):
+        order = Order(shard_images=SHARDS, seed=seed, global_images=16, lanes=8, kind=kind)
+        return epoch_ids(order, epoch).tolist()
+
+    assert ids(0, 0) == ids(0, 0)
+    assert ids(0, 0) != ids(0, 1)
+    assert ids(0, 0) != ids(1, 0)
+    assert ids(0, 1) != ids(1, 0)
+
+
+def test_the_orders_of_version_1_stay_what_they_are():
+    window = Order(shard_images=(100, 100), seed=7, global_images=8, lanes=4, kind="window")
+    full = Order(shard_images=(100, 100), seed=7, global_images=8, lanes=4, kind="full")
+
+    # Checkpoints rely on it: if this must change, raise ORDER_VERSION.
+    assert window.batch(2, 3).tolist() == WINDOW_V1
+    assert full.batch(2, 3).tolist() == FULL_V1
+
+
+def test_a_large_window_order_reaches_any_step_without_the_ones_before():
+    order = Order(shard_images=(10_000,) * 200, seed=0, global_images=4096, kind="window")
+
+    last = order.batch(5, order.steps_per_epoch - 1)
+
+    assert len(np.unique(last)) == 4096
+
+
+@pytest.mark.parametrize(
+    ("global_images", "lanes"), [(4096, 256), (64, 64), (1000, 200), (768, 192), (7, 7), (509, 1)]
+)
+def test_lanes_are_a_divisor_of_the_batch_that_many_worlds_divide(global_images, lanes):
+    order = Order(shard_images=(5000,), seed=0, global_images=global_images)
+
+    assert order.num_lanes == lanes
+    assert global_images % lanes == 0
+
+
+def test_a_world_that_does_not_divide_the_lanes_is_refused_with_those_that_do():
+    order = Order(shard_images=(5000,), seed=0, global_images=64, lanes=8)
+
+    with pytest.raises(ValueError, match=r"rank 0 of 3 .* can: 1, 2, 4, 8$"):
+        order.share(0, 0, rank=0, world=3)
+
+
+def test_fewer_images_than_a_batch_are_refused():
+    with pytest.raises(
+        ValueError, match="63 training images are fewer than one global batch of 64"
+    ):
+        Order(shard_images=(63,), seed=0, global_images=64)
+
+
+def test_a_step_beyond_the_epoch_is_refused():
+    order = Order(shard_images=(100,), seed=0, global_images=10)
+
+    with pytest.raises(ValueError, match="epochs have 10 steps"):
+        order.batch(0, 10)
+
+
+def test_the_window_order_mixes_shards_nearly_as_well_as_a_uniform_shuffle():
+    shards = (1000,) * 100
+    order = Order(shard_images=shards, seed=0, global_images=512, lanes=128, kind="window")
+    uniform = Order(shard_images=shards, seed=0, global_images=512, lanes=128, kind="full")
+    shard_of = np.repeat(np.arange(100), 1000)
+
+    def rate(order):
+        return np.mean([same_shard_rate(order.batch(0, step), shard_of) for step in range(60)])
+
+    assert rate(order) / rate(uniform) < 1.5
+
+
+def test_the_window_order_reads_from_few_shards_at_a_time():
+    order = Order(shard_images=(1000,) * 1000, seed=0, global_images=64, lanes=4, kind="window")
+
+    near = np.concatenate([order.batch(0, step) for step in range(16)])
+
+    # 4 lanes x (16 x 64 images) hold at most 64 chunks, though 1,024 images come from 1,000 shards.
+    assert len(np.unique(near // 1000)) <= 68
+
+
+@settings(max_examples=40, deadline=None)
+@given(images=st.integers(1, 300), world=st.integers(1, 9), batch=st.integers(1, 40))
+def test_evaluation_counts_each_image_once_in_equally_many_batches(images, world, batch):
+    shares = [
+        evaluation_share(images, rank=rank, world=world, batch=batch) for rank in range(world)
+    ]
+
+    assert len({share.shape for share in shares}) == 1
+    assert shares[0].shape[1] == batch
+    ids = np.concatenate([share.ravel() for share in shares])
+    assert sorted(ids[ids >= 0]) == list(range(images))
+
+
+def test_random_streams_of_different_addresses_differ():
+    addresses = [
+        philox(0, purpose="image", major=1, minor=2),
+        philox(1, purpose="image", major=1, minor=2),
+        philox(0, purpose="batch", major=1, minor=2),
+        philox(0, purpose="image", major=2, minor=1),
+        image_rng(0, epoch=1, sample=3),
+    ]
+
+    assert len({int(stream.random_raw()) for stream in addresses}) == 5
+
+
+def test_passes_and_ranks_of_a_step_draw_other_numbers():
+    draws = {
+        float(batch_rng(0, step=5, micro=micro, rank=rank).random())
+        for micro in range(3)
+        for rank in range(3)
+    }
+
+    assert len(draws) == 9
