@@ -71,7 +71,7 @@ def show(
         split=split,
         view=view,
         seed=asked.seed if seed is None else seed,
-        on_bad="replace",
+        on_bad="replace" if split == "train" else "raise",
     )
     if not len(reader):
         raise DataError(f"{directory}: the split {split} has no images", hint="name another split")

@@ -1,14 +1,13 @@
 """A picture of what the network sees: originals beside their views, as one PNG.
 
 ```
- original 500x375 | epoch 0 | epoch 1 | epoch 2 | as trained: erased, mixed, with its target
- original ...
+ original    | epoch 0 | epoch 1 | epoch 2 | as trained: erased, mixed
+ class, size |         |         |         | 70% its class, 21% its partner's
 ```
 
 Legend: N = images of a pass, K = classes, C = 3 channels, H and W = height and width.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,10 +23,11 @@ from convnext_cli.data.reader import ImageReader
 
 TILE_PX = 144
 _GAP_PX = 6
+_MARGIN_PX = 16
 _CAPTION_PX = 32
 _TITLE_PX = 30
-_FONT_PX = 11
-_PASS_IMAGES = 8
+_FONT_PX = 12
+_PASS_IMAGES = 4
 """Images that are mixed alike; another pass draws mixup or cutmix anew."""
 
 _PAPER = (255, 255, 255)
@@ -42,9 +42,9 @@ class Cell:
     image_CHW: Tensor  # noqa: N815  # shape suffix
     """uint8, any size."""
     name: str
-    """First line: what is shown, such as the class."""
+    """First line, such as the class or the view."""
     detail: str = ""
-    """Second line: which view."""
+    """Second line, such as the size."""
 
 
 Row = tuple[Cell, ...]
@@ -80,9 +80,7 @@ def make_train_rows(
     for sample, last in zip(ids, trained, strict=True):
         original = _original_cell(reader, sample, classes=classes)
         views = [
-            dataclasses.replace(
-                original, image_CHW=reader[epoch, sample].image_CHW, detail=f"epoch {epoch}"
-            )
+            Cell(image_CHW=reader[epoch, sample].image_CHW, name=f"epoch {epoch}")
             for epoch in range(num_views)
         ]
         rows.append((original, *views, last))
@@ -98,8 +96,8 @@ def make_eval_rows(reader: ImageReader, *, classes: Sequence[str], num_images: i
     rows: list[Row] = []
     for sample in choose_images(reader, num_images=num_images):
         original = _original_cell(reader, sample, classes=classes)
-        view_CHW = reader[0, sample].image_CHW
-        rows.append((original, dataclasses.replace(original, image_CHW=view_CHW, detail="eval")))
+        view = Cell(image_CHW=reader[0, sample].image_CHW, name="as evaluated")
+        rows.append((original, view))
     return rows
 
 
@@ -133,37 +131,41 @@ def _trained_cells(
     )
     images_NCHW = denormalise(x_NCHW, mean=mix.mean, std=mix.std)
     return [
-        Cell(image_CHW=image_CHW, name=_render_target(target_K, classes), detail="as trained")
+        _trained_cell(image_CHW, target_K, classes=classes, smoothing=mix.label_smoothing)
         for image_CHW, target_K in zip(images_NCHW, target_NK, strict=True)
     ]
 
 
-def _render_target(target_K: Tensor, classes: Sequence[str]) -> str:
-    """The classes that hold more than the smoothing's share, largest first."""
+def _trained_cell(
+    image_CHW: Tensor, target_K: Tensor, *, classes: Sequence[str], smoothing: float
+) -> Cell:
+    """A picture with the classes that hold more than the smoothing's share, largest first."""
     shares = target_K.numpy()
-    marked = [k for k in np.argsort(-shares)[:2] if shares[k] > 2 * shares.min() + 1e-4]
-    return " + ".join(f"{round(100 * float(shares[k]))}% {classes[k]}" for k in marked)
+    marked = [k for k in np.argsort(-shares)[:2] if shares[k] > smoothing / len(shares) + 5e-3]
+    lines = [f"{round(100 * float(shares[k]))}% {classes[k]}" for k in marked]
+    return Cell(image_CHW=image_CHW, name=lines[0], detail="".join(lines[1:]))
 
 
 def render_sheet(rows: Sequence[Row], *, title: str) -> Image.Image:
-    """All rows on white paper, in two columns where there are more than six rows."""
-    num_columns = 2 if len(rows) > 6 else 1
-    num_lines = -(-len(rows) // num_columns)
+    """All rows on white paper, side by side in columns where there are more than six."""
     cells_wide = max(len(row) for row in rows)
-    column_px = cells_wide * (TILE_PX + _GAP_PX) + 2 * _GAP_PX
+    num_columns = min(-(-len(rows) // 6), max(1, 10 // cells_wide))
+    num_lines = -(-len(rows) // num_columns)
+    column_px = cells_wide * (TILE_PX + _GAP_PX) + _MARGIN_PX
     line_px = TILE_PX + _CAPTION_PX + _GAP_PX
     sheet = Image.new(
         "RGB",
-        (num_columns * column_px + _GAP_PX, _TITLE_PX + num_lines * line_px + _GAP_PX),
+        (max(640, num_columns * column_px + _MARGIN_PX), _TITLE_PX + num_lines * line_px + _GAP_PX),
         _PAPER,
     )
     pen = ImageDraw.Draw(sheet)
     font, bold = ImageFont.load_default(size=_FONT_PX), ImageFont.load_default(size=_FONT_PX + 3)
-    pen.text((2 * _GAP_PX, _GAP_PX), _shorten(title, bold, sheet.width - 20), _INK, font=bold)
+    fitting = _shorten(title, bold, sheet.width - 2 * _MARGIN_PX)
+    pen.text((_MARGIN_PX, _GAP_PX), fitting, _INK, font=bold)
     for number, row in enumerate(rows):
         column, line = divmod(number, num_lines)
         for place, cell in enumerate(row):
-            left = column * column_px + 2 * _GAP_PX + place * (TILE_PX + _GAP_PX)
+            left = column * column_px + _MARGIN_PX + place * (TILE_PX + _GAP_PX)
             top = _TITLE_PX + line * line_px
             tile = _fit(cell.image_CHW)
             sheet.paste(

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from convnext_cli.data.augment import View
-from convnext_cli.data.card import DatasetCard, Shard
+from convnext_cli.data.card import DatasetCard, Shard, index_name
 from convnext_cli.data.decode import BadImage, decode_rgb
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.index import ShardIndex, read_index
@@ -307,11 +307,6 @@ class EvaluationSampler(Sampler[list[Place]]):
     def __iter__(self) -> Iterator[list[Place]]:
         for ids in self.ids:
             yield [(0, int(sample)) for sample in ids]
-
-
-def index_name(shard_name: str) -> str:
-    """Name of the index beside a shard: train-000000.tar -> train-000000.index.npz."""
-    return f"{shard_name.removesuffix('.tar')}.index.npz"
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -38,11 +38,11 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from convnext_cli.data.augment import View
 from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.index import IMAGE_EXTENSIONS
 from convnext_cli.data.order import image_rng, philox
 from convnext_cli.data.reader import PADDING, Batch, Sample, collate
 from convnext_cli.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSION = "cls"
 
 

@@ -2,17 +2,18 @@ import hashlib
 import io
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from convnext_cli.data.card import DatasetCard, Shard, Split
-from convnext_cli.data.index import ShardIndex, write_index
 from PIL import Image
 
 from convnext_cli.data.augment import EvalView, TrainView
+from convnext_cli.data.card import DatasetCard, Shard, Split, index_name
 from convnext_cli.data.fetch import Store
+from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.data.order import Order
 from convnext_cli.data.reader import (
     Batch,
@@ -20,7 +21,6 @@ from convnext_cli.data.reader import (
     ImageReader,
     StepSampler,
     build_loader,
-    index_name,
 )
 from convnext_cli.errors import DataError
 
@@ -37,26 +37,14 @@ def jpeg(number: int) -> bytes:
 def write_shard(folder: Path, name: str, images: list[tuple[str, bytes, int]]) -> Shard:
     """A WebDataset shard and its index from (key, image, label)."""
     path = folder / name
-    offsets = []
     with tarfile.open(path, "w") as tar:
         for key, image, label in images:
-            for extension, data in (("jpg", image), ("cls", str(label).encode())):
+            for extension, data in (("jpg", image), ("cls", str(max(0, label)).encode())):
                 member = tarfile.TarInfo(f"{key}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    with tarfile.open(path) as tar:
-        offsets = [member.offset_data for member in tar if member.name.endswith(".jpg")]
-    write_index(
-        folder / index_name(name),
-        ShardIndex(
-            keys=np.array([key for key, _, _ in images]),
-            labels=np.array([label for _, _, label in images], dtype=np.int64),
-            image_offset=np.array(offsets, dtype=np.int64),
-            image_bytes=np.array([len(image) for _, image, _ in images], dtype=np.int64),
-            width=np.full(len(images), 30, dtype=np.int64),
-            height=np.full(len(images), 24, dtype=np.int64),
-        ),
-    )
+    labels = np.array([label for _, _, label in images], dtype=np.int32)
+    write_index(replace(scan_shard(path), labels=labels), folder / index_name(name))
     data = path.read_bytes()
     return Shard(
         name=name, images=len(images), bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
@@ -68,11 +56,16 @@ def write_dataset(folder: Path, shards: list[list[tuple[str, bytes, int]]]) -> D
         write_shard(folder, f"train-{number:06d}.tar", images)
         for number, images in enumerate(shards)
     )
-    split = Split(name="train", images=sum(shard.images for shard in written), shards=written)
+    labels = [label for images in shards for _, _, label in images]
+    split = Split(
+        name="train",
+        shards=written,
+        class_images=tuple(labels.count(k) for k in range(NUM_CLASSES)),
+    )
     return DatasetCard(
         classes=tuple(f"class {k}" for k in range(NUM_CLASSES)),
         splits={"train": split},
-        fingerprint="0" * 64,
+        options={},
     )
 
 
