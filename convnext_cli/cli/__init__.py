@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from convnext_cli import __version__
-from convnext_cli.cli import plan, recipes
+from convnext_cli.cli import evaluate, finetune, plan, predict, recipes, runs, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,5 +35,10 @@ def convnext(
     del version
 
 
+app.command()(train.train)
+app.command()(finetune.finetune)
+app.command()(evaluate.evaluate)
+app.command()(predict.predict)
 app.command()(plan.plan)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(runs.app, name="runs")

@@ -6,13 +6,23 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For people; plain text where stderr is not a terminal."""
 
 
 def print_json(value: object) -> None:
     """Write one JSON document to stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def print_table(table: Table) -> None:
+    """Show a table to people; where stderr is no terminal, as wide as it needs to be."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = Console(stderr=True, width=10_000)
+    wide.width = max(1, wide.measure(table).maximum)
+    wide.print(table)
 
 
 def make_table(*columns: str, title: str | None = None) -> Table:

@@ -17,7 +17,7 @@ RecipeArgument = Annotated[
 ]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(help="Changes to the recipe, such as optim.lr=2e-3.", metavar="[KEY=VALUE]..."),
+    typer.Argument(help="Changes to the recipe, such as optim.lr=2e-3.", metavar="KEY=VALUE"),
 ]
 DataOption = Annotated[
     str | None,

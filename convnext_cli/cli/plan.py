@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from convnext_cli.cli._console import console, make_table, print_json
+from convnext_cli.cli._console import make_table, print_json, print_table
 from convnext_cli.cli._inputs import (
     DataOption,
     JsonOption,
@@ -88,4 +88,4 @@ def show_plan(plan: Plan) -> None:
     ]
     for name, text in rows:
         table.add_row(Text(name, style="bold"), Text(text))
-    console.print(table)
+    print_table(table)

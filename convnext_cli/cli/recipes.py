@@ -7,7 +7,7 @@ import typer
 from pydantic import BaseModel
 from rich.text import Text
 
-from convnext_cli.cli._console import console, make_table, print_json
+from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption, OverridesArgument
 from convnext_cli.errors import RecipeError, UserError
 from convnext_cli.plan.cluster import Cluster
@@ -49,7 +49,7 @@ def list_(*, json_output: JsonOption = False) -> None:
     for name, recipe in recipes.items():
         top1 = "" if recipe.published_top1 is None else f"{recipe.published_top1:.1f}"
         table.add_row(Text(name, style="bold"), top1, Text(recipe.about))
-    console.print(table)
+    print_table(table)
 
 
 @app.command("show")
@@ -79,7 +79,9 @@ def show(
 def _show_fields(key: str | None, *, json_output: bool) -> None:
     chosen = [name for name in list_fields() if key is None or name.startswith(key)]
     if not chosen:
-        raise RecipeError(f"no key {key} in a recipe", hint="see all: convnext recipes show --fields")
+        raise RecipeError(
+            f"no key {key} in a recipe", hint="see all: convnext recipes show --fields"
+        )
     help_of = _field_help()
     if json_output:
         print_json({name: help_of[name] for name in chosen})
@@ -118,7 +120,7 @@ def diff(
     table = make_table("key", first, second)
     for key, (a, b) in differing.items():
         table.add_row(key, Text(_word(a)), Text(_word(b)))
-    console.print(table)
+    print_table(table)
 
 
 def _flatten(recipe: Recipe) -> dict[str, object]:
@@ -170,5 +172,3 @@ def _check_one(name: str) -> None:
     recipe = load_recipe(name)
     if recipe.data.dataset is not None:
         make_plan(recipe, Cluster(), name=Path(find_recipe(name)).stem)
-
-

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from convnext_cli.cli._console import console, make_table, print_json
+from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.errors import RunError, UserError
 from convnext_cli.runs.layout import RunDir, find_run, find_runs
 
@@ -216,12 +215,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         column.overflow = "fold"  # half a path is of no use
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    if console.is_terminal:
-        console.print(table)
-    else:
-        wide = Console(stderr=True, width=10_000)
-        wide.width = max(1, wide.measure(table).maximum)
-        wide.print(table)
+    print_table(table)
 
 
 def _path_below(root: Path, path: Path) -> str:

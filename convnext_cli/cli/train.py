@@ -25,6 +25,7 @@ from convnext_cli.errors import RecipeError
 from convnext_cli.plan.cluster import Cluster, count_cpus, read_rank, read_shape
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.schema import Recipe
+from convnext_cli.runs.compare import summarise_run
 from convnext_cli.runs.layout import RunDir
 
 NameOption = Annotated[
@@ -107,10 +108,10 @@ def run_training(
 
     mode = resume if resume in {"auto", "never", "must"} else Path(resume)
     resume_from = open_run(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
-    console.print(Text(f"run        {run.root}"))
+    console.print(Text.assemble(("run      ", "bold"), str(run.root)), soft_wrap=True)
     result = fit(plan, run, resume_from=resume_from, console=console)
     if cluster.rank == 0:
-        _tell_result(run, result.validation, recipe=recipe)
+        _tell_result(run, recipe=recipe, step=result.step)
 
 
 def _with_builtin_data(recipe: Recipe) -> Recipe:
@@ -124,20 +125,27 @@ def _with_builtin_data(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data})
 
 
-def _tell_result(run: RunDir, validation: dict[str, float], *, recipe: Recipe) -> None:
+def _tell_result(run: RunDir, *, recipe: Recipe, step: int) -> None:
     from convnext_cli.runs.plots import plot_runs
 
     plot_runs([run], run.curves)
-    ema = validation.get("val_ema/top1")
-    best = run.best_ema if ema is not None and run.best_ema.exists() else run.best
-    if validation:
-        text = f"top-1 {validation['val/top1']:.2f}%"
-        text += f", averaged weights {ema:.2f}%" if ema is not None else ""
-        if recipe.published_top1 is not None:
-            text += f" (published {recipe.published_top1:.1f}%)"
-        console.print(Text(f"finished   {text}", style="bold"))
-    checkpoint = best if best.exists() else run.last
-    console.print(Text(f"checkpoint {checkpoint}"))
-    console.print(Text(f"plot       {run.curves}"))
-    data = f" --data {recipe.data.path}" if recipe.data.path else " --data DIR"
-    console.print(Text(f"next       convnext evaluate {checkpoint}{data}"))
+    summary = summarise_run(run)
+    raw, averaged = summary.best_top1, summary.best_ema_top1
+    checkpoint = run.last
+    text = f"{step} steps"
+    if raw is not None:
+        checkpoint = run.best
+        text += f", best top-1 {raw:.2f}% (step {summary.best_top1_step})"
+    if averaged is not None:
+        checkpoint = run.best_ema if raw is None or averaged >= raw else run.best
+        text += f", averaged weights {averaged:.2f}% (step {summary.best_ema_top1_step})"
+    if recipe.published_top1 is not None:
+        text += f"; published {recipe.published_top1:.1f}%"
+    data = recipe.data.path or "DIR"
+    for name, value in (
+        ("finished", text),
+        ("checkpoint", str(checkpoint)),
+        ("plot", str(run.curves)),
+        ("next", f"convnext evaluate {checkpoint} --data {data}"),
+    ):
+        console.print(Text.assemble((f"{name:<11}", "bold"), value), soft_wrap=True)

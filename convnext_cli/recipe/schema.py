@@ -92,7 +92,8 @@ class Data(Section):
 
     mode: Literal["indexed", "stream"] = "indexed"
     """indexed: exact order and resume, through the index beside the shards. stream: plain
-    WebDataset streaming of unindexed shards; order depends on workers, resume restarts the epoch."""
+    WebDataset streaming of unindexed shards; the order depends on the workers, and a resume
+    restarts the epoch."""
 
     val_path: str | None = None
     """Stream mode only: the validation shards."""

@@ -4,6 +4,8 @@ Lightning's own checkpointing, progress bar, samplers, signal handling and summa
 they do here is done by `checkpoint`, `progress`, the data room, `preempt` and the plan.
 """
 
+import logging
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, assert_never
@@ -18,6 +20,7 @@ from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.schema import Precision, Tracker
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.checkpoint import AtomicCheckpointIO
+from convnext_cli.training.throughput import DataClock
 
 LightningPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -83,9 +86,11 @@ def build_loggers(plan: Plan, run: RunDir, *, first_step: int) -> list[Logger]:
     Raises:
         UserError: A tracker is asked for that is not installed.
     """
-    asked = plan.recipe.log.trackers
-    if asked == "auto":
-        asked = ("tensorboard",) if find_spec("tensorboard") else ()
+    asked: Sequence[Tracker] = ()
+    if plan.recipe.log.trackers != "auto":
+        asked = plan.recipe.log.trackers
+    elif find_spec("tensorboard"):
+        asked = ("tensorboard",)
     return [
         logger
         for tracker in asked
@@ -131,8 +136,25 @@ def _build_logger(tracker: Tracker, run: RunDir, *, first_step: int) -> Logger |
             assert_never(tracker)
 
 
+def quiet_lightning() -> None:
+    """Keep Lightning's advertisements, and its warnings about what is meant here, quiet."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        r".*module\(s\) in eval mode at the start of training",  # the averaged weights
+        r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
+        r".*does not have many workers",  # the plan chose their number
+        r".*was configured so 100% of the batches",
+        r".*srun. command is available on your system but is not used",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 def build_trainer(
-    plan: Plan, *, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger]
+    plan: Plan,
+    *,
+    callbacks: Sequence[pl.Callback],
+    loggers: Sequence[Logger],
+    clock: DataClock,
 ) -> pl.Trainer:
     """A Trainer for one attempt of a run: one long epoch over the steps that are left."""
     every = plan.eval_every_steps or plan.total_steps
@@ -151,6 +173,7 @@ def build_trainer(
         limit_val_batches=1.0 if plan.val_images else 0,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
+        profiler=clock,
         callbacks=list(callbacks),
         logger=list(loggers),
         enable_checkpointing=False,

@@ -11,7 +11,6 @@ A checkpoint holds tensors and plain values only, so it is read with `weights_on
 """
 
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -48,15 +47,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         with writing_to(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            beside = target.with_name(f".{target.name}.{os.getpid()}")
             try:
-                with os.fdopen(handle, "wb") as file:
+                with beside.open("wb") as file:
                     _save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
-                Path(name).replace(target)
+                beside.replace(target)
             except BaseException:
-                Path(name).unlink(missing_ok=True)
+                beside.unlink(missing_ok=True)
                 raise
             _sync_folder(target.parent)
 

@@ -23,13 +23,21 @@ from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import read_yaml, render_recipe
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import JsonLines, record_environment, utc_now, write_json, writing_to
-from convnext_cli.training.build import build_loggers, build_trainer, check_devices
+from convnext_cli.runs.record import (
+    JsonLines,
+    read_jsonl,
+    record_environment,
+    utc_now,
+    write_json,
+    writing_to,
+)
+from convnext_cli.training.build import build_loggers, build_trainer, check_devices, quiet_lightning
 from convnext_cli.training.checkpoint import Checkpoints, read_step
 from convnext_cli.training.preempt import StopOnSignal
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.recorder import Recorder
 from convnext_cli.training.task import Classifier
+from convnext_cli.training.throughput import DataClock
 
 ResumeMode = Literal["auto", "never", "must"]
 
@@ -136,6 +144,7 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
         Diverged: The loss is not finite.
     """
     check_devices(plan)
+    quiet_lightning()
     display = ProgressDisplay(plan, console=console, log=run.log)
     first_step = 0 if resume_from is None else read_step(resume_from)
     data = build_data(plan, first_step=first_step)
@@ -153,12 +162,14 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
     if plan.channels_last:
         task.to_channels_last()
     checkpoints = Checkpoints(run, plan)
-    recorder = Recorder(run, plan, listeners=[display.show])
+    clock = DataClock()
+    recorder = Recorder(run, plan, clock=clock, listeners=[display.show])
     callbacks = [recorder, checkpoints, StopOnSignal(checkpoints, plan), display]
     trainer = build_trainer(
         plan,
         callbacks=callbacks,
         loggers=build_loggers(plan, run, first_step=first_step),
+        clock=clock,
     )
     if resume_from is not None:
         _say(display, plan, f"going on from {resume_from} at step {first_step}")
@@ -201,8 +212,6 @@ def _say(display: ProgressDisplay, plan: Plan, line: str) -> None:
 
 
 def _last_validation(run: RunDir) -> dict[str, float]:
-    from convnext_cli.runs.record import read_jsonl  # noqa: PLC0415
-
     rows = [row for row in read_jsonl(run.metrics) if "val/top1" in row]
     if not rows:
         return {}

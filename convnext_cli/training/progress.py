@@ -39,13 +39,13 @@ class ProgressDisplay(pl.Callback):
     def __init__(self, plan: Plan, *, console: Console, log: Path) -> None:
         self.plan = plan
         self.console = console
-        self.log = log
+        self.log_path = log
         self._bar: Progress | None = None
 
     def say(self, line: str) -> None:
         """Write one line for people, and to the log."""
         self.console.print(line, markup=False, soft_wrap=True)
-        with self.log.open("a", encoding="utf-8") as file:
+        with self.log_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def show(self, row: Row) -> None:
@@ -54,7 +54,7 @@ class ProgressDisplay(pl.Callback):
         if self._bar is None or "val/top1" in row:
             self.say(line)
             return
-        with self.log.open("a", encoding="utf-8") as file:
+        with self.log_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self._bar.update(self._bar.task_ids[0], text=line.split("  ", 2)[2])
 

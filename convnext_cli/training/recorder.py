@@ -16,7 +16,7 @@ from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, utc_now, write_csv
 from convnext_cli.training.task import Classifier
-from convnext_cli.training.throughput import Meter, read_memory_gib
+from convnext_cli.training.throughput import DataClock, Meter, read_memory_gib
 
 Row = Mapping[str, Any]
 Listener = Callable[[Row], None]
@@ -28,12 +28,14 @@ class Recorder(pl.Callback):
     Rows are the same sums on every rank; only rank 0 writes and tells the listeners.
     """
 
-    def __init__(self, run: RunDir, plan: Plan, *, listeners: Sequence[Listener] = ()) -> None:
+    def __init__(
+        self, run: RunDir, plan: Plan, *, clock: DataClock, listeners: Sequence[Listener] = ()
+    ) -> None:
         self.run = run
         self.plan = plan
         self.listeners = list(listeners)
         self._file: JsonLines | None = None
-        self._meter = Meter(plan.per_device_images * plan.world_size)
+        self._meter = Meter(plan.per_device_images * plan.world_size, clock)
         self._rows_since = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -43,15 +45,14 @@ class Recorder(pl.Callback):
         if trainer.is_global_zero:
             self._file = JsonLines(self.run.metrics)
             self._file.truncate_after(pl_module.step)
-        self._meter = Meter(self._meter.images_per_pass)
+        self._meter = Meter(self._meter.images_per_pass, self._meter.clock)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
     ) -> None:
-        """Note that data came, and ask for the gradient's norm where a row is due."""
+        """Ask for the gradient's norm where a row is due."""
         del trainer
         assert isinstance(pl_module, Classifier)
-        self._meter.start_batch()
         pl_module.wants_grad_norm = self._is_due(pl_module.step + 1)
 
     def on_train_batch_end(

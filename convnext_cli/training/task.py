@@ -144,10 +144,10 @@ class Classifier(pl.LightningModule):
         limit = self.plan.recipe.optim.clip_norm
         if limit is None and not self.wants_grad_norm:
             return
-        parameters = [weight for weight in self.model.parameters() if weight.grad is not None]
-        norm = nn.utils.get_total_norm([weight.grad for weight in parameters])
+        weights = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         if limit is not None:
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            nn.utils.clip_grads_with_norm_(weights, limit, norm)
         self.grad_norm = norm.detach()
 
     def predict_logits(self, images_NCHW: Tensor, *, ema: bool) -> Tensor:
@@ -203,7 +203,7 @@ class Classifier(pl.LightningModule):
         """Put the convolutions of both weight sets into NHWC memory format; values stay."""
         for network in (self.model, self.ema_model):
             if network is not None:
-                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+                network.to(memory_format=torch.channels_last)
 
     def on_fit_start(self) -> None:
         """Let Lightning count on from the step of the checkpoint.

@@ -1,0 +1,137 @@
+"""`dataset.json`: the classes, splits, shards and hashes of a packed data set.
+
+Read without numpy or torch, so that planning stays light.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from convnext_cli.errors import DataError
+from convnext_cli.runs.record import write_json
+
+CARD_NAME = "dataset.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one part of a data set."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    class_images: tuple[int, ...]
+    """Images of each class, in label order."""
+
+    @property
+    def images(self) -> int:
+        """Images in all shards."""
+        return sum(shard.images for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """What a packed data set holds."""
+
+    classes: tuple[str, ...]
+    """Names of the classes in label order."""
+    splits: Mapping[str, Split]
+    options: Mapping[str, Any]
+    """How it was packed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a class or a byte of a shard does."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for name, split in sorted(self.splits.items()):
+            for shard in split.shards:
+                digest.update(f"\n{name} {shard.name} {shard.images} {shard.sha256}".encode())
+        return digest.hexdigest()
+
+
+def index_name(shard: str) -> str:
+    """The name of the index beside a shard."""
+    return f"{shard.removesuffix('.tar')}.index.npz"
+
+
+def read_card(location: str | Path) -> DatasetCard:
+    """The card of a packed data set in a folder or at a URL.
+
+    Raises:
+        DataError: There is none, it is damaged, or of a newer format.
+    """
+    place = str(location).rstrip("/")
+    try:
+        with fsspec.open(f"{place}/{CARD_NAME}", "rb") as file:
+            plain = json.loads(file.read())
+    except FileNotFoundError as error:
+        there = "://" in place or Path(place).is_dir()
+        what = f"{place} holds no {CARD_NAME}" if there else f"there is no folder {place}"
+        raise DataError(
+            f"{what}: it is not a packed data set",
+            hint=f"pack one: convnext data pack SOURCE {place}",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{place}/{CARD_NAME} cannot be read: {error}",
+            hint="pack the data set again: convnext data pack SOURCE OUT",
+        ) from error
+    try:
+        if plain["format"] > FORMAT:
+            raise DataError(
+                f"{place}/{CARD_NAME} has format {plain['format']}, newer than {FORMAT}",
+                hint="update this program: pip install -U convnext",
+            )
+        return DatasetCard(
+            classes=tuple(plain["classes"]),
+            splits={
+                name: Split(
+                    name=name,
+                    shards=tuple(Shard(**shard) for shard in split["shards"]),
+                    class_images=tuple(split["class_images"]),
+                )
+                for name, split in plain["splits"].items()
+            },
+            options=plain["options"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{place}/{CARD_NAME} is damaged: {error!r}",
+            hint="pack the data set again: convnext data pack SOURCE OUT",
+        ) from error
+
+
+def write_card(card: DatasetCard, folder: Path) -> None:
+    """Write `dataset.json`, whole or not at all."""
+    write_json(
+        folder / CARD_NAME,
+        {
+            "format": FORMAT,
+            "fingerprint": card.fingerprint,
+            "classes": list(card.classes),
+            "splits": {
+                name: {
+                    "images": split.images,
+                    "class_images": list(split.class_images),
+                    "shards": [asdict(shard) for shard in split.shards],
+                }
+                for name, split in sorted(card.splits.items())
+            },
+            "options": dict(card.options),
+        },
+    )

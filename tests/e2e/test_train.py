@@ -1,0 +1,215 @@
+"""The laws of training, over the real command with real processes on a CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPE = """
+about: A few steps of the smallest model, for tests.
+model: {name: convnextv2_atto, drop_path: 0.1}
+data: {image_px: 32, workers: 1, order: window, lanes: 4}
+augment: {rand_augment: null, erasing: 0.25}
+batch: {global_images: 8, per_device_images: 8}
+optim: {lr: 1.0e-3, lr_images: 8}
+schedule: {length: 6st, warmup: 2st}
+ema: {decay: 0.9}
+evaluate: {every: 3st}
+checkpoint: {every: 1st, keep_last: 10}
+log: {every_steps: 1, trackers: [csv]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def train(recipe: Path, data: Path, *more: str, name: str = "run") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data", str(data)]
+    command += ["--name", name, "--runs-dir", str(recipe.parent / "runs"), "--device", "cpu", *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def run_dir(recipe: Path, name: str = "run") -> Path:
+    return recipe.parent / "runs" / name
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys()
+    differing = [key for key in ours if not torch.equal(ours[key], theirs[key])]
+    assert not differing
+
+
+def test_a_run_leaves_checkpoints_rows_a_plot_and_the_next_command(recipe, tiny_shards):
+    done = train(recipe, tiny_shards)
+
+    assert done.returncode == 0, done.stderr
+    run = run_dir(recipe)
+    assert [row["step"] for row in rows(run) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(run) if "val_ema/top1" in row] == [3, 6]
+    assert (run / "checkpoints" / "last.ckpt").resolve().name == "step=00000006.ckpt"
+    assert (run / "plots" / "curves.png").stat().st_size > 1000
+    assert (run / "metrics.csv").read_text().startswith("step,")
+    assert "convnext evaluate" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_run_killed_at_any_step_ends_with_the_weights_of_one_left_alone(recipe, tiny_shards):
+    assert train(recipe, tiny_shards, name="whole").returncode == 0
+    whole = run_dir(recipe, "whole")
+
+    killed = run_dir(recipe, "killed")
+    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data"]
+    command += [str(tiny_shards), "--name", "killed", "--runs-dir", str(recipe.parent / "runs")]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (killed / "checkpoints" / "step=00000002.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = train(recipe, tiny_shards, name="killed")
+
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stderr
+    last = "checkpoints/last.ckpt"
+    assert_same_weights(whole / last, killed / last)
+    kept = ("step", "train/loss", "val/loss", "val_ema/top1", "train/lr")
+    assert [{key: row.get(key) for key in kept} for row in rows(killed)] == [
+        {key: row.get(key) for key in kept} for row in rows(whole)
+    ]
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_75(recipe, tiny_shards):
+    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data"]
+    command += [str(tiny_shards), "--runs-dir", str(recipe.parent / "runs"), "--device", "cpu"]
+    command += ["schedule.length=3000st", "checkpoint.every=5000st", "--name", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = run_dir(recipe) / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 75, stderr
+    assert "hint: run the same command again to go on" in stderr
+    last = run_dir(recipe) / "checkpoints" / "last.ckpt"
+    step = torch.load(last, weights_only=True)["convnext"]["step"]
+    assert f"after step {step} of 3000" in stderr
+    assert rows(run_dir(recipe))[-1]["step"] == step
+
+
+def test_two_processes_learn_what_one_learns_with_accumulation(recipe, tiny_shards):
+    plain = ["mix.mixup=null", "mix.cutmix=null", "model.drop_path=0", "augment.erasing=null"]
+    one = train(recipe, tiny_shards, *plain, "batch.per_device_images=4", name="one")
+    two = train(recipe, tiny_shards, *plain, "--devices", "2", name="two")
+
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    for left, right in zip(rows(run_dir(recipe, "one")), rows(run_dir(recipe, "two")), strict=True):
+        for key in ("train/loss", "val/loss", "val_ema/loss"):
+            if key in left:
+                assert right[key] == pytest.approx(left[key], rel=2e-5)
+    ours = weights(run_dir(recipe, "one") / "checkpoints/last.ckpt")
+    theirs = weights(run_dir(recipe, "two") / "checkpoints/last.ckpt")
+    for key, value in ours.items():
+        assert torch.allclose(value, theirs[key], atol=2e-4), key
+
+
+def test_averaging_does_not_change_the_raw_weights(recipe, tiny_shards):
+    assert train(recipe, tiny_shards, name="with").returncode == 0
+    assert train(recipe, tiny_shards, "ema.decay=null", name="without").returncode == 0
+
+    averaged = weights(run_dir(recipe, "with") / "checkpoints/last.ckpt")
+    raw = {key: value for key, value in averaged.items() if key.startswith("model.")}
+    plain = weights(run_dir(recipe, "without") / "checkpoints/last.ckpt")
+    assert raw.keys() == plain.keys()
+    assert all(torch.equal(raw[key], plain[key]) for key in raw)
+
+
+@pytest.mark.parametrize("mode", ["stages", "blocks"])
+def test_gradient_checkpointing_changes_memory_and_not_the_weights(recipe, tiny_shards, mode):
+    assert train(recipe, tiny_shards, "schedule.length=3st", name="plain").returncode == 0
+    more = ["schedule.length=3st", f"compute.gradient_checkpointing={mode}"]
+    assert train(recipe, tiny_shards, *more, name=mode).returncode == 0
+
+    last = "checkpoints/last.ckpt"
+    assert_same_weights(run_dir(recipe, "plain") / last, run_dir(recipe, mode) / last)
+
+
+@pytest.mark.parametrize(
+    "more", [["--precision", "bf16"], ["optim.clip_norm=0.5"], ["compute.channels_last=true"]]
+)
+def test_a_run_works_in_this_setting(recipe, tiny_shards, more):
+    done = train(recipe, tiny_shards, "schedule.length=3st", *more)
+
+    assert done.returncode == 0, done.stderr
+    assert all(row["train/grad_norm"] > 0 for row in rows(run_dir(recipe)) if "train/loss" in row)
+
+
+def test_the_same_command_after_the_end_says_what_came_out(recipe, tiny_shards):
+    assert train(recipe, tiny_shards).returncode == 0
+    before = (run_dir(recipe) / "metrics.jsonl").read_bytes()
+
+    again = train(recipe, tiny_shards)
+
+    assert again.returncode == 0, again.stderr
+    assert "finished   top-1" in again.stderr
+    assert (run_dir(recipe) / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(recipe, tiny_shards):
+    assert train(recipe, tiny_shards, "schedule.length=3st").returncode == 0
+
+    other = train(recipe, tiny_shards, "schedule.length=3st", "optim.lr=5e-4")
+
+    assert other.returncode == 2
+    assert "holds a run with optim.lr=0.001, but 0.0005 is asked now" in other.stderr
+    assert "--name" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_71(recipe, tiny_shards):
+    done = train(recipe, tiny_shards, "optim.lr=1e30", "checkpoint.every=100st")
+
+    assert done.returncode == 71, done.stderr
+    assert "the training loss is not finite" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--device", "cuda"], "a GPU was asked for, but torch finds none"),
+        (["--precision", "fp16"], "fp16 needs a GPU"),
+        (["model.num_classes=10"], "the recipe's head has 10 classes, but"),
+        (["--resume", "must"], "has no checkpoint to go on from"),
+        (["init.weights=/no/such/file.pth"], "/no/such/file.pth"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_a_hint(recipe, tiny_shards, more, sentence):
+    done = train(recipe, tiny_shards, *more)
+
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr

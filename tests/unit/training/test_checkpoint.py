@@ -1,0 +1,82 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from convnext_cli.errors import CheckpointError, StorageError
+from convnext_cli.training.checkpoint import AtomicCheckpointIO, read_step
+
+
+def content(step: int, size: int = 1000) -> dict[str, object]:
+    return {"state_dict": {"w": torch.full((size,), float(step))}, "convnext": {"step": step}}
+
+
+def test_a_saved_checkpoint_says_its_step_and_leaves_nothing_beside_it(tmp_path: Path):
+    path = tmp_path / "checkpoints" / "step=00000007.ckpt"
+
+    AtomicCheckpointIO().save_checkpoint(content(7), path)
+
+    assert read_step(path) == 7
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        path = disk / "last.ckpt"
+        AtomicCheckpointIO().save_checkpoint(content(1), path)
+
+        with pytest.raises(StorageError, match="No space left"):
+            AtomicCheckpointIO().save_checkpoint(content(2, size=1_000_000), path)
+
+        assert read_step(path) == 1
+        assert [file.name for file in disk.iterdir()] == ["last.ckpt"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_damaged_checkpoint_is_refused_with_a_sentence(tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content(3), path)
+    path.write_bytes(path.read_bytes()[:500])
+
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        read_step(path)
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_old_or_the_new_one(tmp_path: Path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content(0), path)
+    program = textwrap.dedent(
+        """
+        import sys, torch
+        from pathlib import Path
+        from convnext_cli.training.checkpoint import AtomicCheckpointIO
+        print("ready", flush=True)
+        for step in range(1, 10_000):
+            state = {"state_dict": {"w": torch.zeros(200_000)}, "convnext": {"step": step}}
+            AtomicCheckpointIO().save_checkpoint(state, Path(sys.argv[1]))
+            print(step, flush=True)
+        """
+    )
+    saver = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert saver.stdout is not None
+    with saver:
+        for _ in range(4):  # ready, and three whole saves; the kill falls into a later one
+            saver.stdout.readline()
+        os.kill(saver.pid, signal.SIGKILL)
+
+    assert read_step(path) >= 3
