@@ -257,7 +257,6 @@ def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]
         model,
         weights,
         head=init.head,
-        head_init_scale=plan.recipe.model.head_init_scale,
         target_classes=classes,
     )
     return [str(report)]

@@ -1,0 +1,144 @@
+"""`convnext weights`: what a checkpoint is, and the same weights in another layout."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.errors import CheckpointError, StorageError
+
+app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert them.")
+
+Target = Literal["official", "timm", "torchvision", "huggingface", "onnx"]
+PathArgument = Annotated[Path, typer.Argument(help="Checkpoint in any published layout.")]
+WeightsOption = Annotated[
+    Literal["auto", "raw", "ema"],
+    typer.Option("--weights", help="Which weights; auto: the averaged ones where there are any."),
+]
+
+
+@app.command()
+def inspect(
+    path: PathArgument, *, weights: WeightsOption = "auto", json_output: JsonOption = False
+) -> None:
+    """Say what a checkpoint is: layout, architecture, classes, averaged weights.
+
+    Example: convnext weights inspect convnext_tiny_22k_1k_224.pth
+    """
+    from convnext_cli.models.weights import count_non_finite, read_weights
+
+    found = read_weights(path, prefer=weights)
+    parameters = sum(value.numel() for value in found.state.values())
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in found.state.values()})
+    facts = {
+        "path": str(path),
+        "layout": found.layout,
+        "container": found.container,
+        "architecture": found.variant.name,
+        "num_classes": found.num_classes,
+        "parameters": parameters,
+        "dtypes": dtypes,
+        "weights": found.source,
+        "has_ema": found.has_ema,
+        "non_finite": count_non_finite(found.state),
+        "image_px": found.card.image_px if found.card else None,
+        "step": found.card.step if found.card else None,
+    }
+    if json_output:
+        print_json(facts)
+        return
+    table = make_table("", "")
+    table.show_header = False
+    head = "no head (self-supervised pre-training)"
+    rows = {
+        "file": str(path),
+        "layout": found.layout + (f", under {found.container!r}" if found.container else ""),
+        "model": f"{found.variant.name}, {parameters:,} parameters, {', '.join(dtypes)}",
+        "head": head if found.num_classes is None else f"{found.num_classes:,} classes",
+        "weights": f"{found.source}{'; the file holds raw and averaged' if found.has_ema else ''}",
+    }
+    if found.card:
+        after = f" after {found.card.step:,} steps" if found.card.step is not None else ""
+        rows["trained"] = f"at {found.card.image_px} px{after}"
+    if facts["non_finite"]:
+        rows["warning"] = f"{facts['non_finite']:,} values are NaN or infinite"
+    for name, text in rows.items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    print_table(table)
+
+
+@app.command()
+def convert(
+    path: PathArgument,
+    *,
+    to: Annotated[Target, typer.Option(help="Layout to write.")],
+    out: Annotated[Path, typer.Option(help="File to write (huggingface: folder).")],
+    weights: WeightsOption = "auto",
+    map_head: Annotated[
+        bool, typer.Option("--map-head", help="Turn an ImageNet-22K head into one for 1K by wnid.")
+    ] = False,
+    image_px: Annotated[
+        int | None, typer.Option(help="ONNX: image side (default: as trained, else 224).", min=8)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
+) -> None:
+    """Write a checkpoint's weights in another layout, bit for bit, or as ONNX.
+
+    Example: convnext weights convert runs/mine/checkpoints/best.ckpt --to timm --out model.pth
+    """
+    if out.exists() and not force:
+        raise StorageError(f"{out} exists already", hint="overwrite it with --force")
+    allowed = {
+        "onnx": (".onnx",),
+        "huggingface": ("",),
+        "official": (".pth", ".pt", ".safetensors"),
+        "timm": (".pth", ".pt", ".safetensors"),
+        "torchvision": (".pth", ".pt", ".safetensors"),
+    }[to]
+    if out.suffix not in allowed:
+        wanted = " or ".join(allowed) if allowed != ("",) else "a folder, without an ending"
+        raise StorageError(
+            f"--out {out}: for --to {to} the name ends in {wanted}",
+            hint=f"for example --out {out.stem}{allowed[0]}",
+        )
+    from convnext_cli.models.convnext import build_convnext
+    from convnext_cli.models.export import check_onnx, export_onnx
+    from convnext_cli.models.weights import load_into, read_weights, write_weights
+
+    found = read_weights(path, prefer=weights)
+    if found.variant.family == "timm":
+        raise CheckpointError(
+            f"{path} is a {found.variant.name}, whose layout is timm's own already",
+            hint="only ConvNeXt models are converted",
+        )
+    if map_head:
+        import dataclasses
+
+        model = build_convnext(found.variant, num_classes=1000)
+        report = load_into(model, found, head="map")
+        console.print(Text(str(report)), soft_wrap=True)
+        card = found.card and dataclasses.replace(found.card, num_classes=1000, classes=())
+        found = dataclasses.replace(found, state=model.state_dict(), num_classes=1000, card=card)
+    if to == "onnx":
+        check_onnx()
+        if found.num_classes is None:
+            raise CheckpointError(
+                f"{path} has no head to export", hint="fine-tune it first: convnext finetune --from"
+            )
+        model = build_convnext(found.variant, num_classes=found.num_classes)
+        load_into(model, found)
+        px = image_px or (found.card.image_px if found.card else 224)
+        difference = export_onnx(model, out, image_px=px)
+        console.print(
+            Text(f"wrote {out}: {px} px, onnxruntime agrees with torch to {difference:.1e}"),
+            soft_wrap=True,
+        )
+        return
+    write_weights(found, out, layout=to)
+    console.print(
+        Text(f"wrote {out}: {found.variant.name}, {found.source} weights, {to} layout"),
+        soft_wrap=True,
+    )

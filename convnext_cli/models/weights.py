@@ -1,0 +1,523 @@
+"""Read any checkpoint without running code in it, recognise what it is, fit it to a network.
+
+```
+file or folder --read--> plain dict --container, prefixes--> state --layouts--> official names
+```
+
+| container | weights |
+|---|---|
+| this project's checkpoint: `state_dict` with `model.*` and `ema_model.*` | raw, ema |
+| official: `model`, `model_ema`; timm: `state_dict`, `state_dict_ema` | raw, ema |
+| a state dict itself (.pth, .bin, .safetensors; whole or in shards) | raw |
+
+A pickle may run code when it is read, so torch reads with `weights_only=True`: tensors and plain
+values. A file that needs more is refused.
+"""
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, assert_never
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids, map_classes
+from convnext_cli.catalog.models import Variant, find_architecture, find_variant
+from convnext_cli.errors import CheckpointError
+from convnext_cli.models.layouts import (
+    Layout,
+    State,
+    WritableLayout,
+    from_official,
+    recognise_layout,
+    strip_prefixes,
+    to_official,
+)
+from convnext_cli.runs.record import writing_to
+
+CARD_KEY = "convnext"
+"""Where this project's files keep their model card."""
+
+WeightSource = Literal["raw", "ema"]
+HeadRule = Literal["keep", "reset", "map"]
+
+_EMA_KEYS = ("model_ema", "state_dict_ema")
+_RAW_KEYS = ("model", "state_dict", "module")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What weights are and how their images are prepared."""
+
+    variant: str
+    num_classes: int
+    image_px: int
+    classes: tuple[str, ...]
+    """By label; empty where they are not known."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"]
+    crop: Literal["center", "warp"]
+    crop_frac: float
+    step: int | None = None
+    """Optimizer steps that were taken; None where it is not known."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint or for JSON."""
+        plain = {"format": 1, **asdict(self)}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """The card of plain values.
+
+        Raises:
+            KeyError: A value is missing.
+        """
+        names = cls.__dataclass_fields__
+        values = {key: plain[key] for key in names if key != "step"}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**values, step=plain.get("step"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights under official names, and what they were recognised as."""
+
+    path: Path
+    state: dict[str, Tensor]
+    layout: Layout
+    container: str
+    """The key that held them; "" where the file is the state itself."""
+    source: WeightSource
+    has_ema: bool
+    """Whether the file holds averaged weights as well."""
+    variant: Variant
+    num_classes: int | None
+    """None: there is no head, as in files of self-supervised pre-training."""
+    card: ModelCard | None
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a network took from weights."""
+
+    sentence: str
+    head: Literal["kept", "fresh", "mapped"]
+    missing_classes: tuple[str, ...] = ()
+    """Classes whose rows of the head start afresh although the head was mapped."""
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") -> Weights:
+    """Weights of a file or folder in any published layout, under official names, on the CPU.
+
+    Args:
+        path: .pth, .pt, .ckpt, .bin, .safetensors, an index of shards, or a folder with one.
+        prefer: Which weights of a training checkpoint; auto: the averaged ones where there are any.
+
+    Raises:
+        CheckpointError: No such file, not a checkpoint, code in it, or no ConvNeXt.
+    """
+    content, metadata = _read_content(path)
+    card = _read_card(content, metadata, path)
+    raw, raw_key, ema, ema_key = _unpack(content)
+    if prefer == "ema" and ema is None:
+        raise CheckpointError(
+            f"{path} holds no averaged weights", hint="use the raw ones: --weights raw"
+        )
+    use_ema = ema is not None and (prefer != "raw" or raw is None)
+    chosen, container = (ema, ema_key) if use_ema else (raw, raw_key)
+    tensors = {key: v for key, v in (chosen or {}).items() if isinstance(v, Tensor)}
+    if not tensors:
+        found = ", ".join(list(map(str, content))[:5]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds no weights: its keys are {found}",
+            hint="name a file with a state dict, such as one that torch.save(model.state_dict())"
+            " wrote",
+        )
+    tensors = strip_prefixes(tensors)
+    if card is not None and find_variant(card.variant).family == "timm":
+        layout: Layout = "official"  # a comparison model's names are its own
+        state, variant = tensors, find_variant(card.variant)
+        num_classes: int | None = card.num_classes
+    else:
+        found_layout = recognise_layout(tensors)
+        if found_layout is None:
+            raise CheckpointError(
+                f"{path} is not a ConvNeXt: its weights begin with {', '.join(list(tensors)[:3])}",
+                hint="official, timm, torchvision and Hugging Face ConvNeXt layouts are read",
+            )
+        layout = found_layout
+        try:
+            state = to_official(tensors, layout)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path}: the key {error.args[0]} has no place in the {layout} layout of ConvNeXt",
+                hint="is it a detection or segmentation model? Only classifiers are read",
+            ) from error
+        variant = _recognise_variant(state, path)
+        num_classes = len(state["head.weight"]) if "head.weight" in state else None
+    return Weights(
+        path=path,
+        state=state,
+        layout=layout,
+        container=container,
+        # the published files hold one set of weights and say in their names which
+        source="ema" if use_ema or (card is None and "_ema" in path.stem) else "raw",
+        has_ema=ema is not None,
+        variant=variant,
+        num_classes=num_classes,
+        card=card,
+    )
+
+
+def _read_content(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The outermost mapping of a file or folder, and the metadata of a safetensors file."""
+    if path.is_dir():
+        for name in (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        ):
+            if (path / name).is_file():
+                return _read_content(path / name)
+        raise CheckpointError(
+            f"{path}: this folder holds no model.safetensors and no pytorch_model.bin",
+            hint="name the file with the weights",
+        )
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no file {path}",
+            hint="check the path; the weights of runs: ls runs/*/checkpoints",
+        )
+    try:
+        if path.suffix == ".json":
+            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            merged: dict[str, Any] = {}
+            for name in names:
+                merged |= _read_content(path.parent / Path(name).name)[0]
+            return merged, {}
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            return load_file(path), head.get("__metadata__", {})
+        with warnings.catch_warnings():
+            # an unusual pickle protocol either reads or raises; the warning says no more
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        # torch names what the file wants to call, but only in the text of its error
+        if what := re.search(r"(?:GLOBAL|global:?|class) ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} is refused: to read it, {what[1].rstrip('.')} would have to be run",
+                hint="save its state dict alone, where it was made:"
+                " safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+            ) from error
+        raise _unreadable(path) from error
+    except (
+        RuntimeError, EOFError, ValueError, KeyError, OSError, OverflowError, MemoryError,
+        SafetensorError,
+    ) as error:  # fmt: skip
+        raise _unreadable(path) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a state dict",
+            hint="save a state dict: torch.save(model.state_dict(), PATH)",
+        )
+    return content, {}
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _unreadable(path: Path) -> CheckpointError:
+    size = path.stat().st_size
+    return CheckpointError(
+        f"{path} cannot be read as a checkpoint ({size:,} bytes): it is cut, or no checkpoint",
+        hint="download or copy it again, and compare its size",
+    )
+
+
+def _read_card(
+    content: Mapping[str, Any], metadata: Mapping[str, str], path: Path
+) -> ModelCard | None:
+    plain = content.get(CARD_KEY)
+    if plain is None and CARD_KEY in metadata:
+        plain = json.loads(metadata[CARD_KEY])
+    if plain is None:
+        return None
+    try:
+        return ModelCard.from_dict(plain)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: its model card is damaged: {error!r}",
+            hint="use another checkpoint of the run",
+        ) from error
+
+
+def _unpack(
+    content: Mapping[str, Any],
+) -> tuple[Mapping[str, Any] | None, str, Mapping[str, Any] | None, str]:
+    """(raw weights, their key, averaged weights, their key)."""
+    state = content.get("state_dict")
+    if CARD_KEY in content and isinstance(state, Mapping):
+        parts = {
+            prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            for prefix in ("model.", "ema_model.")
+        }
+        ema = parts["ema_model."] or None
+        return parts["model."], "state_dict model", ema, "state_dict ema_model"
+    raw_key = next((key for key in _RAW_KEYS if isinstance(content.get(key), Mapping)), "")
+    ema_key = next((key for key in _EMA_KEYS if isinstance(content.get(key), Mapping)), "")
+    if not raw_key and not ema_key:
+        return content, "", None, ""
+    return content.get(raw_key), raw_key, content.get(ema_key), ema_key
+
+
+def _recognise_variant(state: State, path: Path) -> Variant:
+    depths, dims = read_shape(state)
+    grn = any(".grn." in key for key in state)
+    isotropic = any(key.startswith("blocks.") for key in state)
+    variant = find_architecture(depths, dims, has_grn=grn, isotropic=isotropic)
+    if variant is None:
+        raise CheckpointError(
+            f"{path}: a ConvNeXt with {depths} blocks of width {dims} is no published one",
+            hint="the published ones: convnext recipes list",
+        )
+    return variant
+
+
+def read_shape(state: State) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(blocks of each stage, width of each stage) of weights under official names."""
+    depths: dict[int, int] = {}
+    dims: dict[int, int] = {}
+    for key, value in state.items():
+        if match := re.fullmatch(r"(?:stages\.(\d+)|blocks)\.(\d+)\.dwconv\.weight", key):
+            stage = int(match[1] or 0)
+            depths[stage] = max(depths.get(stage, 0), int(match[2]) + 1)
+            dims[stage] = len(value)
+    return tuple(depths[s] for s in sorted(depths)), tuple(dims[s] for s in sorted(dims))
+
+
+def load_into(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    head: HeadRule = "keep",
+    target_classes: Sequence[str] = (),
+) -> LoadReport:
+    """Load weights into a ConvNeXt; what they lack keeps the network's own fresh values.
+
+    Args:
+        model: Changed in place.
+        weights: As `read_weights` gives them.
+        head: keep: taken where its size fits, else fresh; reset: fresh; map: row by row, by class.
+        target_classes: Classes of the network by label; empty: those of ImageNet by their number.
+
+    Raises:
+        CheckpointError: The weights are of another architecture, or the classes do not map.
+    """
+    own = model.state_dict()
+    state = dict(weights.state)
+    num_classes = len(own["head.weight"])
+    took = f"took {weights.variant.name} ({weights.source} weights) from {weights.path}"
+    missing: tuple[str, ...] = ()
+    kept: Literal["kept", "fresh", "mapped"] = "fresh"
+    if weights.num_classes is None:
+        said = "it has no head, so the head starts afresh"
+    elif head == "reset":
+        said = "its head was left, the new one starts afresh"
+    elif head == "map":
+        rows, missing = _map_head(weights, num_classes, target_classes)
+        for key in ("head.weight", "head.bias"):
+            state[key] = _take_rows(state[key], own[key], rows)
+        kept = "mapped"
+        said = f"its head was mapped by class, {len(rows) - len(missing)} of {len(rows)} rows"
+        if missing:
+            said += f"; {', '.join(missing[:5])} start{'s' if len(missing) == 1 else ''} afresh"
+    elif weights.num_classes == num_classes:
+        kept = "kept"
+        said = f"its head of {num_classes} classes was kept"
+    else:
+        said = (
+            f"its head has {weights.num_classes} classes and {num_classes} are wanted,"
+            " so the head starts afresh"
+        )
+    if kept == "fresh":
+        state |= {key: own[key] for key in ("head.weight", "head.bias")}
+    for key in ("norm.weight", "norm.bias"):
+        if key not in state and weights.num_classes is None:
+            state[key] = own[key]  # self-supervised pre-training has no final norm either
+    _check_shapes(state, own, weights)
+    model.load_state_dict(state)
+    return LoadReport(f"{took}; {said}", kept, missing)
+
+
+def _check_shapes(state: State, own: State, weights: Weights) -> None:
+    """Refuse weights of another network in one sentence."""
+    differing = [
+        key
+        for key in sorted(state.keys() | own.keys())
+        if key not in state or key not in own or state[key].shape != own[key].shape
+    ]
+    if not differing:
+        return
+    depths, dims = read_shape(own)
+    wanted = find_architecture(
+        depths,
+        dims,
+        has_grn=any(".grn." in key for key in own),
+        isotropic=any(key.startswith("blocks.") for key in own),
+    )
+    if wanted is not None and wanted != weights.variant:
+        raise CheckpointError(
+            f"{weights.path} is {weights.variant.name}, but the model is {wanted.name}",
+            hint=f"use model.name={weights.variant.name}, or other weights",
+        )
+    key = differing[0]
+    shapes = [tuple(side[key].shape) if key in side else "missing" for side in (state, own)]
+    raise CheckpointError(
+        f"{weights.path}: {key} is {shapes[0]} there and {shapes[1]} in the model"
+        f" ({len(differing)} keys differ)",
+        hint="model.layer_scale_init=auto builds the published form of the architecture",
+    )
+
+
+def _map_head(
+    weights: Weights, num_classes: int, target_classes: Sequence[str]
+) -> tuple[tuple[int | None, ...], tuple[str, ...]]:
+    """For each class of the network its row in the weights' head, and the classes without one."""
+    known = {1_000: imagenet1k_wnids, 21_841: imagenet22k_wnids}
+    source: Sequence[str] = weights.card.classes if weights.card else ()
+    if not source and weights.num_classes in known:
+        source = known[weights.num_classes]()
+    target = target_classes
+    if (not target or not set(target) & set(source)) and num_classes in known:
+        target = known[num_classes]()
+    rows = map_classes(source, target)
+    missing = tuple(name for name, row in zip(target, rows, strict=True) if row is None)
+    if len(target) != num_classes or len(missing) == len(target):
+        raise CheckpointError(
+            f"{weights.path}: its head cannot be mapped: none of the {num_classes} classes is known"
+            f" among its {weights.num_classes}",
+            hint="start the head afresh with init.head=reset",
+        )
+    return rows, missing
+
+
+def _take_rows(source: Tensor, fresh: Tensor, rows: Sequence[int | None]) -> Tensor:
+    taken = fresh.clone()
+    for label, row in enumerate(rows):
+        if row is not None:
+            taken[label] = source[row]
+    return taken
+
+
+def count_non_finite(state: State) -> int:
+    """Values that are NaN or infinite."""
+    return sum(int((~torch.isfinite(v)).sum()) for v in state.values() if v.is_floating_point())
+
+
+def write_weights(
+    weights: Weights, path: Path, *, layout: WritableLayout, card: ModelCard | None = None
+) -> None:
+    """Write weights in a layout: .safetensors, or .pth/.pt as {'model' or 'state_dict': weights}.
+
+    For huggingface `path` is a folder, which gets a config.json as well.
+
+    Raises:
+        CheckpointError: The layout has no place for the architecture.
+        StorageError: The place cannot be written; what was there is untouched.
+    """
+    try:
+        renamed = from_official(weights.state, layout)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{weights.variant.name} has no place in the {layout} layout: no name for"
+            f" {error.args[0]}",
+            hint="torchvision has V1 T/S/B/L only, isotropic models are official only; use another"
+            " --to",
+        ) from error
+    state = {key: value.detach().clone().contiguous() for key, value in renamed.items()}
+    known = card or weights.card
+    plain = known.to_dict() if known else None
+    match layout:
+        case "huggingface":
+            with writing_to(path):
+                path.mkdir(parents=True, exist_ok=True)
+                config = json.dumps(_hf_config(weights), indent=2) + "\n"
+                _write_beside(path / "config.json", lambda file: file.write_text(config))
+            _write_state(state, path / "model.safetensors", plain, key="")
+        case "timm":
+            _write_state(state, path, plain, key="state_dict")
+        case "official":
+            _write_state(state, path, plain, key="model")
+        case "torchvision":
+            _write_state(state, path, None, key="")
+        case _:
+            assert_never(layout)
+
+
+def _write_state(
+    state: dict[str, Tensor], path: Path, card: dict[str, Any] | None, *, key: str
+) -> None:
+    if path.suffix == ".safetensors":
+        metadata = {"format": "pt"} | ({CARD_KEY: json.dumps(card)} if card else {})
+        with writing_to(path):
+            _write_beside(path, lambda beside: save_file(state, beside, metadata=metadata))
+        return
+    content: dict[str, Any] = dict(state)
+    if key:
+        content = {key: state} | ({CARD_KEY: card} if card else {})
+    with writing_to(path):
+        _write_beside(path, lambda beside: torch.save(content, beside))
+
+
+def _write_beside(path: Path, write: Any) -> None:  # noqa: ANN401  # a function of the path
+    """Write a file beside its place, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _hf_config(weights: Weights) -> dict[str, Any]:
+    """The configuration that transformers builds the same network from."""
+    v2 = weights.variant.grn
+    num_classes = weights.num_classes or 0
+    classes = weights.card.classes if weights.card and weights.card.classes else ()
+    names = classes or [f"LABEL_{label}" for label in range(num_classes)]
+    config: dict[str, Any] = {
+        "architectures": [f"ConvNext{'V2' if v2 else ''}ForImageClassification"],
+        "model_type": "convnextv2" if v2 else "convnext",
+        "num_channels": 3,
+        "patch_size": 4,
+        "num_stages": 4,
+        "depths": list(weights.variant.depths),
+        "hidden_sizes": list(weights.variant.dims),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,  # transformers' own default, 1e-12, is not the published one
+        "drop_path_rate": 0.0,
+        "image_size": weights.card.image_px if weights.card else 224,
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+    }
+    if not v2:
+        config["layer_scale_init_value"] = 1e-6
+    return config

@@ -1,0 +1,233 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from convnext_cli.catalog.datasets import imagenet1k_wnids, map_22k_to_1k
+from convnext_cli.catalog.models import find_variant
+from convnext_cli.errors import CheckpointError
+from convnext_cli.models.convnext import build_convnext
+from convnext_cli.models.weights import ModelCard, load_into, read_weights
+
+CARD = ModelCard(
+    variant="convnextv2_atto",
+    num_classes=3,
+    image_px=32,
+    classes=("a", "b", "c"),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    interpolation="bicubic",
+    crop="center",
+    crop_frac=0.875,
+)
+
+
+def atto(num_classes: int = 3, seed: int = 0):
+    torch.manual_seed(seed)
+    return build_convnext(find_variant("convnextv2_atto"), num_classes=num_classes)
+
+
+def our_checkpoint(path: Path) -> tuple[dict, dict]:
+    raw, ema = atto(seed=1).state_dict(), atto(seed=2).state_dict()
+    state = {f"model.{k}": v for k, v in raw.items()} | {
+        f"ema_model.{k}": v for k, v in ema.items()
+    }
+    torch.save({"state_dict": state, "convnext": CARD.to_dict() | {"step": 12}}, path)
+    return raw, ema
+
+
+def test_a_card_survives_being_plain_values():
+    assert ModelCard.from_dict(CARD.to_dict()) == CARD
+
+
+def test_our_checkpoint_gives_the_averaged_weights_unless_raw_ones_are_asked(tmp_path):
+    raw, ema = our_checkpoint(tmp_path / "last.ckpt")
+
+    auto = read_weights(tmp_path / "last.ckpt")
+    asked = read_weights(tmp_path / "last.ckpt", prefer="raw")
+
+    assert (auto.source, asked.source) == ("ema", "raw")
+    assert all(torch.equal(auto.state[k], ema[k]) for k in ema)
+    assert all(torch.equal(asked.state[k], raw[k]) for k in raw)
+    assert auto.card is not None
+    assert (auto.card.step, auto.card.classes) == (12, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "module"])
+def test_the_usual_containers_and_prefixes_are_unpacked(key, tmp_path):
+    state = {f"module._orig_mod.{k}": v for k, v in atto().state_dict().items()}
+    torch.save({key: state, "epoch": 3}, tmp_path / "x.pth")
+
+    found = read_weights(tmp_path / "x.pth")
+
+    assert (found.container, found.variant.name, found.num_classes) == (key, "convnextv2_atto", 3)
+
+
+def test_official_training_checkpoints_hold_both_weights(tmp_path):
+    raw, ema = atto(seed=1).state_dict(), atto(seed=2).state_dict()
+    torch.save({"model": raw, "model_ema": ema, "epoch": 3}, tmp_path / "checkpoint-best.pth")
+
+    assert torch.equal(
+        read_weights(tmp_path / "checkpoint-best.pth").state["head.bias"], ema["head.bias"]
+    )
+    raw_found = read_weights(tmp_path / "checkpoint-best.pth", prefer="raw")
+    assert torch.equal(raw_found.state["head.weight"], raw["head.weight"])
+    assert raw_found.has_ema
+
+
+def test_shards_of_safetensors_are_read_together(tmp_path):
+    state = atto().state_dict()
+    keys = list(state)
+    names = {key: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, key in enumerate(keys)}
+    for name in set(names.values()):
+        save_file({k: state[k].contiguous() for k in keys if names[k] == name}, tmp_path / name)
+    import json
+
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+    found = read_weights(tmp_path)
+
+    assert all(torch.equal(found.state[k], v) for k, v in state.items())
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (canary,)
+
+    torch.save({"model": Attack()}, tmp_path / "evil.pth")
+    with (tmp_path / "plain.pth").open("wb") as file:
+        pickle.dump({"model": Attack()}, file)
+
+    for name in ("evil.pth", "plain.pth"):
+        with pytest.raises(CheckpointError) as refusal:
+            read_weights(tmp_path / name)
+        assert "refused" in str(refusal.value) or "cannot be read" in str(refusal.value)
+        assert refusal.value.hint
+    assert not canary.exists()
+
+
+def test_a_cut_file_another_file_and_no_file_get_a_sentence(tmp_path):
+    our_checkpoint(tmp_path / "whole.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:100_000])
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    (tmp_path / "page.safetensors").write_text("<html>404 not found, and some more</html>")
+
+    for name in ("cut.ckpt", "page.pth", "page.safetensors"):
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            read_weights(tmp_path / name)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        read_weights(tmp_path / "nothing.pth")
+
+
+def test_another_network_is_no_convnext(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}, tmp_path / "resnet.pth")
+
+    with pytest.raises(CheckpointError, match=r"is not a ConvNeXt: its weights begin with conv1"):
+        read_weights(tmp_path / "resnet.pth")
+
+
+def test_a_head_of_another_size_starts_afresh_and_is_said_to(tmp_path):
+    our_checkpoint(tmp_path / "x.ckpt")
+    model = atto(num_classes=5, seed=9)
+    fresh = model.head.weight.clone()
+
+    report = load_into(model, read_weights(tmp_path / "x.ckpt"))
+
+    assert report.head == "fresh"
+    assert "its head has 3 classes and 5 are wanted, so the head starts afresh" in str(report)
+    assert torch.equal(model.head.weight, fresh)
+
+
+def test_self_supervised_weights_without_norm_and_head_are_taken(tmp_path):
+    state = {k: v for k, v in atto().state_dict().items() if not k.startswith(("norm.", "head."))}
+    torch.save({"model": state}, tmp_path / "fcmae.pt")
+    model = atto(seed=5)
+
+    found = read_weights(tmp_path / "fcmae.pt")
+    report = load_into(model, found)
+
+    assert found.num_classes is None
+    assert "it has no head" in str(report)
+    assert torch.equal(model.stages[0][0].dwconv.weight, state["stages.0.0.dwconv.weight"])
+
+
+def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
+    our_checkpoint(tmp_path / "x.ckpt")
+    model = build_convnext(find_variant("convnextv2_femto"), num_classes=3)
+
+    with pytest.raises(
+        CheckpointError, match=r"is convnextv2_atto, but the model is convnextv2_femto"
+    ):
+        load_into(model, read_weights(tmp_path / "x.ckpt"))
+
+
+def test_a_22k_head_is_mapped_by_class_and_the_missing_one_is_named(tmp_path):
+    source = atto(num_classes=21_841, seed=1)
+    torch.save({"model": source.state_dict()}, tmp_path / "atto_22k.pth")
+    model = atto(num_classes=1000, seed=2)
+    fresh = model.head.weight.clone()
+
+    report = load_into(model, read_weights(tmp_path / "atto_22k.pth"), head="map")
+
+    rows = map_22k_to_1k()
+    assert report.missing_classes == ("n04399382",)
+    assert "999 of 1000 rows; n04399382 starts afresh" in str(report)
+    for label in (0, 1, 500, 999):
+        assert torch.equal(model.head.weight[label], source.head.weight[rows[label]])
+    missing = imagenet1k_wnids().index("n04399382")
+    assert torch.equal(model.head.weight[missing], fresh[missing])
+
+
+def test_a_head_without_known_classes_cannot_be_mapped(tmp_path):
+    torch.save({"model": atto(num_classes=7).state_dict()}, tmp_path / "x.pth")
+
+    with pytest.raises(CheckpointError, match="cannot be mapped"):
+        load_into(atto(num_classes=5), read_weights(tmp_path / "x.pth"), head="map")
+
+
+def test_the_sparse_kernels_of_pre_training_become_dense_ones(tmp_path):
+    dense = atto().state_dict()
+    sparse = {}
+    for key, value in dense.items():
+        if key.startswith(("norm.", "head.")):
+            continue
+        name = f"encoder.{key}"
+        if key.endswith("dwconv.weight"):
+            columns = value[:, 0].transpose(2, 1).reshape(len(value), -1)  # (C, positions)
+            sparse[name.replace("weight", "kernel")] = columns.T.contiguous()
+        elif (
+            value.ndim == 4
+            and "downsample_layers" in key
+            and not key.startswith("downsample_layers.0")
+        ):
+            columns = value.transpose(3, 2).reshape(*value.shape[:2], -1)
+            sparse[name.replace("weight", "kernel")] = columns.permute(2, 1, 0).contiguous()
+        elif "pwconv" in key:
+            sparse[name.replace(".weight", ".linear.weight").replace(".bias", ".linear.bias")] = (
+                value
+            )
+        elif "grn" in key:
+            sparse[name] = value.reshape(1, -1)
+        elif key.endswith("bias") and "dwconv" in key:
+            sparse[name] = value.reshape(1, -1)
+        else:
+            sparse[name] = value
+    torch.save(
+        {"model": sparse | {"mask_token": torch.zeros(1), "pred.bias": torch.zeros(3)}},
+        tmp_path / "p.pth",
+    )
+
+    found = read_weights(tmp_path / "p.pth")
+
+    assert (found.layout, found.variant.name, found.num_classes) == (
+        "minkowski",
+        "convnextv2_atto",
+        None,
+    )
+    for key, value in found.state.items():
+        assert torch.equal(value, dense[key]), key
