@@ -13,13 +13,18 @@ are drawn from (seed, epoch, sample). So any number of workers, started at any s
 batches bit for bit.
 """
 
+import atexit
 import os
 import signal
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from ctypes import c_bool
+from functools import cache, partial
+from multiprocessing.sharedctypes import RawValue, Synchronized
 from pathlib import Path
-from typing import Literal, NamedTuple, assert_never
+from types import FrameType
+from typing import Literal, NamedTuple, assert_never, cast
 
 import numpy as np
 import torch
@@ -314,14 +319,31 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(*default_collate(samples))
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave signals to the main process: workers end when it tells them or when it is gone.
+@cache
+def _leaving() -> "Synchronized[bool]":
+    """Shared with the workers: whether this process is on its way out."""
+    leaving = cast("Synchronized[bool]", RawValue(c_bool, False))  # noqa: FBT003  # its start value
+    # Exit functions run last in, first out: before the one of multiprocessing, which terminates
+    # the workers that are left and waits for them.
+    atexit.register(setattr, leaving, "value", True)  # noqa: FBT003
+    return leaving
+
+
+def leave_signals_to_main(worker: int, *, leaving: "Synchronized[bool]") -> None:
+    """Let a worker outlive signals: it ends when the main process tells it to, or is gone.
 
     Batch systems send theirs to every process of a job, and a worker that died of one would break
-    the pass in which the main process writes its checkpoint.
+    the pass after which the main process writes its checkpoint.
     """
     del worker
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+
+    def end_with_main(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if leaving.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end_with_main)
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -352,7 +374,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent and num_workers > 0,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(leave_signals_to_main, leaving=_leaving()),
         multiprocessing_context=start_method if num_workers > 0 else None,
         # Its own generator: else every iterator moves the global random state on.
         generator=torch.Generator(),

@@ -1,7 +1,12 @@
 import hashlib
 import io
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,3 +284,46 @@ def test_loading_leaves_the_global_random_state_alone(dataset):
     train_batches(dataset, num_workers=2)
 
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_workers_outlive_the_signals_of_a_batch_system(dataset):
+    reader = reader_of(*dataset)
+    order = Order(shard_images=reader.shard_images, seed=3, global_images=8)
+    sampler = StepSampler(order, rank=0, world=1, accumulate=1, first_step=0, total_steps=8)
+    batches = iter(build_loader(reader, sampler=sampler, num_workers=1, pin_memory=False))
+    first = next(batches)
+
+    for worker in batches._workers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(worker.pid, number)
+    time.sleep(0.2)
+
+    assert_equal([first, *batches], train_batches(dataset, num_workers=0))
+
+
+def test_a_program_that_ends_in_the_middle_of_loading_does_not_hang(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""
+import torch
+from convnext_cli.data.reader import build_loader
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.zeros(1)
+
+if __name__ == "__main__":
+    batches = iter(
+        build_loader(
+            Endless(),
+            sampler=None,
+            num_workers=1,
+            pin_memory=False,
+        )
+    )
+    next(batches)
+""")
+
+    ended = subprocess.run([sys.executable, script], timeout=60, capture_output=True)
+
+    assert ended.returncode == 0, ended.stderr.decode()
