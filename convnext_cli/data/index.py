@@ -57,17 +57,31 @@ class Member:
     size: int
 
 
-def iter_members(file: BinaryIO, *, where: str) -> Iterator[Member]:
+def iter_members(
+    file: BinaryIO,
+    *,
+    where: str,
+    begin: int = 0,
+    end: int | None = None,
+    max_bytes: int = _MAX_MEMBER_BYTES,
+) -> Iterator[Member]:
     """The members of a tar file in order, without reading their contents.
+
+    Args:
+        file: The file that holds the tar.
+        where: What it is called in messages.
+        begin: Where the tar begins in the file, in bytes; offsets count from the file's begin.
+        end: Where it ends; None: with the file.
+        max_bytes: Largest member that is believed.
 
     Raises:
         DataError: A header is damaged, or the file ends before its end mark.
     """
-    end = file.seek(0, 2)
-    at, long_name = 0, None
+    end = file.seek(0, 2) if end is None else end
+    at, long_name = begin, None
     while True:
         file.seek(at)
-        header = file.read(_BLOCK)
+        header = file.read(min(_BLOCK, max(0, end - at)))
         if len(header) < _BLOCK:
             raise DataError(
                 f"{where}: the shard is cut at byte {end:,}: its end mark is missing",
@@ -83,9 +97,9 @@ def iter_members(file: BinaryIO, *, where: str) -> Iterator[Member]:
                 hint="copy the shard again, or pack the data set again",
             )
         size = _octal(header[124:136])
-        if size is None or not 0 <= size <= _MAX_MEMBER_BYTES or at + _BLOCK + size > end:
+        if size is None or not 0 <= size <= max_bytes or at + _BLOCK + size > end:
             raise DataError(
-                f"{where}: the member at byte {at:,} is cut or larger than 1 GiB",
+                f"{where}: the member at byte {at:,} is cut or larger than {max_bytes >> 30:,} GiB",
                 hint="copy the shard again, or pack the data set again",
             )
         kind = header[156:157]

@@ -1,0 +1,521 @@
+"""What `data pack` reads: images with their class and split, listed but not opened.
+
+```
+folders      SOURCE/<class>/**/*.jpg, or SOURCE/train/<class>/... and SOURCE/val/<class>/...
+csv          rows of path,label[,split], with or without a header; paths start at the file's folder
+imagenet     ILSVRC2012_img_train.tar (a tar of one tar a class), with ILSVRC2012_img_val.tar
+             where a file tells its labels
+class_tars   a folder of one tar a class, such as ImageNet-21K (winter21)
+```
+
+Classes are in sorted order, which for wnids is the order of the published heads. A CSV whose
+labels are all numbers keeps them as they are.
+
+Source: image-net.org ILSVRC 2012 and winter 2021 downloads; torchvision's image folders.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from convnext_cli.data.card import CARD_NAME
+from convnext_cli.data.index import iter_members
+from convnext_cli.errors import DataError
+
+SourceKind = Literal["folders", "csv", "imagenet", "class_tars"]
+
+KIND_TITLES: Mapping[SourceKind, str] = {
+    "folders": "class folders",
+    "csv": "a table of paths and labels",
+    "imagenet": "ImageNet's tar of class tars",
+    "class_tars": "a folder of class tars",
+}
+
+IMAGE_SUFFIXES = frozenset(
+    ("", ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".mpo")
+)
+"""Endings of files that are tried as images; a file without one is tried, too."""
+
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VAL_TAR = "ILSVRC2012_img_val.tar"
+_TRAIN_NAMES = ("train", "training")
+_VAL_NAMES = ("val", "valid", "validation", "test")
+_LITTER = frozenset(("thumbs.db", "desktop.ini"))
+_MAX_LABEL = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a source."""
+
+    path: str
+    """Its name inside the source, with `/`."""
+    file: str
+    """The file that holds its bytes: itself, or a tar."""
+    label: int
+    split: str
+    """train or val."""
+    offset: int
+    """Where its bytes begin in the file."""
+    size: int
+    """Its bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """All images of a source."""
+
+    kind: SourceKind
+    classes: tuple[str, ...]
+    samples: Sequence[Sample]
+    left_out: Sequence[tuple[str, str]] = ()
+    """Files that are not tried, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What a person should know."""
+
+
+@dataclass
+class _Found:
+    """Images while they are listed: class names, not labels."""
+
+    rows: list[tuple[str, str, str, str, int, int]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, path: str, file: str, name: str, split: str, offset: int, size: int) -> None:
+        self.rows.append((path, file, name, split, offset, size))
+
+    def names(self, split: str) -> set[str]:
+        return {row[2] for row in self.rows if row[3] == split}
+
+    def samples(self, labels: Mapping[str, int]) -> list[Sample]:
+        return [
+            Sample(path, file, labels[name], split, offset, size)
+            for path, file, name, split, offset, size in self.rows
+        ]
+
+
+def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
+    """Recognise a source and list its images, in an order that depends on names alone.
+
+    Args:
+        source: A folder, a CSV file or ImageNet's train tar.
+        val_labels: Labels of ImageNet's validation images.
+
+    Raises:
+        DataError: It is not there, is of no known kind, or its classes do not fit together.
+    """
+    try:
+        kind, train = _recognise(source)
+        if val_labels is not None and kind != "imagenet":
+            raise DataError(
+                f"{source} is {KIND_TITLES[kind]}: --val-labels is for {VAL_TAR} alone",
+                hint=f"leave out --val-labels {val_labels}",
+            )
+        match kind:
+            case "folders":
+                return _list_folders(source)
+            case "csv":
+                return _list_csv(source)
+            case "imagenet":
+                return _list_imagenet(train, val_labels=val_labels)
+            case "class_tars":
+                return _list_class_tars(source)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or source} cannot be read: {error.strerror or error}",
+            hint=f"check the path and your permission: ls -ld {error.filename or source}",
+        ) from error
+
+
+def _recognise(source: Path) -> tuple[SourceKind, Path]:
+    """The kind, and the file or folder of the training images."""
+    if not source.exists():
+        raise DataError(
+            f"there is no {source}", hint="name a folder of class folders, a CSV or a tar"
+        )
+    if source.is_file():
+        match source.suffix.lower():
+            case ".csv" | ".tsv":
+                return "csv", source
+            case ".tar":
+                return "imagenet", source
+            case ending:
+                unpack = "unpack it first and name the folder" if ending in _ARCHIVES else None
+                raise DataError(
+                    f"{source} is neither a folder nor a .csv nor a .tar",
+                    hint=unpack or "name a folder of class folders, a CSV or a tar",
+                )
+    if (source / CARD_NAME).is_file():
+        raise DataError(
+            f"{source} is a packed data set already: it holds {CARD_NAME}",
+            hint=f"train on it: convnext train quickstart --data {source}",
+        )
+    entries = _scan(source)
+    if any(entry.name == TRAIN_TAR for entry in entries):
+        return "imagenet", source / TRAIN_TAR
+    if any(entry.name == VAL_TAR for entry in entries):
+        raise DataError(
+            f"{source} holds {VAL_TAR} but not {TRAIN_TAR}", hint=f"put {TRAIN_TAR} beside it"
+        )
+    has_folders = any(entry.is_dir() for entry in entries)
+    if not has_folders and any(entry.name.endswith(".tar") for entry in entries):
+        if any(re.fullmatch(r".*\d{4,}\.tar", e.name) and "-" in e.name for e in entries):
+            raise DataError(
+                f"{source} holds WebDataset shards, not class tars",
+                hint="train on them as they are: data.mode=stream data.path=SHARDS",
+            )
+        return "class_tars", source
+    return "folders", source
+
+
+_ARCHIVES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"))
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted; hidden files and litter of file managers left out."""
+    with os.scandir(folder) as entries:
+        kept = [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".") and entry.name.lower() not in _LITTER
+        ]
+    return sorted(kept, key=lambda entry: os.fsencode(entry.name))
+
+
+def _list_folders(source: Path) -> Source:
+    folders = [entry.name for entry in _scan(source) if entry.is_dir()]
+    if not folders:
+        raise DataError(
+            f"{source} holds no class folders",
+            hint="sort the images into SOURCE/CLASS/, or list them in a CSV of path,label",
+        )
+    train = next((name for name in _TRAIN_NAMES if name in folders), None)
+    if train is None or not set(folders) <= {*_TRAIN_NAMES, *_VAL_NAMES}:
+        found = _Found()
+        _walk_classes(source, found, prefix="", split="train")
+        return _with_sorted_classes("folders", found, source=source)
+    found, notes = _Found(), []
+    _walk_classes(source / train, found, prefix=f"{train}/", split="train")
+    val = next((name for name in _VAL_NAMES if name in folders), None)
+    if val is not None:
+        _walk_classes(source / val, found, prefix=f"{val}/", split="val")
+    unused = [name for name in folders if name not in (train, val)]
+    if unused:
+        notes.append(f"not packed: {', '.join(unused)} (only {train} and {val} are)")
+    return _with_sorted_classes("folders", found, source=source, notes=notes)
+
+
+def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> None:
+    folders = 0
+    for entry in _scan(root):
+        if entry.is_dir():
+            folders += 1
+            for path, file, size in _iter_files(Path(entry.path), f"{prefix}{entry.name}", ()):
+                _add_file(found, path, file, name=_text(entry.name), split=split, size=size)
+        else:
+            found.left_out.append((f"{prefix}{entry.name}", "outside the class folders"))
+    if not folders:
+        raise DataError(
+            f"{root} holds no class folders, only files",
+            hint=f"sort the images into {root}/CLASS/, or list them in a CSV of path,label",
+        )
+
+
+def _iter_files(
+    folder: Path, prefix: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, str, int]]:
+    """Files below a folder; follows links, but not in circles."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for entry in _scan(folder):
+        path = f"{prefix}/{entry.name}"
+        if entry.is_dir():
+            yield from _iter_files(Path(entry.path), path, (*above, here))
+        else:
+            try:
+                size = entry.stat().st_size
+            except FileNotFoundError:  # a link to nowhere; packing will say so
+                size = 0
+            yield path, entry.path, size
+
+
+def _add_file(found: _Found, path: str, file: str, *, name: str, split: str, size: int) -> None:
+    suffix = Path(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        found.add(path, file, name, split, 0, size)
+    else:
+        found.left_out.append((path, f"{suffix} is no ending of an image file"))
+
+
+def _with_sorted_classes(
+    kind: SourceKind, found: _Found, *, source: Path, notes: Sequence[str] = ()
+) -> Source:
+    """Labels by sorted class name.
+
+    Raises:
+        DataError: No images, fewer than 2 classes, or val has a class that train lacks.
+    """
+    if not found.rows:
+        raise DataError(
+            f"{source} holds no images", hint="name a folder with SOURCE/CLASS/IMAGE.jpg"
+        )
+    classes = sorted(found.names("train"))
+    unknown = sorted(found.names("val") - set(classes))
+    if unknown:
+        raise DataError(
+            f"{source}: {len(unknown)} classes of the validation part are not in the training "
+            f"part: {', '.join(unknown[:3])}",
+            hint="name the class folders alike in both parts",
+        )
+    if len(classes) < 2:
+        raise DataError(
+            f"{source} holds 1 class ({classes[0]}), but 2 or more are needed",
+            hint=_deeper(source) or "sort the images into 2 or more class folders",
+        )
+    return Source(
+        kind=kind,
+        classes=tuple(classes),
+        samples=found.samples({name: label for label, name in enumerate(classes)}),
+        left_out=found.left_out,
+        notes=tuple(notes),
+    )
+
+
+def _deeper(source: Path) -> str | None:
+    """A hint where the class folders lie one level below."""
+    if not source.is_dir():
+        return None
+    folders = [entry for entry in _scan(source) if entry.is_dir()]
+    if len(folders) == 1 and any(entry.is_dir() for entry in _scan(Path(folders[0].path))):
+        return f"if its folders are the classes: convnext data pack {folders[0].path} OUT"
+    return None
+
+
+def _text(name: str) -> str:
+    """A file name as text, also where its bytes are no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _list_class_tars(source: Path) -> Source:
+    found = _Found()
+    for entry in _scan(source):
+        if not entry.name.endswith(".tar"):
+            found.left_out.append((entry.name, "no tar"))
+            continue
+        name = entry.name.removesuffix(".tar")
+        _add_members(found, Path(entry.path), name=name, begin=0, end=None)
+    return _with_sorted_classes("class_tars", found, source=source)
+
+
+def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | None) -> None:
+    """All images of one class tar, which may lie inside another tar."""
+    with tar.open("rb") as file:
+        for member in iter_members(file, where=f"{tar} ({name})", begin=begin, end=end):
+            path = f"{name}/{member.name.removeprefix('./')}"
+            found.add(path, str(tar), name, "train", member.offset, member.size)
+
+
+def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
+    found, notes = _Found(), []
+    with train.open("rb") as file:
+        members = list(iter_members(file, where=str(train), max_bytes=1 << 40))
+    others = [member.name for member in members if not member.name.endswith(".tar")]
+    if others or not members:
+        what = f"{others[0]}, no class tar" if others else "nothing"
+        raise DataError(
+            f"{train} holds {what}: it is not a tar of one tar a class",
+            hint=f"unpack it, then pack the folder: mkdir images; tar xf {train} -C images",
+        )
+    for member in members:
+        name = Path(member.name).name.removesuffix(".tar")
+        stop = member.offset + member.size
+        _add_members(found, train, name=name, begin=member.offset, end=stop)
+    val = train.with_name(VAL_TAR)
+    if val_labels is not None:
+        _add_imagenet_val(found, val, val_labels)
+    elif val.is_file():
+        notes.append(
+            f"not packed: {val}, because its labels are not in it (give --val-labels FILE)"
+        )
+    return _with_sorted_classes("imagenet", found, source=train, notes=notes)
+
+
+def _add_imagenet_val(found: _Found, tar: Path, labels: Path) -> None:
+    if not tar.is_file():
+        raise DataError(f"there is no {tar}, which --val-labels is for", hint=f"put it at {tar}")
+    with tar.open("rb") as file:
+        members = sorted(iter_members(file, where=str(tar)), key=lambda member: member.name)
+    classes = sorted(found.names("train"))
+    stems = [Path(member.name).stem for member in members]
+    names = _read_val_labels(labels, stems, classes=classes)
+    for member, stem in zip(members, stems, strict=True):
+        path = f"val/{names[stem]}/{Path(member.name).name}"
+        found.add(path, str(tar), names[stem], "val", member.offset, member.size)
+
+
+def _read_val_labels(
+    path: Path, stems: Sequence[str], *, classes: Sequence[str]
+) -> Mapping[str, str]:
+    """The class of each validation image, by the image's name without its ending.
+
+    Raises:
+        DataError: The lines do not fit the images or the classes, or are ILSVRC ids.
+    """
+    rows = [re.split(r"[,\s]+", line) for line in _read_text(path).splitlines() if line.strip()]
+    rows = [[cell for cell in row if cell] for row in rows]
+    if rows and rows[0][0].lower() in ("imageid", "filename", "file", "image", "path"):
+        rows = rows[1:]
+    if all(len(row) == 1 for row in rows):
+        if any(row[0].isdigit() for row in rows):
+            raise DataError(
+                f"{path} holds bare numbers: the devkit's numbers are ILSVRC ids, which do not "
+                "follow the order of the wnids, so they are no labels",
+                hint="give lines of `FILENAME WNID`, or one wnid a line in the order of the files",
+            )
+        if len(rows) != len(stems):
+            raise DataError(
+                f"{path} has {len(rows):,} lines for {len(stems):,} images",
+                hint="give one wnid a line in the order of the files, or lines of `FILENAME WNID`",
+            )
+        named = {stem: row[0] for stem, row in zip(stems, rows, strict=True)}
+    else:
+        short = next((row for row in rows if len(row) < 2), None)
+        if short is not None:
+            raise DataError(
+                f"{path}: {' '.join(short)!r} has no label", hint="give lines of `FILENAME WNID`"
+            )
+        named = {Path(row[0]).stem: row[1] for row in rows}
+    missing = [stem for stem in stems if stem not in named]
+    if missing:
+        raise DataError(
+            f"{path} has no label for {len(missing):,} of {len(stems):,} images, such as "
+            f"{missing[0]}",
+            hint="give a line for each image of the tar",
+        )
+    if all(name.isdigit() for name in named.values()):
+        highest = max(int(name) for name in named.values())
+        if highest >= len(classes):
+            raise DataError(
+                f"{path} holds the label {highest}, but labels end at {len(classes) - 1}: "
+                "numbers that start at 1 are ILSVRC ids, not labels",
+                hint="give lines of `FILENAME WNID`",
+            )
+        return {stem: classes[int(name)] for stem, name in named.items()}
+    unknown = sorted(set(named.values()) - set(classes))
+    if unknown:
+        raise DataError(
+            f"{path} names {unknown[0]}, which is no class of the training tar",
+            hint="give lines of `FILENAME WNID` with the wnids of the training tar",
+        )
+    return named
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text", hint="save it as UTF-8") from error
+
+
+_PATH_COLUMNS = ("path", "file", "filename", "image", "image_path", "filepath")
+_LABEL_COLUMNS = ("label", "class", "target", "category", "label_name", "class_name")
+_SPLIT_COLUMNS = ("split", "set", "subset", "part")
+
+
+def _list_csv(source: Path) -> Source:
+    text = _read_text(source)
+    first = text.split("\n", 1)[0]
+    delimiter = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
+    table = csv.reader(text.splitlines(), delimiter=delimiter)
+    rows = [
+        (number, [cell.strip() for cell in row])
+        for number, row in enumerate(table, start=1)
+        if any(cell.strip() for cell in row)
+    ]
+    if not rows:
+        raise DataError(f"{source} is empty", hint="write a line of path,label for each image")
+    columns = _find_columns([cell.lower() for cell in rows[0][1]])
+    if columns is None:
+        at_path, at_label = 0, 1
+        thirds = {row[2].lower() for _, row in rows if len(row) > 2}
+        at_split = 2 if thirds and thirds <= {*_TRAIN_NAMES, *_VAL_NAMES} else None
+    else:
+        (at_path, at_label, at_split), rows = columns, rows[1:]
+    found, unused = _Found(), 0
+    for number, row in rows:
+        if len(row) <= max(at_path, at_label) or not row[at_path] or not row[at_label]:
+            raise DataError(
+                f"{source} line {number}: {delimiter.join(row)!r} is not path{delimiter}label",
+                hint="write a path and a label on each line",
+            )
+        given = "train" if at_split is None or at_split >= len(row) else row[at_split].lower()
+        if given not in (*_TRAIN_NAMES, *_VAL_NAMES):
+            raise DataError(
+                f"{source} line {number}: the split is {given!r}", hint="write train or val there"
+            )
+        split = "train" if given in _TRAIN_NAMES else given
+        path = row[at_path]
+        file = source.parent / path
+        size = file.stat().st_size if file.is_file() else 0
+        found.add(path, str(file), row[at_label], split, 0, size)
+    names = {row[3] for row in found.rows}
+    val = next((name for name in _VAL_NAMES if name in names), None)
+    unused = len(found.rows)
+    found.rows = [
+        (*row[:3], "val" if row[3] == val else row[3], *row[4:])
+        for row in found.rows
+        if row[3] in ("train", val)
+    ]
+    unused -= len(found.rows)
+    notes = [f"not packed: {unused:,} rows of other splits than train and {val}"] if unused else []
+    if found.rows and all(re.fullmatch(r"[+-]?\d+", row[2]) for row in found.rows):
+        return _with_numbered_classes(found, source=source, notes=notes)
+    return _with_sorted_classes("csv", found, source=source, notes=notes)
+
+
+def _find_columns(header: Sequence[str]) -> tuple[int, int, int | None] | None:
+    def position(names: Sequence[str]) -> int | None:
+        return next((at for at, cell in enumerate(header) if cell in names), None)
+
+    path, label = position(_PATH_COLUMNS), position(_LABEL_COLUMNS)
+    if path is None or label is None:
+        return None
+    return path, label, position(_SPLIT_COLUMNS)
+
+
+def _with_numbered_classes(found: _Found, *, source: Path, notes: Sequence[str]) -> Source:
+    numbers = [int(row[2]) for row in found.rows]
+    wrong = next((number for number in numbers if not 0 <= number < _MAX_LABEL), None)
+    if wrong is not None:
+        raise DataError(
+            f"{source}: the label {wrong} is not in 0..{_MAX_LABEL - 1:,}",
+            hint="count the classes from 0, or write their names",
+        )
+    trained = {int(name) for name in found.names("train")}
+    unknown = sorted({int(name) for name in found.names("val")} - trained)
+    if unknown:
+        raise DataError(
+            f"{source}: {len(unknown)} labels of the validation part are not in the training "
+            f"part: {', '.join(map(str, unknown[:3]))}",
+            hint="give training images for each of them",
+        )
+    if len(trained) < 2:
+        raise DataError(
+            f"{source} holds 1 class ({numbers[0]}), but 2 or more are needed",
+            hint="list images of 2 or more classes",
+        )
+    count = max(numbers) + 1
+    empty = count - len(trained)
+    said = [f"{empty:,} of the labels 0..{count - 1} have no images"] if empty else []
+    return Source(
+        kind="csv",
+        classes=tuple(map(str, range(count))),
+        samples=found.samples({row[2]: int(row[2]) for row in found.rows}),
+        notes=(*notes, *said),
+    )
