@@ -52,15 +52,15 @@ from convnext_cli.runs.record import read_json, write_json, writing_to
 MAX_PIXELS = 64_000_000
 """Largest image that is packed; the same as the reader's (`decode.MAX_PIXELS`)."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""Formats that are tried: no other reaches a decoder, such as PostScript and its interpreter."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""Formats that are tried (MPO comes with JPEG): no other reaches a decoder, such as PostScript and its interpreter."""
 
 JPEG_QUALITY = 95
 STATE_NAME = "pack-state"
 UNREADABLE_NAME = "unreadable.csv"
 
 _PLAN_NAME = "plan.json"
-_VERSION = 1
+VERSION = 1
 """Counts up when the same source and options would give other bytes than before."""
 _KEY_CHARS = 80
 _LEFT_OUT = frozenset((errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR))
@@ -262,7 +262,7 @@ def _split_off(listed: Source, *, fraction: float | None, source: Path) -> Sourc
 def _fingerprint(listed: Source, options: PackOptions) -> str:
     """Changes when other bytes could come out: an option, a name, a size, a class."""
     digest = hashlib.sha256()
-    settings = {"version": _VERSION, "classes": listed.classes, **asdict(options)}
+    settings = {"version": VERSION, "classes": listed.classes, **asdict(options)}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for sample in sorted(listed.samples, key=_place):
         line = f"\n{sample.split} {sample.label} {sample.size} {sample.path}"
@@ -290,15 +290,32 @@ def _read_finished(out: Path, *, fingerprint: str) -> DatasetCard | None:
             f"{out} holds a data set from another source or with other options",
             hint=f"name another folder for OUT, or remove that one: rm -r {out}",
         )
+    lost = _lost_file(out, card)
+    if lost is not None:
+        raise DataError(
+            f"{lost} or its index is gone or cut, but {CARD_NAME} names it",
+            hint=f"pack again from the start: rm -r {out}",
+        )
+    return card
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a packed data set of this version with all its files."""
+    try:
+        card = read_card(folder)
+    except DataError:
+        return False
+    return card.options.get("version") == VERSION and _lost_file(folder, card) is None
+
+
+def _lost_file(folder: Path, card: DatasetCard) -> Path | None:
+    """A shard that is gone, cut or without its index."""
     for split in card.splits.values():
         for shard in split.shards:
-            path, index = out / shard.name, out / index_name(shard.name)
+            path, index = folder / shard.name, folder / index_name(shard.name)
             if not index.is_file() or not path.is_file() or path.stat().st_size != shard.bytes:
-                raise DataError(
-                    f"{path} or its index is gone or cut, but {CARD_NAME} names it",
-                    hint=f"pack again from the start: rm -r {out}",
-                )
-    return card
+                return path
+    return None
 
 
 @contextmanager
@@ -691,6 +708,7 @@ def _finish(
         classes=listed.classes,
         splits=splits,
         options={
+            "version": VERSION,
             "kind": listed.kind,
             "source": fingerprint,
             **asdict(options),

@@ -14,14 +14,19 @@ Source: scikit-learn `load_digits`, a copy of the test set of UCI "Optical Recog
 Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998; CC BY 4.0).
 """
 
+import os
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Final
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from convnext_cli.data.pack import is_complete, pack
 from convnext_cli.errors import StorageError
+from convnext_cli.runs.record import writing_to
 
 TRAIN_IMAGES: Final = 1437
 VAL_IMAGES: Final = 360
@@ -53,3 +58,47 @@ def write_quickstart_images(out: Path) -> None:
             f"{out}: the quick start's images cannot be written ({error.strerror or error})",
             hint="set TMPDIR to a folder with 10 MB of free space that you may write to",
         ) from error
+
+
+def pack_quickstart(cache: Path | None = None) -> Path:
+    """The digits as a packed data set; packed once, then reused.
+
+    Args:
+        cache: Folder of what can be made again; None: `XDG_CACHE_HOME` or ~/.cache, then convnext.
+
+    Returns:
+        The folder of the data set, `cache/quickstart`.
+
+    Raises:
+        StorageError: The folder, or one for temporary files, cannot be written.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = Path(home).expanduser() / "convnext" if cache is None else cache
+    folder = cache / "quickstart"
+    if is_complete(folder):
+        return folder
+    with TemporaryDirectory(prefix="convnext-quickstart-") as images:
+        write_quickstart_images(Path(images))
+        with writing_to(folder):
+            cache.mkdir(parents=True, exist_ok=True)
+            # Packed beside its place and renamed: two first starts at once do not collide, and
+            # what an earlier version or a kill left there gives way.
+            partial = Path(mkdtemp(prefix=".quickstart-", dir=cache))
+        try:
+            pack(Path(images), partial)
+            with writing_to(folder):
+                _move(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _move(partial: Path, folder: Path) -> None:
+    partial.chmod(0o755)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if is_complete(folder):  # another process was quicker
+            return
+        shutil.rmtree(folder)
+        partial.rename(folder)
