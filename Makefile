@@ -1,0 +1,51 @@
+# What CI runs, a person can run: `make setup check test e2e`.
+# The tools of .venv come first; without one, those of the active environment are used.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Each test worker gets its share of the cores; more threads than cores make every test slower.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt check test e2e gpu golden clean
+
+help:  ## Say what the verbs do
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/installed  ## Make .venv and install the project with its tools
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("python 3.11 or newer is wanted: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --progress-bar off --editable '.[dev]'
+	touch $@
+
+fmt:  ## Format, and mend what can be mended by itself
+	ruff check --fix --exit-zero
+	ruff format
+
+check:  ## Style, types, layers, dependencies, spelling
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports --no-logo
+	deptry .
+	typos
+
+test:  ## Unit tests, contracts and parity, in about 90 seconds
+	python -m pytest -n $(WORKERS) tests/unit tests/contracts tests/parity
+
+e2e:  ## Real processes that train, in about five minutes
+	OMP_NUM_THREADS=2 python -m pytest tests/e2e
+
+gpu:  ## Tests that need a GPU
+	OMP_NUM_THREADS=8 python -m pytest tests/gpu
+
+golden:  ## Write the golden files anew; read their diff before you commit
+	CONVNEXT_GOLDEN=1 python -m pytest -q tests/contracts
+	git --no-pager diff --stat -- tests/golden recipes/README.md
+
+clean:  ## Remove what tools left behind, and nothing else
+	rm -rf build dist htmlcov .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find convnext_cli tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

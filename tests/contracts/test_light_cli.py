@@ -1,0 +1,73 @@
+"""Help and planning answer at once, because they load no heavy library."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "torchvision", "torchmetrics", "lightning", "webdataset", "numpy", "timm",
+         "matplotlib", "sklearn", "transformers", "onnxruntime")  # fmt: skip
+PLAN = ("plan", "in1k_tiny", "--devices", "8", "--nodes", "4", "--json")
+
+# The libraries that are loaded when the command has ended are the last line of stdout.
+SCRIPT = """
+import json, sys
+try:
+    from convnext_cli.__main__ import main
+    main()
+finally:
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    print("\\n" + json.dumps(sorted(loaded)))
+"""
+
+
+def run(*arguments: str, cwd: Path) -> tuple[str, set[str]]:
+    """What the command wrote to stdout, and the top-level modules that it loaded."""
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    stdout, _, loaded = done.stdout.rstrip("\n").rpartition("\n")
+    return stdout, set(json.loads(loaded))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("--version",),
+        ("train", "--help"),
+        PLAN,
+        ("recipes", "list", "--json"),
+        ("recipes", "show", "in22k_large"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_light_command_loads_no_heavy_library(arguments, tmp_path):
+    _, loaded = run(*arguments, cwd=tmp_path)
+
+    assert "convnext_cli" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_the_plan_of_the_paper_is_made_without_torch(tmp_path):
+    stdout, _ = run(*PLAN, cwd=tmp_path)
+
+    plan = json.loads(stdout)
+    assert (plan["world_size"], plan["global_images"]) == (32, 4096)
+    assert (plan["total_steps"], plan["warmup_steps"]) == (93_600, 6_240)
+    assert (plan["parameters"], round(plan["gmacs"], 2)) == (28_589_128, 4.46)
+
+
+def test_help_answers_in_well_under_a_second(tmp_path):
+    """The best of five is taken: other processes share the machine."""
+    command = [sys.executable, "-m", "convnext_cli", "--help"]
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+
+    assert min(seconds) < 0.9
