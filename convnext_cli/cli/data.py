@@ -1,14 +1,25 @@
 """`convnext data`: pack images into shards, check a packed data set, show what is trained on."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
 from convnext_cli.cli.data_show import show
+from convnext_cli.data.report import DatasetReport, Spread
+from convnext_cli.errors import DataError
 
 app = typer.Typer(no_args_is_help=True, help="Pack, check and show data sets.")
 
@@ -41,26 +52,11 @@ def pack(
 
     Example: convnext data pack photos packed --val-fraction 0.1
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from convnext_cli.data.pack import UNREADABLE_NAME, PackOptions
     from convnext_cli.data.pack import pack as pack_images
     from convnext_cli.data.sources import KIND_TITLES
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*_columns(), console=console, transient=True) as progress:
         bar = progress.add_task("packing", total=None)
         packed = pack_images(
             source.expanduser(),
@@ -116,6 +112,104 @@ def pack(
     console.print(f"  convnext data check {out}", soft_wrap=True)
     console.print(f"  convnext data show {out}", soft_wrap=True)
     console.print(f"  convnext train small_data --data {out}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    directory: Annotated[str, typer.Argument(help="Packed data set: a folder or URL.")],
+    *,
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image as well.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Check every byte; tell totals, class balance, image sizes and duplicates.
+
+    Example: convnext data check packed --deep
+    """
+    from convnext_cli.data.audit import check_dataset
+    from convnext_cli.data.fetch import is_url
+
+    cache_dir = None
+    if is_url(directory):
+        from convnext_cli.data.build import default_cache_dir
+
+        cache_dir = default_cache_dir()
+    with Progress(*_columns(), console=console, transient=True) as progress:
+        bar = progress.add_task("checking", total=None)
+        report = check_dataset(
+            directory,
+            deep=deep,
+            cache_dir=cache_dir,
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    if json_output:
+        print_json(asdict(report))
+    else:
+        _tell(report)
+    if report.damage:
+        first = report.damage[0]
+        more = f" and {len(report.damage) - 1:,} more" if len(report.damage) > 1 else ""
+        raise DataError(
+            f"{directory} is damaged: {first.where}: {first.what}{more}",
+            hint="copy the data set again, or pack it again into another folder",
+        )
+
+
+def _tell(report: DatasetReport) -> None:
+    table = make_table(
+        *("split", ">images", ">shards", ">MB", ">a class: min", ">median", ">max"),
+        *(">empty", "width px (median)", "height px (median)", ">repeated"),
+    )
+    for split in report.splits:
+        table.add_row(
+            split.name,
+            f"{split.images:,}",
+            f"{split.shards:,}",
+            f"{split.bytes / 1e6:,.1f}",
+            f"{split.class_images.min:,}",
+            f"{split.class_images.median:,g}",
+            f"{split.class_images.max:,}",
+            f"{len(split.empty_classes):,}",
+            _render_spread(split.width),
+            _render_spread(split.height),
+            f"{split.duplicates:,}",
+        )
+    console.print(f"{report.location}: {report.classes:,} classes", soft_wrap=True)
+    print_table(table)
+    for split in report.splits:
+        if split.empty_classes:
+            names = ", ".join(split.empty_classes[:5])
+            console.print(
+                f"{split.name} has no image of {names}"
+                + (" ..." if len(split.empty_classes) > 5 else ""),
+                soft_wrap=True,
+            )
+    if report.shared:
+        train, val = report.shared_examples[0]
+        console.print(
+            f"{report.shared:,} images of val are in train, too, such as {val} = {train}: "
+            "accuracies will look too good",
+            soft_wrap=True,
+            style="yellow",
+        )
+    for damage in report.damage[:20]:
+        console.print(f"damaged: {damage.where}: {damage.what}", soft_wrap=True, style="red")
+    if not report.damage:
+        done = "every byte and every image is" if report.deep else "every byte is"
+        console.print(f"{done} as it was packed", soft_wrap=True)
+
+
+def _render_spread(spread: Spread | None) -> str:
+    return "?" if spread is None else f"{spread.min}..{spread.max} ({spread.median:g})"
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+    )
 
 
 app.command()(show)

@@ -53,7 +53,8 @@ MAX_PIXELS = 64_000_000
 """Largest image that is packed; the same as the reader's (`decode.MAX_PIXELS`)."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""Formats that are tried (MPO comes with JPEG): no other reaches a decoder, such as PostScript and its interpreter."""
+"""Formats that are tried (MPO comes with JPEG); no other reaches a decoder: Pillow would hand
+PostScript to its interpreter."""
 
 JPEG_QUALITY = 95
 STATE_NAME = "pack-state"

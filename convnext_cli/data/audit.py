@@ -1,0 +1,238 @@
+"""What is in a packed data set, and whether it is what its card and indexes say.
+
+Always checked: every byte of every shard against its hash, every tar header, every index row and
+label, the counts of the card, and which images have the same bytes. A deep check decodes every
+image as well, exactly as training does.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, read_card
+from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.fetch import Expected, Store
+from convnext_cli.data.index import ShardIndex, hash_file, read_index, scan_shard
+from convnext_cli.data.report import Damage, DatasetReport, SplitReport, Spread
+from convnext_cli.errors import DataError
+
+_EXAMPLES = 10
+
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _ShardFindings:
+    labels: Numbers
+    width: Numbers
+    height: Numbers
+    digests: Numbers
+    keys: Sequence[str]
+    damage: tuple[Damage, ...]
+
+
+def check_dataset(
+    location: str | Path,
+    *,
+    deep: bool,
+    cache_dir: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DatasetReport:
+    """Read a packed data set from end to end; damage is reported, not raised.
+
+    Args:
+        location: Its folder or URL.
+        deep: Decode every image as well.
+        cache_dir: Where shards from a URL are kept.
+        on_progress: Called with (images done, images in all).
+
+    Raises:
+        DataError: There is no card to check against.
+    """
+    card = read_card(location)
+    store = Store(location=str(location), cache_dir=cache_dir)
+    report = on_progress or (lambda done, total: None)  # noqa: ARG005
+    total = sum(split.images for split in card.splits.values())
+    done, damage = 0, list(_check_card(card))
+    splits: list[SplitReport] = []
+    findings: dict[str, list[_ShardFindings]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for name, split in card.splits.items():
+            jobs = [
+                threads.submit(_check_shard, store, shard, classes=len(card.classes), deep=deep)
+                for shard in split.shards
+            ]
+            findings[name] = []
+            for job, shard in zip(jobs, split.shards, strict=True):
+                findings[name].append(job.result())
+                done += shard.images
+                report(done, total)
+            damage += [item for found in findings[name] for item in found.damage]
+            damage += _check_counts(card, split, findings[name])
+            splits.append(_make_split_report(card, split, findings[name]))
+    shared, examples = _find_shared(findings.get("train", ()), findings.get("val", ()))
+    return DatasetReport(
+        location=str(location),
+        fingerprint=card.fingerprint,
+        classes=len(card.classes),
+        splits=tuple(splits),
+        shared=shared,
+        shared_examples=examples,
+        damage=tuple(damage),
+        deep=deep,
+    )
+
+
+def _check_card(card: DatasetCard) -> list[Damage]:
+    found = []
+    if len(set(card.classes)) != len(card.classes):
+        found.append(Damage("dataset.json", "two classes have the same name"))
+    found += [
+        Damage("dataset.json", f"{name}: {len(split.class_images)} class counts")
+        for name, split in card.splits.items()
+        if len(split.class_images) != len(card.classes)
+    ]
+    return found
+
+
+def _check_shard(store: Store, shard: Shard, *, classes: int, deep: bool) -> _ShardFindings:
+    damage: list[Damage] = []
+    nothing = np.zeros(0, dtype=np.int64)
+    try:
+        path = store.path(shard.name, expected=Expected())
+        size = path.stat().st_size
+        if size != shard.bytes:
+            damage.append(Damage(shard.name, f"{size:,} bytes, but the card says {shard.bytes:,}"))
+        elif hash_file(path) != shard.sha256:
+            damage.append(Damage(shard.name, "its bytes are not those that were packed (sha256)"))
+        scanned = scan_shard(path)
+    except (DataError, OSError) as error:
+        damage.append(Damage(shard.name, str(error)))
+        return _ShardFindings(nothing, nothing, nothing, nothing, (), tuple(damage))
+    index = scanned
+    try:
+        index = read_index(store.path(index_name(shard.name), expected=Expected()))
+        if not _is_same(index, scanned):
+            damage.append(Damage(index_name(shard.name), "it does not describe its shard"))
+            index = scanned
+    except DataError as error:
+        damage.append(Damage(index_name(shard.name), str(error)))
+    if len(scanned) != shard.images:
+        damage.append(
+            Damage(shard.name, f"{len(scanned):,} images, but the card says {shard.images:,}")
+        )
+    damage += [
+        Damage(shard.name, f"{key}: label {label} of {classes} classes")
+        for key, label in zip(scanned.keys, scanned.labels, strict=True)
+        if not 0 <= label < classes
+    ]
+    with path.open("rb") as file:
+        digests, bad = _read_images(file, scanned, shard=shard.name, deep=deep)
+    return _ShardFindings(
+        labels=scanned.labels.astype(np.int64),
+        width=index.width.astype(np.int64),
+        height=index.height.astype(np.int64),
+        digests=digests,
+        keys=scanned.keys,
+        damage=(*damage, *bad),
+    )
+
+
+def _is_same(left: ShardIndex, right: ShardIndex) -> bool:
+    """Whether two indexes agree in all but the sizes of the images."""
+    return list(left.keys) == list(right.keys) and all(
+        np.array_equal(a, b)
+        for a, b in (
+            (left.labels, right.labels),
+            (left.image_offset, right.image_offset),
+            (left.image_bytes, right.image_bytes),
+        )
+    )
+
+
+def _read_images(
+    file: BinaryIO, index: ShardIndex, *, shard: str, deep: bool
+) -> tuple[Numbers, list[Damage]]:
+    """A 64-bit digest of each image's bytes; where asked, the images that cannot be decoded."""
+    digests = np.zeros(len(index), dtype=np.int64)
+    bad: list[Damage] = []
+    for row, (offset, size) in enumerate(zip(index.image_offset, index.image_bytes, strict=True)):
+        file.seek(int(offset))
+        data = file.read(int(size))
+        digests[row] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big", signed=True)
+        if deep:
+            try:
+                decode_rgb(data, key=index.keys[row])
+            except BadImage as error:
+                bad.append(Damage(shard, f"{error.key}: {error.reason}"))
+    return digests, bad
+
+
+def _check_counts(
+    card: DatasetCard, split: Split, findings: Sequence[_ShardFindings]
+) -> list[Damage]:
+    labels = _join([found.labels for found in findings])
+    labels = labels[(labels >= 0) & (labels < len(card.classes))]
+    counts = np.bincount(labels, minlength=len(card.classes))
+    if any(found.damage for found in findings) or counts.tolist() == list(split.class_images):
+        return []
+    return [Damage("dataset.json", f"{split.name}: its class counts are not those of the shards")]
+
+
+def _make_split_report(
+    card: DatasetCard, split: Split, findings: Sequence[_ShardFindings]
+) -> SplitReport:
+    width = _join([found.width for found in findings])
+    height = _join([found.height for found in findings])
+    digests = _join([found.digests for found in findings])
+    named = zip(card.classes, split.class_images, strict=False)
+    return SplitReport(
+        name=split.name,
+        images=split.images,
+        shards=len(split.shards),
+        bytes=sum(shard.bytes for shard in split.shards),
+        class_images=_spread(np.array(split.class_images)) or Spread(0, 0.0, 0),
+        empty_classes=tuple(name for name, images in named if not images),
+        width=_spread(width[width > 0]),
+        height=_spread(height[height > 0]),
+        duplicates=len(digests) - len(np.unique(digests)),
+    )
+
+
+def _join(arrays: Sequence[Numbers]) -> Numbers:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+
+
+def _spread(values: Numbers) -> Spread | None:
+    if not len(values):
+        return None
+    return Spread(int(np.min(values)), float(np.median(values)), int(np.max(values)))
+
+
+def _find_shared(
+    train: Sequence[_ShardFindings], val: Sequence[_ShardFindings]
+) -> tuple[int, tuple[tuple[str, str], ...]]:
+    """How many images of val are in train, and some of them."""
+    in_train = _join([found.digests for found in train])
+    in_val = _join([found.digests for found in val])
+    rows = np.flatnonzero(np.isin(in_val, in_train))
+    examples = []
+    for row in rows[:_EXAMPLES]:
+        twin = int(np.flatnonzero(in_train == in_val[row])[0])
+        examples.append((_key(train, twin), _key(val, int(row))))
+    return len(rows), tuple(examples)
+
+
+def _key(findings: Sequence[_ShardFindings], row: int) -> str:
+    for found in findings:
+        if row < len(found.keys):
+            return found.keys[row]
+        row -= len(found.keys)
+    raise AssertionError
