@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from convnext_cli import __version__
-from convnext_cli.cli import evaluate, finetune, plan, predict, recipes, runs, train
+from convnext_cli.cli import data, evaluate, finetune, plan, predict, recipes, runs, train, weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,5 +40,7 @@ app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(plan.plan)
+app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
+app.add_typer(weights.app, name="weights")
