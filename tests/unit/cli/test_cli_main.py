@@ -1,0 +1,55 @@
+"""How `convnext` shows a mistake, and that a bug keeps its traceback."""
+
+import pytest
+
+from convnext_cli import __version__
+
+
+def test_a_mistake_is_one_sentence_a_blank_line_and_a_hint_on_stderr(run_cli):
+    done = run_cli("plan", "in1k_tinny")
+
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    error, blank, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert "in1k_tinny" in error
+    assert blank == ""
+    assert hint == "hint: did you mean in1k_tiny?"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.rl=1e-3", "optim.rl"),
+        ("optim.lr=fast", "optim.lr"),
+        ("optim.lr=-1", "optim.lr"),
+        ("schedule.length=300", "schedule.length"),
+    ],
+)
+def test_a_wrong_override_is_named_and_nothing_is_written(run_cli, tmp_path, override, sentence):
+    done = run_cli("train", "in1k_tiny", override)
+
+    assert done.exit_code == 2
+    assert sentence in done.stderr.splitlines()[0]
+    assert "hint: " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_brackets_in_a_message_are_shown_and_not_read_as_markup(run_cli):
+    done = run_cli("plan", "my[red]recipe")
+
+    assert done.exit_code == 2
+    assert "my[red]recipe" in done.stderr
+
+
+def test_the_version_is_data_and_goes_to_stdout(run_cli):
+    done = run_cli("--version")
+
+    assert (done.exit_code, done.stdout, done.stderr) == (0, f"convnext {__version__}\n", "")
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(run_cli, monkeypatch):
+    monkeypatch.setattr("convnext_cli.cli.recipes.list_recipes", lambda: 1 // 0)
+
+    with pytest.raises(ZeroDivisionError):
+        run_cli("recipes", "list")
