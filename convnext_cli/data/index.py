@@ -14,6 +14,7 @@ in the middle of a stream for the end of the file and drops the rest without a w
 """
 
 import hashlib
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,7 @@ def read_index(path: Path) -> ShardIndex:
         DataError: It is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as columns:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as columns:
             text, ends = columns["key_text"].tobytes(), columns["key_end"]
             starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
             return ShardIndex(
@@ -235,7 +236,7 @@ def read_index(path: Path) -> ShardIndex:
                 width=columns["width"],
                 height=columns["height"],
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path}: the shard's index cannot be read: {error}",
             hint="pack the data set again: convnext data pack SOURCE OUT",

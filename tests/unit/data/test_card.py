@@ -1,0 +1,87 @@
+"""The card of a packed data set."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, read_card, write_card
+from convnext_cli.errors import DataError
+
+SHARD = Shard(name="train-000000.tar", images=3, bytes=10240, sha256="ab" * 32)
+CARD = DatasetCard(
+    classes=("cat", "dog"),
+    splits={"train": Split(name="train", shards=(SHARD,), class_images=(1, 2))},
+    options={"seed": 0},
+)
+
+
+def test_a_card_is_read_as_it_was_written(tmp_path):
+    write_card(CARD, tmp_path)
+
+    card = read_card(tmp_path)
+
+    assert card == CARD
+    assert card.splits["train"].images == 3
+    assert card.fingerprint == CARD.fingerprint
+
+
+def test_a_card_is_read_through_a_url(tmp_path):
+    write_card(CARD, tmp_path)
+
+    assert read_card(f"file://{tmp_path}/") == CARD
+
+
+def test_the_fingerprint_changes_with_a_class_and_with_a_byte_of_a_shard():
+    renamed = DatasetCard(("cat", "wolf"), CARD.splits, CARD.options)
+    shard = Shard(SHARD.name, SHARD.images, SHARD.bytes, "cd" * 32)
+    other = DatasetCard(CARD.classes, {"train": Split("train", (shard,), (1, 2))}, CARD.options)
+    repacked = DatasetCard(CARD.classes, CARD.splits, {"seed": 1})
+
+    assert len({CARD.fingerprint, renamed.fingerprint, other.fingerprint}) == 3
+    assert repacked.fingerprint == CARD.fingerprint
+
+
+def test_the_index_lies_beside_its_shard():
+    assert index_name("train-000012.tar") == "train-000012.index.npz"
+
+
+def change(plain, **values):
+    return json.dumps({**plain, **values})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (lambda plain: "{", "dataset.json cannot be read"),
+        (lambda plain: change(plain, format=2), "has format 2, newer than 1"),
+        (lambda plain: change(plain, splits=3), "is damaged"),
+        (lambda plain: json.dumps({"format": 1}), "is damaged: KeyError"),
+        (lambda plain: "[]", "is damaged"),
+    ],
+)
+def test_a_damaged_or_newer_card_is_refused(tmp_path, text, sentence):
+    write_card(CARD, tmp_path)
+    path = tmp_path / "dataset.json"
+    path.write_text(text(json.loads(path.read_text())))
+
+    with pytest.raises(DataError, match=sentence) as caught:
+        read_card(tmp_path)
+
+    assert caught.value.hint
+
+
+def test_a_folder_without_a_card_and_no_folder_at_all_are_told_apart(tmp_path):
+    with pytest.raises(DataError, match=r"holds no dataset\.json: it is not a packed data set"):
+        read_card(tmp_path)
+    with pytest.raises(DataError, match="there is no folder"):
+        read_card(tmp_path / "absent")
+
+
+def test_reading_a_card_loads_neither_numpy_nor_torch():
+    script = "import sys, convnext_cli.data.card; print({'numpy', 'torch'} & set(sys.modules))"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    assert done.stdout.strip() == "set()", done.stderr

@@ -1,0 +1,145 @@
+"""Scanning shards and keeping their index."""
+
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convnext_cli.data.index import iter_members, read_index, scan_shard, write_index
+from convnext_cli.errors import DataError
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], *, kind=tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def sample(key: str, label: int, image: bytes = b"image") -> list[tuple[str, bytes]]:
+    return [(f"{key}.jpg", image), (f"{key}.cls", str(label).encode()), (f"{key}.json", b"{}")]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    members = [*sample("a/0", 3, b"first"), *sample("a/1", 0, b"second one"), *sample("b/0", 12)]
+    return write_tar(tmp_path / "train-000000.tar", members)
+
+
+def test_a_scan_finds_every_sample_and_where_its_image_lies(shard):
+    index = scan_shard(shard)
+
+    assert list(index.keys) == ["a/0", "a/1", "b/0"]
+    assert index.labels.tolist() == [3, 0, 12]
+    data = shard.read_bytes()
+    images = [
+        data[at : at + size]
+        for at, size in zip(index.image_offset, index.image_bytes, strict=True)
+    ]
+    assert images == [b"first", b"second one", b"image"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_are_read_in_every_tar_format(tmp_path, kind):
+    key = "/".join(["folder" * 5] * 4) + "/name"
+    shard = write_tar(tmp_path / "s.tar", sample(key, 1), kind=kind)
+
+    assert list(scan_shard(shard).keys) == [key]
+
+
+def test_every_flipped_bit_of_a_header_is_refused(shard):
+    data = shard.read_bytes()
+    second_header = 1024  # after the first header and the padded first image
+    for byte in (0, 100, 124, 135, 148, 156, 200, 511):
+        damaged = bytearray(data)
+        damaged[second_header + byte] ^= 1
+        shard.write_bytes(damaged)
+
+        with pytest.raises(DataError, match=r"header at byte 1,024 is damaged|is cut"):
+            scan_shard(shard)
+
+
+@pytest.mark.parametrize("end", [0, 100, 512, 1024, 2000, 3072])
+def test_a_shard_that_is_cut_anywhere_is_refused(shard, end):
+    shard.write_bytes(shard.read_bytes()[:end])
+
+    with pytest.raises(DataError, match="is cut"):
+        scan_shard(shard)
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ([("a.jpg", b"x"), ("b.cls", b"1")], "sample a has no label"),
+        ([("a.cls", b"1")], "sample a has no image"),
+        ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], "has no label"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], "the label is 'cat', not a class number"),
+        ([("a.jpg", b"x"), ("a.cls", b"-1")], "the label is '-1', not a class number"),
+    ],
+)
+def test_samples_that_are_not_whole_are_refused(tmp_path, members, sentence):
+    shard = write_tar(tmp_path / "s.tar", members)
+
+    with pytest.raises(DataError, match=sentence):
+        scan_shard(shard)
+
+
+def test_an_html_page_and_an_absent_file_are_no_shards(tmp_path):
+    page = tmp_path / "page.tar"
+    page.write_text("<html>404</html>" * 100)
+
+    with pytest.raises(DataError, match="header at byte 0 is damaged"):
+        scan_shard(page)
+    with pytest.raises(DataError, match="No such file"):
+        scan_shard(tmp_path / "absent.tar")
+
+
+def test_a_tar_inside_a_tar_is_read_in_place(tmp_path):
+    inner = write_tar(tmp_path / "n01.tar", [("one.JPEG", b"11"), ("two.JPEG", b"222")])
+    outer = write_tar(tmp_path / "outer.tar", [("n01.tar", inner.read_bytes())])
+
+    with outer.open("rb") as file:
+        (whole,) = iter_members(file, where="outer")
+        end = whole.offset + whole.size
+        members = list(iter_members(file, where="inner", begin=whole.offset, end=end))
+        content = []
+        for member in members:
+            file.seek(member.offset)
+            content.append((member.name, file.read(member.size)))
+
+    assert content == [("one.JPEG", b"11"), ("two.JPEG", b"222")]
+
+
+def test_an_index_is_read_as_it_was_written_and_gives_the_same_bytes(shard, tmp_path):
+    index = replace(scan_shard(shard), width=np.array([4, 5, 6], dtype=np.int32))
+    write_index(index, tmp_path / "a.npz")
+    write_index(index, tmp_path / "b.npz")
+
+    again = read_index(tmp_path / "a.npz")
+
+    assert list(again.keys) == list(index.keys)
+    for column in ("labels", "image_offset", "image_bytes", "width", "height"):
+        assert np.array_equal(getattr(again, column), getattr(index, column))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_damaged_index_is_refused(shard, tmp_path):
+    write_index(scan_shard(shard), tmp_path / "a.npz")
+    data = (tmp_path / "a.npz").read_bytes()
+
+    for content in (b"", b"no zip", data[: len(data) // 2]):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(DataError, match="index cannot be read"):
+            read_index(tmp_path / "a.npz")
+
+
+def test_an_index_is_never_unpickled(tmp_path):
+    np.savez(tmp_path / "a.npz", key_text=np.array([print], dtype=object))
+
+    with pytest.raises(DataError, match="index cannot be read"):
+        read_index(tmp_path / "a.npz")
