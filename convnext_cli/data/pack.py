@@ -29,6 +29,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import tarfile
 import threading
 import warnings
@@ -188,13 +189,16 @@ def pack(
         tasks = _cut(listed, options, folder=out)
         records = {task.name: _read_record(out, task.name) for task in tasks}
         finished = [record for record in records.values() if record is not None]
-        _run(
-            [task for task in tasks if records[task.name] is None],
-            done_images=sum(record.tried for record in finished),
-            all_images=sum(len(task.entries) for task in tasks),
-            workers=workers,
-            on_progress=on_progress,
-        )
+        try:
+            _run(
+                [task for task in tasks if records[task.name] is None],
+                done_images=sum(record.tried for record in finished),
+                all_images=sum(len(task.entries) for task in tasks),
+                workers=workers,
+                on_progress=on_progress,
+            )
+        finally:
+            _remove_partial(out)  # of workers that were ended
         card, unreadable = _finish(
             listed, options, tasks, folder=out, source=source, fingerprint=fingerprint
         )
@@ -461,6 +465,7 @@ def _each(tasks: Sequence[_Task], *, workers: int) -> Iterator[int]:
         yield from map(_write_shard, tasks)
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         futures: list[Future[int]] = [pool.submit(_write_shard, task) for task in tasks]
@@ -471,12 +476,20 @@ def _each(tasks: Sequence[_Task], *, workers: int) -> Iterator[int]:
             "a packing process died, perhaps for want of memory",
             hint="give fewer: --workers 1; the same command goes on where it stopped",
         ) from error
+    except KeyboardInterrupt:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """End with the parent: a worker would otherwise wait for ever for one that was killed."""
+    """Leave Ctrl-C to the parent, and end with it.
+
+    A worker would otherwise wait for ever for a parent that was killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

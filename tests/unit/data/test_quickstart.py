@@ -1,5 +1,6 @@
 """The images of the quick start."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from convnext_cli.catalog.datasets import DATASETS
-from convnext_cli.data.quickstart import write_quickstart_images
+from convnext_cli.data.card import read_card
+from convnext_cli.data.quickstart import pack_quickstart, write_quickstart_images
 from convnext_cli.errors import StorageError
 
 
@@ -63,5 +65,47 @@ def test_a_destination_that_is_a_file_is_refused_with_a_hint(tmp_path):
 
     with pytest.raises(StorageError, match=r"taken: the quick start's images") as caught:
         write_quickstart_images(taken)
+
+    assert caught.value.hint
+
+
+def test_the_digits_are_packed_once_and_reused(tmp_path):
+    folder = pack_quickstart(tmp_path)
+    first = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    again = pack_quickstart(tmp_path)
+
+    assert again == folder == tmp_path / "quickstart"
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == first
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]
+    card, known = read_card(folder), DATASETS["quickstart"]
+    assert card.classes == tuple("0123456789")
+    assert card.splits["train"].images == known.train_images
+    assert card.splits["val"].images == known.val_images
+
+
+def test_what_a_kill_or_an_earlier_version_left_in_the_cache_gives_way(tmp_path):
+    whole = pack_quickstart(tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "cache" / "quickstart")
+    (tmp_path / "cache" / "quickstart" / "train-000000.tar").unlink()
+
+    folder = pack_quickstart(tmp_path / "cache")
+
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
+
+
+def test_the_cache_is_where_the_user_keeps_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    assert pack_quickstart() == tmp_path / "convnext" / "quickstart"
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_a_hint(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+
+    with pytest.raises(StorageError, match=r"cannot write .*quickstart") as caught:
+        pack_quickstart(tmp_path / "cache")
 
     assert caught.value.hint
