@@ -54,7 +54,7 @@ def find_commands(text: str) -> list[str]:
     """The `convnext ...` lines of a text's code blocks and of a recipe's head comment."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     matches = (re.match(r"^(?:\$ |# |    )?(convnext [a-z-].*)$", line.rstrip()) for line in lines)
-    return [re.split(r" [|>] ?| && |; ", match[1])[0] for match in matches if match]
+    return [re.split(r" +[|>#]| && |; ", match[1])[0].strip() for match in matches if match]
 
 
 @pytest.fixture(scope="session")

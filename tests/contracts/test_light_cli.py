@@ -1,9 +1,9 @@
 """Help and planning answer at once, because they load no heavy library."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,12 +62,14 @@ def test_the_plan_of_the_paper_is_made_without_torch(tmp_path):
 
 
 def test_help_answers_in_well_under_a_second(tmp_path):
-    """The best of five is taken: other processes share the machine."""
+    """Processor time, the best of three: other processes share the machine."""
     command = [sys.executable, "-m", "convnext_cli", "--help"]
     seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = os.times()
         subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        user = after.children_user - before.children_user
+        seconds.append(user + after.children_system - before.children_system)
 
-    assert min(seconds) < 0.9
+    assert 0.05 < min(seconds) < 0.9
