@@ -4,24 +4,30 @@
 id 0 ... last    stem ... head            lr of a group = lr x decay^(last - id)
 ```
 
-grouped   V1 S/B/L/XL and V2 B/L: 14 ids: stem, stage 0, stage 1, nine groups of three blocks of
+grouped   S/B/L/XL of V1, B/L of V2: 14 ids: stem, stage 0, stage 1, nine groups of three blocks of
           stage 2, stage 3, head. T, with nine blocks in stage 2, has 8 by the same rule.
-single    the other V2 models and the isotropic ones: an id a block; a downsampling shares the id
-          of its stage's first block; id 0 stays empty.
+single    the other V2 models: an id a block; a downsampling shares the id of its stage's first
+          block; id 0 stays empty. Also for the isotropic models, for which nothing is published.
+timm      comparison models have their own ids, whatever the kind.
 
-Source: facebookresearch/ConvNeXt@048efce optim_factory.py `get_num_layer_for_convnext`;
-facebookresearch/ConvNeXt-V2@2553895 optim_factory.py. Differs: the official V1 code refuses T,
-although the paper used layer decay for it.
+Source: facebookresearch/ConvNeXt@048efce optim_factory.py `get_num_layer_for_convnext`, and
+object_detection/mmcv_custom/layer_decay_optimizer_constructor.py for the eight ids of T;
+facebookresearch/ConvNeXt-V2@2553895 optim_factory.py `get_num_layer_for_convnext_single`. Differs:
+the official classification code of V1 refuses T, although the paper used layer decay for it; that
+of V2 gives `grouped` ids to any depths, and so the wrong ones to most.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from torch import nn
 
 LayerDecayKind = Literal["grouped", "single"]
+
+GROUPED_DEPTHS = ((3, 3, 9, 3), (3, 3, 27, 3))
+"""Blocks of each stage for which a grouped form is published."""
 
 _BLOCKS_A_GROUP = 3
 
@@ -47,15 +53,20 @@ def count_blocks(names: Iterable[str]) -> tuple[int, ...]:
 
 
 def count_layer_ids(depths: tuple[int, ...], *, kind: LayerDecayKind) -> int:
-    """How many different ids `layer_id` gives; the head has the last."""
+    """How many ids there are; the head has the last.
+
+    Raises:
+        ValueError: The kind is not defined for these depths.
+    """
     match kind:
         case "single":
             return sum(depths) + 2
         case "grouped":
-            if len(depths) != 4 or depths[2] % _BLOCKS_A_GROUP:
+            if depths not in GROUPED_DEPTHS:
+                published = " and ".join(map(str, GROUPED_DEPTHS))
                 raise ValueError(
-                    f"grouped layer decay is not defined for {depths} blocks a stage;"
-                    " use optim.layer_decay_kind=single"
+                    f"grouped layer decay is published for {published} blocks a stage, not for"
+                    f" {depths}; the kind 'single' works for all"
                 )
             return depths[2] // _BLOCKS_A_GROUP + 5
         case _:
@@ -102,10 +113,10 @@ def layer_id(name: str, *, depths: tuple[int, ...], kind: LayerDecayKind) -> int
 def is_decayed(parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices and kernels, not to one value a channel.
 
-    Biases, norms and LayerScale are vectors; GRN's gamma and beta are vectors in four dimensions,
-    so the longest side decides and not the number of dimensions.
+    Biases, norms and LayerScale are vectors. GRN's gamma and beta are vectors too, written in four
+    dimensions, so the longest side decides; a matrix always decays, even one of a single row.
     """
-    return parameter.numel() != max(parameter.shape, default=1)
+    return parameter.ndim == 2 or parameter.numel() != max(parameter.shape, default=1)
 
 
 def make_parameter_groups(
@@ -117,45 +128,57 @@ def make_parameter_groups(
 ) -> list[ParameterGroup]:
     """Every trainable parameter in exactly one group, groups ordered from the stem to the head.
 
+    Args:
+        model: A ConvNeXt with official parameter names, or a model of timm.
+        weight_decay: Of the groups that decay; the others get 0.
+        layer_decay: Factor a layer id; None: all layers learn alike.
+        layer_decay_kind: See the table above; timm's models have their own ids.
+
     Raises:
         ValueError: Layer decay is asked for a model or kind that it is not defined for.
     """
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    names = [name for name, _ in named]
-    ids: Mapping[str, int] = dict.fromkeys(names, 0)
+    named = dict(model.named_parameters())
+    scales = dict.fromkeys(named, 1.0)
     if layer_decay is not None:
-        ids = _layer_ids(names, model=model, kind=layer_decay_kind)
-    last = max(ids.values())
-    # timm's transformers name tables and tokens that must not decay
-    named_by_timm = getattr(model, "no_weight_decay", None)
-    kept: set[str] = set(named_by_timm()) if callable(named_by_timm) else set()
-    members: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
-    for name, weight in named:
-        members.setdefault((ids[name], is_decayed(weight) and name not in kept), []).append(
-            (name, weight)
-        )
+        # from all names: a frozen head or stage moves no other layer to another id
+        ids, last = _number_layers(model, kind=layer_decay_kind)
+        scales = {name: layer_decay ** (last - ids[name]) for name in named}
+    # timm's transformers name the tables and tokens that must not decay
+    exempt: Callable[[], Iterable[str]] | None = getattr(model, "no_weight_decay", None)
+    kept = set() if exempt is None else set(exempt())
+    members: dict[tuple[float, bool], list[str]] = {}
+    for name, parameter in named.items():
+        if parameter.requires_grad:
+            decays = is_decayed(parameter) and name not in kept
+            members.setdefault((scales[name], decays), []).append(name)
     return [
         ParameterGroup(
-            names=tuple(name for name, _ in group),
-            parameters=tuple(weight for _, weight in group),
-            weight_decay=weight_decay if decayed else 0.0,
-            lr_scale=1.0 if layer_decay is None else layer_decay ** (last - number),
+            names=tuple(names),
+            parameters=tuple(named[name] for name in names),
+            weight_decay=weight_decay if decays else 0.0,
+            lr_scale=scale,
         )
-        for (number, decayed), group in sorted(members.items(), key=lambda item: item[0])
+        for (scale, decays), names in sorted(members.items())
     ]
 
 
-def _layer_ids(names: list[str], *, model: nn.Module, kind: LayerDecayKind) -> Mapping[str, int]:
+def _number_layers(model: nn.Module, *, kind: LayerDecayKind) -> tuple[Mapping[str, int], int]:
+    """The id of every parameter by name, and the last id."""
+    if hasattr(model, "group_matcher"):
+        ids = _timm_layer_ids(model)
+        return ids, max(ids.values())
+    names = [name for name, _ in model.named_parameters()]
     depths = count_blocks(names)
-    if "head.weight" in names and any(name.endswith("dwconv.weight") for name in names):
-        return {name: layer_id(name, depths=depths, kind=kind) for name in names}
-    return _timm_layer_ids(names, model=model)
+    if not depths:
+        raise ValueError(f"{type(model).__name__} has no blocks with the official names")
+    ids = {name: layer_id(name, depths=depths, kind=kind) for name in names}
+    return ids, count_layer_ids(depths, kind=kind) - 1
 
 
-def _timm_layer_ids(names: list[str], *, model: nn.Module) -> Mapping[str, int]:
-    """One id a block as timm groups its own models."""
+def _timm_layer_ids(model: nn.Module) -> Mapping[str, int]:
+    """One id a block, as timm groups its own models."""
     from timm.models import group_parameters  # noqa: PLC0415  # takes seconds; comparisons only
 
     matcher = model.group_matcher(coarse=False)  # type: ignore[operator]  # timm models have it
     ids: dict[str, int] = group_parameters(model, matcher, reverse=True)
-    return {name: ids[name] for name in names}
+    return ids

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step; no clock, no state, no torch."""
+"""Learning rate and weight decay as functions of the step; no clock, no state, no torch."""
 
 import math
 
@@ -10,15 +10,29 @@ def cosine_lr(
 
     Args:
         step: Optimizer steps already taken, 0 <= step < total_steps.
-        peak: Highest learning rate; the last warm-up step has it.
+        peak: Highest learning rate; the last warm-up step and the first one after it have it.
         floor: Where the cosine would arrive at step `total_steps`.
-        warmup_steps: 0: none.
+        warmup_steps: 0: none, the first step has `peak`.
         total_steps: Length of training.
 
-    Source: facebookresearch/ConvNeXt@048efce utils.py `cosine_scheduler`; ConvNeXt Table 5.
+    Source: facebookresearch/ConvNeXt@048efce utils.py `cosine_scheduler`; ConvNeXt Table 5. (The
+    code of V2 spreads its warm-up over one step more; for V2 too we use this one.)
     """
     if step < warmup_steps:
         # the official table is a linspace that includes both ends
         return peak * step / max(1, warmup_steps - 1)
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+    return _half_cosine((step - warmup_steps) / (total_steps - warmup_steps), start=peak, end=floor)
+
+
+def cosine_weight_decay(step: int, *, start: float, end: float, total_steps: int) -> float:
+    """Half a cosine from `start` towards `end` over all steps, for the groups that decay at all.
+
+    Every published recipe has `end` equal to `start`: a constant, exactly.
+
+    Source: facebookresearch/ConvNeXt@048efce main.py `weight_decay_end`.
+    """
+    return _half_cosine(step / total_steps, start=start, end=end)
+
+
+def _half_cosine(progress: float, *, start: float, end: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2

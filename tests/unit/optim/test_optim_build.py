@@ -1,0 +1,60 @@
+"""A plan and a network become AdamW; the learning rate is set from outside."""
+
+import pytest
+import torch
+
+from convnext_cli.catalog.models import find_variant
+from convnext_cli.errors import PlanError
+from convnext_cli.models.convnext import build_convnext
+from convnext_cli.optim.build import apply_lr, build_optimizer
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.schema import Data, Model, Optim, Recipe
+
+
+def make(model="convnext_tiny", **optim):
+    recipe = Recipe(
+        about="test",
+        model=Model(name=model),
+        data=Data(dataset="imagenet1k"),
+        optim=Optim(**optim),
+    )
+    plan = make_plan(recipe, Cluster(device="cpu"), name="test")
+    with torch.device("meta"):
+        network = build_convnext(find_variant(model), num_classes=1000)
+    return plan, network
+
+
+def test_the_optimizer_has_the_numbers_of_the_recipe():
+    plan, network = make(betas=(0.9, 0.95), eps=1e-7, weight_decay=0.3)
+
+    optimizer = build_optimizer(plan, network)
+
+    assert type(optimizer) is torch.optim.AdamW
+    kept, decayed = optimizer.param_groups
+    assert (kept["weight_decay"], decayed["weight_decay"]) == (0.0, 0.3)
+    assert (decayed["betas"], decayed["eps"]) == ((0.9, 0.95), 1e-7)
+    assert "stages.0.0.gamma" in kept["names"]
+    assert "stages.0.0.dwconv.weight" in decayed["names"]
+
+
+def test_a_learning_rate_is_scaled_by_layer():
+    plan, network = make(layer_decay=0.8)
+    optimizer = build_optimizer(plan, network)
+
+    apply_lr(optimizer, 1e-3)
+
+    lr = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert lr["head.weight"] == 1e-3
+    assert lr["stages.3.0.gamma"] == pytest.approx(0.8e-3)
+    assert lr["downsample_layers.0.0.weight"] == pytest.approx(1e-3 * 0.8**7)
+
+
+def test_layer_decay_of_a_kind_that_the_model_lacks_is_refused_with_a_hint_that_works():
+    plan, network = make("convnextv2_atto", layer_decay=0.9, layer_decay_kind="grouped")
+
+    with pytest.raises(PlanError, match=r"convnextv2_atto: grouped .* \(2, 2, 6, 2\)") as caught:
+        build_optimizer(plan, network)
+
+    assert caught.value.hint == "set optim.layer_decay_kind=single"
+    assert build_optimizer(*make("convnextv2_atto", layer_decay=0.9, layer_decay_kind="single"))
