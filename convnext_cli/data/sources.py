@@ -152,7 +152,7 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
     if (source / CARD_NAME).is_file():
         raise DataError(
             f"{source} is a packed data set already: it holds {CARD_NAME}",
-            hint=f"train on it: convnext train quickstart --data {source}",
+            hint=f"train on it: convnext train small_data --data {source}",
         )
     entries = _scan(source)
     if any(entry.name == TRAIN_TAR for entry in entries):

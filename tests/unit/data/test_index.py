@@ -38,8 +38,7 @@ def test_a_scan_finds_every_sample_and_where_its_image_lies(shard):
     assert index.labels.tolist() == [3, 0, 12]
     data = shard.read_bytes()
     images = [
-        data[at : at + size]
-        for at, size in zip(index.image_offset, index.image_bytes, strict=True)
+        data[at : at + size] for at, size in zip(index.image_offset, index.image_bytes, strict=True)
     ]
     assert images == [b"first", b"second one", b"image"]
 
