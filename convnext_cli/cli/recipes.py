@@ -14,6 +14,7 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import (
     find_recipe,
+    flatten_keys,
     list_fields,
     list_recipes,
     load_recipe,
@@ -112,7 +113,9 @@ def diff(
 
     Example: convnext recipes diff in1k_tiny in1k_base
     """
-    left, right = _flatten(load_recipe(first)), _flatten(load_recipe(second))
+    left, right = (
+        flatten_keys(load_recipe(name).model_dump(mode="json")) for name in (first, second)
+    )
     differing = {key: (left[key], right[key]) for key in left if left[key] != right[key]}
     if json_output:
         print_json({key: {first: a, second: b} for key, (a, b) in differing.items()})
@@ -121,16 +124,6 @@ def diff(
     for key, (a, b) in differing.items():
         table.add_row(key, Text(_word(a)), Text(_word(b)))
     print_table(table)
-
-
-def _flatten(recipe: Recipe) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in recipe.model_dump(mode="json").items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def _word(value: object) -> str:

@@ -97,7 +97,10 @@ def run_training(
 ) -> None:
     """Plan, train, and say what came out and what to do next."""
     if not re.fullmatch(r"[\w.=-]+", name):
-        raise RecipeError(f"--name {name}: letters, digits, _, -, . and = are allowed in a name")
+        raise RecipeError(
+            f"--name {name}: letters, digits, _, -, . and = are allowed in a name",
+            hint="for example --name tiny_lr2",
+        )
     if cluster.rank != 0:
         console.quiet = True
     recipe = _with_builtin_data(recipe)
@@ -141,11 +144,13 @@ def _tell_result(run: RunDir, *, recipe: Recipe, step: int) -> None:
         text += f", averaged weights {averaged:.2f}% (step {summary.best_ema_top1_step})"
     if recipe.published_top1 is not None:
         text += f"; published {recipe.published_top1:.1f}%"
-    data = recipe.data.path or "DIR"
+    evaluate = f"convnext evaluate {checkpoint} --data {recipe.data.path or 'DIR'}"
+    if averaged is not None and checkpoint == run.best:
+        evaluate += " --weights raw"  # the better ones here; averaged ones are the default
     for name, value in (
         ("finished", text),
         ("checkpoint", str(checkpoint)),
         ("plot", str(run.curves)),
-        ("next", f"convnext evaluate {checkpoint} --data {data}"),
+        ("next", evaluate),
     ):
         console.print(Text.assemble((f"{name:<11}", "bold"), value), soft_wrap=True)

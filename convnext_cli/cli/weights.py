@@ -126,7 +126,8 @@ def convert(
         check_onnx()
         if found.num_classes is None:
             raise CheckpointError(
-                f"{path} has no head to export", hint="fine-tune it first: convnext finetune --from"
+                f"{path} has no head to export",
+                hint=f"fine-tune it first: convnext finetune --from {path} --data DIR",
             )
         model = build_convnext(found.variant, num_classes=found.num_classes)
         load_into(model, found)

@@ -181,9 +181,7 @@ def draw_crop(
     image_CHW: Tensor, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> CropBox:
     """A random crop box, drawn from the global `random` state exactly as timm draws it."""
-    top, left, height, width = RandomResizedCropAndInterpolation.get_params(  # type: ignore[no-untyped-call]  # timm leaves it so
-        image_CHW, scale, ratio
-    )
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image_CHW, scale, ratio)
     return CropBox(top=top, left=left, height=height, width=width)
 
 

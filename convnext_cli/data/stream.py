@@ -239,7 +239,10 @@ def _label(data: bytes, *, key: str, num_classes: int) -> int:
     try:
         label = int(data.decode("ascii").strip())
     except ValueError as error:
-        raise DataError(f"sample {key}: its .cls holds {data[:20]!r}, not a number") from error
+        raise DataError(
+            f"sample {key}: its .cls holds {data[:20]!r}, not a number",
+            hint="a .cls file holds the class's number as text; pack the data set again",
+        ) from error
     if not 0 <= label < num_classes:
         raise DataError(
             f"sample {key}: label {label}, but the model has {num_classes} classes",

@@ -70,7 +70,10 @@ def read_yaml(text: str, *, where: str) -> Any:  # noqa: ANN401  # YAML holds an
         RecipeError: The text is no such document; says the line.
     """
     if len(text.encode()) > MAX_BYTES:
-        raise RecipeError(f"{where}: larger than a recipe can be ({MAX_BYTES} bytes)")
+        raise RecipeError(
+            f"{where}: larger than a recipe can be ({MAX_BYTES} bytes)",
+            hint="name a recipe; they are a page of text: convnext recipes list",
+        )
     yaml = YAML(typ="safe", pure=True)
     try:
         events = list(YAML(typ="safe", pure=True).parse(io.StringIO(text)))
@@ -94,7 +97,10 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen or len(seen) >= _DEPTH:
         chain = " -> ".join(step.name for step in (*seen, path))
-        raise RecipeError(f"recipes extend each other in a circle: {chain}")
+        raise RecipeError(
+            f"recipes extend each other in a circle: {chain}",
+            hint=f"remove the line extends: from {path.name} or from one of the others",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -109,7 +115,10 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if parent is None:
         return keys
     if not isinstance(parent, str):
-        raise RecipeError(f"{path.name}: extends: a recipe's name is wanted, found {parent!r}")
+        raise RecipeError(
+            f"{path.name}: extends: a recipe's name is wanted, found {parent!r}",
+            hint="for example extends: in1k_tiny",
+        )
     below = _read_layers(find_recipe(parent, beside=path.parent), (*seen, path))
     return merge_keys(below, keys)
 
@@ -126,6 +135,17 @@ def merge_keys(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
+def flatten_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested keys as `section.key`."""
+    flat: dict[str, Any] = {}
+    for name, value in keys.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
 def list_fields() -> list[str]:
     """Every key of a recipe as `section.key`."""
     names: list[str] = []
@@ -135,6 +155,10 @@ def list_fields() -> list[str]:
         else:
             names.append(name)
     return names
+
+
+def _hint_for(near: str | None) -> str:
+    return f"did you mean {near}?" if near else "see all keys: convnext recipes show --fields"
 
 
 def _nearest_field(name: str) -> str | None:
@@ -160,7 +184,7 @@ def parse_override(text: str) -> dict[str, Any]:
         near = _nearest_field(name)
         raise RecipeError(
             f"override {text}: no key {name} in a recipe",
-            hint=f"did you mean {near}?" if near else "see them: convnext recipes show --fields",
+            hint=_hint_for(near),
         )
     parsed = read_yaml(value, where=f"override {text}") if value.strip() else None
     section, dot, key = name.partition(".")
@@ -181,12 +205,18 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
             near = _nearest_field(name)
             return RecipeError(
                 f"{where}: no key {name} in a recipe",
-                hint=f"did you mean {near}?" if near else "see them: convnext recipes show --fields",
+                hint=_hint_for(near),
             )
         case "missing":
-            return RecipeError(f"{where}: the key {'.'.join(location)} is missing")
+            return RecipeError(
+                f"{where}: the key {'.'.join(location)} is missing",
+                hint="add it, or extend a recipe that has it (extends: in1k_tiny)",
+            )
         case "model_type":
-            return RecipeError(f"{where}: {name} is a section with keys, found {found!r}")
+            return RecipeError(
+                f"{where}: {name} is a section with keys, found {found!r}",
+                hint=f"see its keys: convnext recipes show --fields {name}",
+            )
         case _:
             same = [item for item in error.errors() if item["loc"][:2] == complaint["loc"][:2]]
             wanted = " or ".join(dict.fromkeys(_wanted(item["msg"]) for item in same))

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from convnext_cli.errors import RunError
+from convnext_cli.recipe.files import flatten_keys
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import read_json, read_jsonl
 
@@ -157,24 +158,17 @@ def read_recipe_keys(run: RunDir) -> dict[str, object]:
     except (YAMLError, ValueError) as error:
         raise RunError(f"{run.recipe} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
-        raise RunError(f"{run.recipe} holds no recipe, but a {type(recipe).__name__}")
-    return _flatten(recipe)
+        raise RunError(
+            f"{run.recipe} holds no recipe, but a {type(recipe).__name__}",
+            hint=f"move the damaged run aside: mv {run.root} {run.root}.damaged",
+        )
+    return flatten_keys(recipe)
 
 
 def number(row: Mapping[str, object], key: str) -> float | None:
     """The number under a key; None where it is absent or was not finite."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) else None
-
-
-def _flatten(mapping: Mapping[object, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _differences(mappings: Sequence[Mapping[str, object]]) -> tuple[Difference, ...]:

@@ -33,7 +33,7 @@ import psutil
 from convnext_cli.errors import RunError, StorageError
 
 _PACKAGES = (
-    "convnext", "deepspeed", "fsspec", "lightning", "matplotlib", "mlflow-skinny", "numpy",
+    "convnext", "deepspeed", "fsspec", "lightning", "matplotlib", "mlflow", "numpy",
     "pillow", "pydantic", "safetensors", "tensorboard", "timm", "torch", "torchmetrics",
     "torchvision", "triton", "wandb", "webdataset",
 )  # fmt: skip
@@ -154,7 +154,10 @@ def read_json(path: Path) -> dict[str, object]:
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise RunError(f"{path} holds no JSON object, but a {type(value).__name__}")
+        raise RunError(
+            f"{path} holds no JSON object, but a {type(value).__name__}",
+            hint=f"move the damaged run aside: mv {path.parent} {path.parent}.damaged",
+        )
     return value
 
 

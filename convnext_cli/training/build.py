@@ -4,80 +4,20 @@ Lightning's own checkpointing, progress bar, samplers, signal handling and summa
 they do here is done by `checkpoint`, `progress`, the data room, `preempt` and the plan.
 """
 
-import logging
-import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Literal, assert_never
+from typing import assert_never
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
-from convnext_cli.errors import DeviceError, UserError
+from convnext_cli.errors import UserError
 from convnext_cli.plan.resolve import Plan
-from convnext_cli.recipe.schema import Precision, Tracker
+from convnext_cli.recipe.schema import Tracker
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.checkpoint import AtomicCheckpointIO
+from convnext_cli.training.devices import build_strategy, lightning_precision
 from convnext_cli.training.throughput import DataClock
-
-LightningPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
-
-
-def lightning_precision(precision: Precision) -> LightningPrecision:
-    """Lightning's word for a precision."""
-    match precision:
-        case "fp32":
-            return "32-true"
-        case "bf16":
-            return "bf16-mixed"
-        case "fp16":
-            return "16-mixed"
-        case _:
-            assert_never(precision)
-
-
-def check_devices(plan: Plan) -> None:
-    """Refuse devices and precisions that this machine does not have.
-
-    Raises:
-        DeviceError: No GPU, fewer than asked, or one without bf16.
-    """
-    if plan.cluster.device == "cpu":
-        if plan.precision == "fp16":
-            raise DeviceError(
-                "fp16 needs a GPU: a CPU has no fast fp16 arithmetic",
-                hint="use --precision bf16 or --precision fp32",
-            )
-        return
-    if not torch.cuda.is_available():
-        raise DeviceError(
-            "a GPU was asked for, but torch finds none on this machine",
-            hint="train on the CPU with --device cpu, or check the driver with nvidia-smi",
-        )
-    found, asked = torch.cuda.device_count(), plan.cluster.devices_per_node
-    if asked > found:
-        raise DeviceError(
-            f"{asked} GPUs were asked for, but this machine has {found}",
-            hint=f"use --devices {found}",
-        )
-    if plan.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise DeviceError(
-            f"{torch.cuda.get_device_name()} has no bf16 arithmetic",
-            hint="use --precision fp16 or --precision fp32",
-        )
-
-
-def build_strategy(plan: Plan) -> Strategy:
-    """How devices share the work; fresh each time, for Lightning keeps state in it."""
-    if plan.world_size == 1:
-        return SingleDeviceStrategy(device="cuda:0" if plan.cluster.device == "cuda" else "cpu")
-    return DDPStrategy(
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # no model here keeps running statistics that must agree
-        process_group_backend="nccl" if plan.cluster.device == "cuda" else "gloo",
-    )
 
 
 def build_loggers(plan: Plan, run: RunDir, *, first_step: int) -> list[Logger]:
@@ -125,28 +65,19 @@ def _build_logger(tracker: Tracker, run: RunDir, *, first_step: int) -> Logger |
                 save_dir=run.trackers,
             )
         case "mlflow":
+            import mlflow  # noqa: PLC0415
             from lightning.pytorch.loggers import MLFlowLogger  # noqa: PLC0415
 
+            run.trackers.mkdir(parents=True, exist_ok=True)
+            beside = f"sqlite:///{run.trackers.resolve() / 'mlflow.db'}"
             return MLFlowLogger(
                 experiment_name="convnext",
                 run_name=run.name,
-                tracking_uri=f"sqlite:///{run.trackers.resolve() / 'mlflow.db'}",
+                # a server that MLFLOW_TRACKING_URI names goes before a file beside the run
+                tracking_uri=mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else beside,
             )
         case _:
             assert_never(tracker)
-
-
-def quiet_lightning() -> None:
-    """Keep Lightning's advertisements, and its warnings about what is meant here, quiet."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        r".*module\(s\) in eval mode at the start of training",  # the averaged weights
-        r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
-        r".*does not have many workers",  # the plan chose their number
-        r".*was configured so 100% of the batches",
-        r".*srun. command is available on your system but is not used",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def build_trainer(
@@ -162,7 +93,7 @@ def build_trainer(
         accelerator="gpu" if plan.cluster.device == "cuda" else "cpu",
         devices=plan.cluster.devices_per_node,
         num_nodes=plan.cluster.num_nodes,
-        strategy=build_strategy(plan),
+        strategy=build_strategy(plan.cluster),
         plugins=[AtomicCheckpointIO()],
         precision=lightning_precision(plan.precision),
         max_epochs=1,

@@ -21,7 +21,8 @@ from convnext_cli.models.build import build_model
 from convnext_cli.models.weights import ModelCard, load_into, read_weights
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
-from convnext_cli.recipe.files import read_yaml, render_recipe
+from convnext_cli.recipe.files import flatten_keys, render_recipe
+from convnext_cli.runs.compare import read_recipe_keys
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import (
     JsonLines,
@@ -31,8 +32,9 @@ from convnext_cli.runs.record import (
     write_json,
     writing_to,
 )
-from convnext_cli.training.build import build_loggers, build_trainer, check_devices, quiet_lightning
+from convnext_cli.training.build import build_loggers, build_trainer
 from convnext_cli.training.checkpoint import Checkpoints, read_step
+from convnext_cli.training.devices import check_devices, quiet_lightning
 from convnext_cli.training.preempt import StopOnSignal
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.recorder import Recorder
@@ -94,7 +96,10 @@ def open_run(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | No
             write_json(run.environment, record_environment())
     if isinstance(resume, Path):
         if not resume.is_file():
-            raise RunError(f"--resume {resume}: there is no such file")
+            raise RunError(
+                f"--resume {resume}: there is no such file",
+                hint="leave --resume out to go on from the newest checkpoint of the run",
+            )
         return resume
     if run.last.exists():
         return run.last
@@ -108,8 +113,8 @@ def open_run(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | No
 
 def _check_same_run(plan: Plan, run: RunDir) -> None:
     """Refuse to go on with a run under another recipe."""
-    before = _flatten(read_yaml(run.recipe.read_text(encoding="utf-8"), where=str(run.recipe)))
-    asked = _flatten(plan.recipe.model_dump(mode="json"))
+    before = read_recipe_keys(run)
+    asked = flatten_keys(plan.recipe.model_dump(mode="json"))
     differing = [
         key
         for key in sorted(before.keys() | asked.keys())
@@ -125,16 +130,6 @@ def _check_same_run(plan: Plan, run: RunDir) -> None:
         )
 
 
-def _flatten(keys: dict[str, object]) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in keys.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
 def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) -> Result:
     """Train to the end of the schedule, or go on from a checkpoint.
 
@@ -143,7 +138,7 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
         Stopped: A signal came; a checkpoint is written.
         Diverged: The loss is not finite.
     """
-    check_devices(plan)
+    check_devices(plan.cluster, precision=plan.precision)
     quiet_lightning()
     display = ProgressDisplay(plan, console=console, log=run.log)
     first_step = 0 if resume_from is None else read_step(resume_from)

@@ -76,7 +76,7 @@ class Meter:
 
 def read_memory_gib() -> float:
     """Peak memory of the device (GPU), or memory of this process (CPU), in GiB."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     used: int = psutil.Process().memory_info().rss
     return used / 2**30

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,24 @@ def run_dir(recipe: Path, name: str = "run") -> Path:
     return recipe.parent / "runs" / name
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A run of six steps that nothing disturbed; shared, so read only."""
+
+    recipe: Path
+    root: Path
+    output: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_shards) -> Finished:
+    path = tmp_path_factory.mktemp("finished") / "tiny.yaml"
+    path.write_text(RECIPE)
+    done = train(path, tiny_shards)
+    assert done.returncode == 0, done.stderr
+    return Finished(path, run_dir(path), done)
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
@@ -58,11 +77,9 @@ def assert_same_weights(left: Path, right: Path) -> None:
     assert not differing
 
 
-def test_a_run_leaves_checkpoints_rows_a_plot_and_the_next_command(recipe, tiny_shards):
-    done = train(recipe, tiny_shards)
+def test_a_run_leaves_checkpoints_rows_a_plot_and_the_next_command(finished):
+    run, done = finished.root, finished.output
 
-    assert done.returncode == 0, done.stderr
-    run = run_dir(recipe)
     assert [row["step"] for row in rows(run) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(run) if "val_ema/top1" in row] == [3, 6]
     assert (run / "checkpoints" / "last.ckpt").resolve().name == "step=00000006.ckpt"
@@ -72,10 +89,8 @@ def test_a_run_leaves_checkpoints_rows_a_plot_and_the_next_command(recipe, tiny_
     assert done.stdout == ""
 
 
-def test_a_run_killed_at_any_step_ends_with_the_weights_of_one_left_alone(recipe, tiny_shards):
-    assert train(recipe, tiny_shards, name="whole").returncode == 0
-    whole = run_dir(recipe, "whole")
-
+def test_a_killed_run_ends_with_the_weights_of_one_left_alone(recipe, tiny_shards, finished):
+    whole = finished.root
     killed = run_dir(recipe, "killed")
     command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data"]
     command += [str(tiny_shards), "--name", "killed", "--runs-dir", str(recipe.parent / "runs")]
@@ -136,11 +151,10 @@ def test_two_processes_learn_what_one_learns_with_accumulation(recipe, tiny_shar
         assert torch.allclose(value, theirs[key], atol=2e-4), key
 
 
-def test_averaging_does_not_change_the_raw_weights(recipe, tiny_shards):
-    assert train(recipe, tiny_shards, name="with").returncode == 0
+def test_averaging_does_not_change_the_raw_weights(recipe, tiny_shards, finished):
     assert train(recipe, tiny_shards, "ema.decay=null", name="without").returncode == 0
 
-    averaged = weights(run_dir(recipe, "with") / "checkpoints/last.ckpt")
+    averaged = weights(finished.root / "checkpoints/last.ckpt")
     raw = {key: value for key, value in averaged.items() if key.startswith("model.")}
     plain = weights(run_dir(recipe, "without") / "checkpoints/last.ckpt")
     assert raw.keys() == plain.keys()
@@ -148,13 +162,11 @@ def test_averaging_does_not_change_the_raw_weights(recipe, tiny_shards):
 
 
 @pytest.mark.parametrize("mode", ["stages", "blocks"])
-def test_gradient_checkpointing_changes_memory_and_not_the_weights(recipe, tiny_shards, mode):
-    assert train(recipe, tiny_shards, "schedule.length=3st", name="plain").returncode == 0
-    more = ["schedule.length=3st", f"compute.gradient_checkpointing={mode}"]
-    assert train(recipe, tiny_shards, *more, name=mode).returncode == 0
+def test_gradient_checkpointing_does_not_change_the_weights(recipe, tiny_shards, finished, mode):
+    assert train(recipe, tiny_shards, f"compute.gradient_checkpointing={mode}").returncode == 0
 
     last = "checkpoints/last.ckpt"
-    assert_same_weights(run_dir(recipe, "plain") / last, run_dir(recipe, mode) / last)
+    assert_same_weights(finished.root / last, run_dir(recipe) / last)
 
 
 @pytest.mark.parametrize(
@@ -167,21 +179,18 @@ def test_a_run_works_in_this_setting(recipe, tiny_shards, more):
     assert all(row["train/grad_norm"] > 0 for row in rows(run_dir(recipe)) if "train/loss" in row)
 
 
-def test_the_same_command_after_the_end_says_what_came_out(recipe, tiny_shards):
-    assert train(recipe, tiny_shards).returncode == 0
-    before = (run_dir(recipe) / "metrics.jsonl").read_bytes()
+def test_the_same_command_after_the_end_says_what_came_out(tiny_shards, finished):
+    before = (finished.root / "metrics.jsonl").read_bytes()
 
-    again = train(recipe, tiny_shards)
+    again = train(finished.recipe, tiny_shards)
 
     assert again.returncode == 0, again.stderr
-    assert "finished   top-1" in again.stderr
-    assert (run_dir(recipe) / "metrics.jsonl").read_bytes() == before
+    assert "finished   6 steps, best top-1" in again.stderr
+    assert (finished.root / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_recipe_in_the_same_folder_is_refused(recipe, tiny_shards):
-    assert train(recipe, tiny_shards, "schedule.length=3st").returncode == 0
-
-    other = train(recipe, tiny_shards, "schedule.length=3st", "optim.lr=5e-4")
+def test_another_recipe_in_the_same_folder_is_refused(tiny_shards, finished):
+    other = train(finished.recipe, tiny_shards, "optim.lr=5e-4")
 
     assert other.returncode == 2
     assert "holds a run with optim.lr=0.001, but 0.0005 is asked now" in other.stderr
@@ -203,7 +212,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_71(recipe, tiny_shards):
         (["--precision", "fp16"], "fp16 needs a GPU"),
         (["model.num_classes=10"], "the recipe's head has 10 classes, but"),
         (["--resume", "must"], "has no checkpoint to go on from"),
-        (["init.weights=/no/such/file.pth"], "/no/such/file.pth"),
+        (["init.weights=/no/such/file.pth"], "there is no file /no/such/file.pth"),
+        (["--runs-dir", "/dev/null/runs"], "cannot write /dev/null/runs/run"),
+        (["--data", "/no/such/folder"], "there is no folder /no/such/folder"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_a_hint(recipe, tiny_shards, more, sentence):

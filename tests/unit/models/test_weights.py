@@ -211,9 +211,7 @@ def test_the_sparse_kernels_of_pre_training_become_dense_ones(tmp_path):
             sparse[name.replace(".weight", ".linear.weight").replace(".bias", ".linear.bias")] = (
                 value
             )
-        elif "grn" in key:
-            sparse[name] = value.reshape(1, -1)
-        elif key.endswith("bias") and "dwconv" in key:
+        elif "grn" in key or (key.endswith("bias") and "dwconv" in key):
             sparse[name] = value.reshape(1, -1)
         else:
             sparse[name] = value

@@ -1,0 +1,183 @@
+"""The recipe that fine-tuning chooses, as a function of checkpoint and data."""
+
+import itertools
+
+import pytest
+
+from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids
+from convnext_cli.catalog.models import VARIANTS, find_variant
+from convnext_cli.cli.finetune import (
+    Start,
+    TargetData,
+    choose_recipe,
+    find_override,
+    fit_recipe,
+    read_target,
+)
+from convnext_cli.data.card import DatasetCard, write_card
+from convnext_cli.errors import CheckpointError, DataError, RecipeError
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import DataFacts, make_plan
+from convnext_cli.recipe.files import list_recipes, load_recipe
+
+IN1K = TargetData(kind="imagenet1k", classes=imagenet1k_wnids())
+IN22K = TargetData(kind="imagenet22k", classes=imagenet22k_wnids())
+CATS = TargetData(kind="own", classes=("lion", "lynx", "puma"))
+
+
+def start(name: str, num_classes: int | None, **more: object) -> Start:
+    return Start(variant=find_variant(name), num_classes=num_classes, **more)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "xlarge"])
+@pytest.mark.parametrize("image_px", [224, 384])
+def test_an_official_22k_head_on_imagenet_1k_takes_the_published_recipe(size: str, image_px: int):
+    choice = choose_recipe(
+        start(f"convnext_{size}", 21_841), IN1K, overrides=[f"data.image_px={image_px}"]
+    )
+
+    assert choice.recipe == f"in22k_in1k_{size}_{image_px}"
+    assert "21,841 classes" in choice.reason
+
+
+def test_without_a_word_on_the_size_224_px_are_taken():
+    choice = choose_recipe(start("convnext_base", 21_841), IN1K)
+
+    assert choice.recipe == "in22k_in1k_base_224"
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_a_1k_model_goes_to_384_px_when_asked(size: str):
+    choice = choose_recipe(start(f"convnext_{size}", 1000), IN1K, overrides=["data.image_px=384"])
+
+    assert choice.recipe == f"in1k_384_{size}"
+
+
+@pytest.mark.parametrize("size", ["atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"])
+def test_a_masked_autoencoder_takes_the_v2_recipe_of_its_size(size: str):
+    choice = choose_recipe(start(f"convnextv2_{size}", None), IN1K)
+
+    assert choice.recipe == f"v2_in1k_{size}"
+
+
+@pytest.mark.parametrize("size", ["nano", "tiny", "base", "large", "huge"])
+def test_a_v2_with_a_22k_head_takes_the_recipe_after_it(size: str):
+    choice = choose_recipe(start(f"convnextv2_{size}", 21_841), IN1K)
+
+    assert choice.recipe.startswith(f"v2_in22k_in1k_{size}_")
+
+
+def test_own_images_take_small_data_with_the_checkpoints_shape():
+    choice = choose_recipe(
+        start("convnextv2_atto", 10, image_px=32, classes=tuple("abcdefghij")), CATS
+    )
+
+    assert choice.recipe == "small_data"
+    assert {"model.name=convnextv2_atto", "data.image_px=32", "init.head=reset"} <= set(
+        choice.overrides
+    )
+    assert "3 classes" in choice.reason
+
+
+def test_the_head_is_kept_where_the_classes_are_the_same():
+    choice = choose_recipe(start("convnextv2_atto", 3, classes=CATS.classes), CATS)
+
+    assert "init.head=keep" in choice.overrides
+
+
+def test_as_many_classes_of_unknown_name_do_not_keep_the_head():
+    choice = choose_recipe(start("convnext_tiny", 3), CATS)
+
+    assert "init.head=reset" in choice.overrides
+
+
+def test_a_1k_model_of_another_kind_says_that_nothing_is_published():
+    choice = choose_recipe(start("convnext_tiny", 1000), IN1K)
+
+    assert choice.recipe == "small_data"
+    assert "no published recipe" in choice.reason
+
+
+def list_choices() -> dict[tuple[str, str], list[str]]:
+    """(recipe, architecture) of every choice there can be, with the overrides of one of them."""
+    choices = {}
+    for variant, num_classes, target, px in itertools.product(
+        [variant for variant in VARIANTS.values() if variant.family != "timm"],
+        [None, 3, 1000, 21_841],
+        [IN1K, IN22K, CATS],
+        [None, 224, 288, 384, 512],
+    ):
+        asked = [] if px is None else [f"data.image_px={px}"]
+        choice = choose_recipe(
+            Start(variant=variant, num_classes=num_classes), target, overrides=asked
+        )
+        choices[choice.recipe, variant.name] = [*choice.overrides, *asked]
+    return choices
+
+
+def test_every_choice_is_a_shipped_recipe_that_plans_the_checkpoints_architecture():
+    for (name, architecture), overrides in list_choices().items():
+        recipe = load_recipe(name, [*overrides, "init.weights=x"])
+        assert recipe.model.name == architecture
+        asked = recipe.model.num_classes
+        facts = DataFacts(
+            train_images=100_000,
+            val_images=100,
+            num_classes=asked if isinstance(asked, int) else 10,
+            source="test",
+        )
+        make_plan(recipe, Cluster(), name=name, facts=facts)
+
+
+def test_every_published_fine_tuning_recipe_is_chosen_for_something():
+    published = {name for name in list_recipes() if "_in1k_" in name or name.startswith("v2_in22k")}
+
+    assert {name for name, _ in list_choices()} == published | {
+        "in1k_384_base",
+        "in1k_384_large",
+        "small_data",
+    }
+
+
+def test_a_comparison_model_cannot_be_a_start():
+    with pytest.raises(CheckpointError, match="resnet50"):
+        choose_recipe(start("resnet50", 1000), IN1K)
+
+
+def test_a_published_recipe_refuses_another_architecture():
+    with pytest.raises(RecipeError, match="convnext_tiny") as caught:
+        fit_recipe("in22k_in1k_base_224", start("convnext_tiny", 21_841))
+
+    hint = caught.value.hint or ""
+    fixed = hint.rpartition(": ")[2]
+    assert (
+        fit_recipe("in22k_in1k_base_224", start("convnext_tiny", 21_841), overrides=[fixed]).recipe
+        == "in22k_in1k_base_224"
+    )
+
+
+def test_small_data_takes_the_checkpoints_architecture():
+    choice = fit_recipe("small_data", start("convnextv2_pico", 1000))
+
+    assert choice.overrides == ("model.name=convnextv2_pico",)
+
+
+def test_the_last_override_counts():
+    overrides = ["data.image_px=64", "optim.lr=1e-3", "data.image_px=96"]
+
+    assert find_override("data.image_px", overrides) == 96
+    assert find_override("model.name", overrides) is None
+
+
+def test_a_data_set_is_known_by_its_classes(tmp_path):
+    for name, classes in (("in1k", imagenet1k_wnids()), ("cats", CATS.classes)):
+        (tmp_path / name).mkdir()
+        write_card(DatasetCard(classes=classes, splits={}, options={}), tmp_path / name)
+
+    assert read_target(str(tmp_path / "in1k"), []).kind == "imagenet1k"
+    assert read_target(None, [f"data.path={tmp_path / 'cats'}"]) == CATS
+
+
+def test_without_a_data_set_nothing_can_be_chosen():
+    with pytest.raises(DataError, match="no data set"):
+        read_target(None, [])

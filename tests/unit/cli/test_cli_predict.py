@@ -1,0 +1,70 @@
+"""Which files `convnext predict` takes, and how it names what it cannot read."""
+
+from pathlib import Path
+
+import pytest
+
+from convnext_cli.cli.predict import find_images, predict
+from convnext_cli.errors import DataError
+
+
+@pytest.fixture
+def album(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """b.JPG, a.png and notes.txt; deep/c.webp below them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    for name in ("b.JPG", "a.png", "notes.txt", "deep/c.webp"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def names(asked: list[str]) -> list[str]:
+    return [str(path) for path in find_images(asked)[0]]
+
+
+@pytest.mark.usefixtures("album")
+def test_a_folder_gives_its_images_in_order_however_deep():
+    assert names(["."]) == ["a.png", "b.JPG", "deep/c.webp"]
+
+
+@pytest.mark.usefixtures("album")
+def test_a_quoted_pattern_is_matched():
+    assert names(["*.JPG", "deep/*"]) == ["b.JPG", "deep/c.webp"]
+
+
+def test_a_pattern_may_start_at_the_root(album: Path):
+    assert names([f"{album}/*.png"]) == [str(album / "a.png")]
+
+
+@pytest.mark.usefixtures("album")
+def test_a_file_named_twice_is_looked_at_once():
+    assert names(["a.png", "*.png", "."]) == ["a.png", "b.JPG", "deep/c.webp"]
+
+
+@pytest.mark.usefixtures("album")
+def test_a_named_file_is_taken_whatever_its_name():
+    assert names(["notes.txt"]) == ["notes.txt"]
+
+
+def test_an_existing_file_with_brackets_in_its_name_is_no_pattern(album: Path):
+    (album / "cat[1].jpg").write_bytes(b"x")
+
+    assert names(["cat[1].jpg"]) == ["cat[1].jpg"]
+
+
+def test_what_matches_nothing_is_named(album: Path):
+    (album / "empty").mkdir()
+
+    found, unread = find_images(["*.gif", "empty", "a.png"])
+
+    assert [str(path) for path in found] == ["a.png"]
+    assert [(bad.image, bad.reason) for bad in unread] == [
+        ("*.gif", "no file matches"),
+        ("empty", "a folder without images"),
+    ]
+
+
+@pytest.mark.usefixtures("album")
+def test_nothing_to_look_at_is_said_before_the_model_is_read():
+    with pytest.raises(DataError, match=r"\*\.gif: no file matches"):
+        predict("no-such-checkpoint", ["*.gif"])
