@@ -119,7 +119,8 @@ def finetune(
     changes += [f"init.weights={json.dumps(str(path))}", *asked, f"init.source={source}"]
     if read_rank() != 0:
         console.quiet = True
-    console.print(Text(f"recipe     {choice.recipe}: {choice.reason}"), soft_wrap=True)
+    label = "chosen" if recipe is None else "from"
+    console.print(Text(f"{label:8} {choice.recipe}: {choice.reason}"), soft_wrap=True)
     run_training(
         load_asked_recipe(choice.recipe, changes, data=data, precision=precision),
         name=name or Path(choice.recipe).stem,
