@@ -1,5 +1,6 @@
 """`convnext plan`: every number a run would use, before anything is spent."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,8 @@ from convnext_cli.cli._inputs import (
 )
 from convnext_cli.plan.cluster import Cluster, DeviceKind, count_cpus
 from convnext_cli.plan.resolve import Plan, make_plan
+
+_SUSTAINED_FLOPS = 1e14
 
 
 def plan(
@@ -42,7 +45,7 @@ def plan(
     cluster = Cluster(
         num_nodes=nodes, devices_per_node=devices, device=device, cpus_per_node=count_cpus()
     )
-    resolved = make_plan(asked, cluster, name=recipe, facts=read_facts(asked))
+    resolved = make_plan(asked, cluster, name=Path(recipe).stem, facts=read_facts(asked))
     if json_output:
         print_json(resolved.to_json())
     else:
@@ -76,16 +79,32 @@ def show_plan(plan: Plan) -> None:
         (
             "steps",
             f"{plan.total_steps:,} ({warmup}) = {plan.epochs:g} epochs"
-            f" x {plan.steps_per_epoch:,} steps; {plan.dropped_images:,} images of an epoch rest",
+            f" x {plan.steps_per_epoch:,} steps{_leave_out(plan)}",
         ),
         ("lr", f"{plan.lr:g} to {plan.min_lr:g}: {plan.lr_note}"),
-        ("read", f"{plan.images_read:,} images, {plan.train_flops:.3g} FLOP"),
+        ("cost", f"{plan.images_read:,} images read, {plan.train_flops:.2g} FLOP{_hours(plan)}"),
         (
             "state",
             f"{plan.state_bytes / 1e9:.2f} GB a device for weights, gradients, optimizer"
             f"{'' if recipe.ema.decay is None else ' and EMA'}; activations come on top",
         ),
     ]
+    if recipe.published_top1 is not None:
+        rows.insert(1, ("published", f"{recipe.published_top1:g}% top-1"))
     for name, text in rows:
         table.add_row(Text(name, style="bold"), Text(text))
     print_table(table)
+
+
+def _leave_out(plan: Plan) -> str:
+    if not plan.dropped_images:
+        return ""
+    return f"; each leaves out {plan.dropped_images:,} images, other ones every time"
+
+
+def _hours(plan: Plan) -> str:
+    """The cost in hours of one device at a speed that is said, so that it can be scaled."""
+    if plan.cluster.device == "cpu":
+        return ""
+    hours = plan.train_flops / _SUSTAINED_FLOPS / 3600
+    return f" = {hours:,.3g} device-hours at a sustained {_SUSTAINED_FLOPS / 1e12:g} TFLOP/s"

@@ -18,6 +18,7 @@ from convnext_cli.recipe.files import (
     list_fields,
     list_recipes,
     load_recipe,
+    nearest_field,
     render_recipe,
 )
 from convnext_cli.recipe.schema import Recipe
@@ -78,17 +79,28 @@ def show(
 
 
 def _show_fields(key: str | None, *, json_output: bool) -> None:
-    chosen = [name for name in list_fields() if key is None or name.startswith(key)]
+    names = list_fields()
+    if key is None or key in names:
+        chosen = [name for name in names if key in {None, name}]
+    else:
+        chosen = [name for name in names if name.startswith(f"{key}.")]
     if not chosen:
+        near = nearest_field(str(key))
         raise RecipeError(
-            f"no key {key} in a recipe", hint="see all: convnext recipes show --fields"
+            f"no key {key} in a recipe",
+            hint=f"did you mean {near}?" if near else "see all: convnext recipes show --fields",
         )
     help_of = _field_help()
     if json_output:
         print_json({name: help_of[name] for name in chosen})
         return
+    table = make_table("key", "default", "meaning")
+    defaults = flatten_keys(Recipe(about="").model_dump(mode="json"))
     for name in chosen:
-        console.print(Text.assemble((name, "bold"), "  ", help_of[name].replace("\n", " ")))
+        default = "" if name == "about" else _word(defaults[name])
+        meaning = Text(help_of[name].replace("\n", " "))
+        table.add_row(Text(name, style="bold"), Text(default), meaning)
+    print_table(table)
 
 
 def _field_help() -> dict[str, str]:
@@ -120,6 +132,9 @@ def diff(
     if json_output:
         print_json({key: {first: a, second: b} for key, (a, b) in differing.items()})
         return
+    if not differing:
+        console.print(f"{first} and {second} do not differ", soft_wrap=True)
+        return
     table = make_table("key", first, second)
     for key, (a, b) in differing.items():
         table.add_row(key, Text(_word(a)), Text(_word(b)))
@@ -127,7 +142,17 @@ def diff(
 
 
 def _word(value: object) -> str:
-    return "null" if value is None else str(value)
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:g}"
+        case list():
+            return f"[{', '.join(map(_word, value))}]"
+        case _:
+            return str(value)
 
 
 @app.command("check")
@@ -147,14 +172,15 @@ def check(
         try:
             _check_one(name)
         except UserError as error:
-            problems[name] = str(error)
+            problems[name] = f"{error} (hint: {error.hint})" if error.hint else str(error)
         else:
             problems[name] = None
     if json_output:
         print_json(problems)
     else:
         for name, problem in problems.items():
-            console.print(Text(f"{name}: {problem or 'ok'}", style="red" if problem else ""))
+            text = Text(f"{name}: {problem or 'ok'}", style="red" if problem else "")
+            console.print(text, soft_wrap=True)
     bad = [name for name, problem in problems.items() if problem]
     if bad:
         raise RecipeError(f"{len(bad)} of {len(problems)} recipes do not hold: {', '.join(bad)}")

@@ -259,7 +259,9 @@ def _split_off(listed: Source, *, fraction: float | None, source: Path) -> Sourc
     if not any(sample.split == "val" for sample in samples):
         raise DataError(
             f"the share {fraction:g} of {len(samples):,} images leaves none for validation",
-            hint="give a larger share, such as --val-fraction 0.2, or more images",
+            hint="leave out --val-fraction: one image of each class stays for training"
+            if len(keeper) == len(samples)
+            else f"give a larger share, such as --val-fraction {min(0.9, 2 * fraction):g}",
         )
     return replace(listed, samples=samples)
 

@@ -347,6 +347,14 @@ def leave_signals_to_main(worker: int, *, leaving: "Synchronized[bool]") -> None
         signal.signal(number, signal.SIG_IGN)
 
 
+def from_worker(error: DataError) -> DataError:
+    """The error as it was raised; a loader's worker sends its traceback in place of its message."""
+    text, mark, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
+    if not mark or not text.startswith("Caught "):
+        return error
+    return DataError(message.strip(), hint="see all bad images: convnext data check DIR")
+
+
 def build_loader(
     dataset: ImageReader | IterableDataset[Batch],
     *,

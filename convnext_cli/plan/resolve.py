@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from convnext_cli.catalog.datasets import DATASETS
-from convnext_cli.catalog.models import count_parameters, estimate_macs, find_variant
+from convnext_cli.catalog.models import Variant, count_parameters, estimate_macs, find_variant
 from convnext_cli.errors import PlanError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.durations import Duration
 from convnext_cli.recipe.schema import Optim, Precision, Recipe
+
+_MOST_PASSES_OVER_FEWEST = 4
+"""A batch that splits into still smaller passes, as a prime number does, would crawl."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ class Plan:
     @property
     def batch_equation(self) -> str:
         """The contract of the batch, written out."""
+        devices = "1 device" if self.world_size == 1 else f"{self.world_size} devices"
+        passes = "1 pass" if self.accumulate_steps == 1 else f"{self.accumulate_steps} passes"
         return (
             f"{self.global_images} images = {self.per_device_images} a device"
-            f" x {self.world_size} devices x {self.accumulate_steps} passes"
+            f" x {devices} x {passes}"
         )
 
     def validates_at(self, step: int) -> bool:
@@ -127,35 +132,43 @@ def make_plan(
 
     Raises:
         PlanError: Recipe, cluster and data do not fit together; the hint mends it.
+        RecipeError: The architecture takes another image size.
     """
     if facts is None:
         facts = _known_facts(recipe)
-    variant = find_variant(recipe.model.name)
+    variant = _find_built_variant(recipe)
     num_classes = _resolve_classes(recipe, facts)
     per_device_images, accumulate_steps = _split_batch(recipe, cluster)
     global_images = recipe.batch.global_images
     steps_per_epoch, dropped_images = divmod(facts.train_images, global_images)
     if steps_per_epoch == 0:
-        smaller = 1 << (max(1, facts.train_images // 20).bit_length() - 1)
         raise PlanError(
             f"one step takes {global_images} images, but {facts.source} has only"
             f" {facts.train_images} to train on",
-            hint=f"use a smaller batch: batch.global_images={smaller} optim.lr_rule=linear",
+            hint=_hint_for_batch(recipe, _smaller_batch(facts.train_images, cluster.world_size)),
         )
     total_steps = _steps(recipe.schedule.length, steps_per_epoch)
     warmup = recipe.schedule.warmup
     warmup_steps = 0 if warmup is None else _steps(warmup, steps_per_epoch)
-    if total_steps == 0 or warmup_steps >= total_steps:
+    if total_steps == 0:
+        raise PlanError(
+            f"schedule.length {recipe.schedule.length} is less than one step"
+            f" ({steps_per_epoch} steps are an epoch)",
+            hint="lengthen it: schedule.length=1ep",
+        )
+    if warmup_steps >= total_steps:
         raise PlanError(
             f"schedule: {warmup_steps} warm-up steps ({warmup}) leave nothing of"
             f" {total_steps} steps ({recipe.schedule.length})",
-            hint="lengthen schedule.length, or shorten schedule.warmup (schedule.warmup=null: off)",
+            hint=f"shorten the warm-up: schedule.warmup={total_steps // 10}st"
+            if total_steps >= 10
+            else "warm up not at all: schedule.warmup=null",
         )
     lr, lr_note = _resolve_lr(recipe.optim, global_images)
     if recipe.optim.min_lr > lr:
         raise PlanError(
             f"optim.min_lr {recipe.optim.min_lr:g} is above the peak learning rate {lr:g}",
-            hint=f"lower it: optim.min_lr={lr / 1000:.1g}",
+            hint=f"lower it: optim.min_lr={lr / 1000:.0e}",
         )
     macs = estimate_macs(variant, image_px=recipe.data.image_px, num_classes=num_classes)
     parameters = count_parameters(variant, num_classes=num_classes)
@@ -203,6 +216,29 @@ def make_plan(
     )
 
 
+def _find_built_variant(recipe: Recipe) -> Variant:
+    """The variant as the recipe builds it, after checks of what it cannot do."""
+    model, variant = recipe.model, find_variant(recipe.model.name)
+    smallest_px = 16 if variant.isotropic else 32
+    if recipe.data.image_px < smallest_px:
+        raise PlanError(
+            f"data.image_px: {model.name} halves an image down to nothing at"
+            f" {recipe.data.image_px} px",
+            hint=f"use at least {smallest_px} px: data.image_px={smallest_px}",
+        )
+    if variant.family == "timm":
+        if recipe.compute.gradient_checkpointing != "none":
+            raise PlanError(
+                f"compute.gradient_checkpointing: {model.name} has none,"
+                f" found {recipe.compute.gradient_checkpointing}",
+                hint="turn it off: compute.gradient_checkpointing=none",
+            )
+        return variant
+    if model.layer_scale_init == "auto":
+        return variant
+    return dataclasses.replace(variant, layer_scale_init=model.layer_scale_init)
+
+
 def _steps(duration: Duration, steps_per_epoch: int) -> int:
     steps = duration.to_steps(steps_per_epoch=steps_per_epoch)
     assert steps is not None  # the schema takes no wall time here
@@ -240,7 +276,7 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
     """(images a device and pass, passes a step): as few passes as the device's limit allows."""
     global_images, world = recipe.batch.global_images, cluster.world_size
     per_step, rest = divmod(global_images, world)
-    if rest or per_step == 0:
+    if rest:
         fewer = max(count for count in range(1, world + 1) if global_images % count == 0)
         raise PlanError(
             f"batch.global_images: {global_images} images per step do not split over"
@@ -248,8 +284,28 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
             hint=f"use a number of devices that divides {global_images}, such as {fewer}",
         )
     limit = recipe.batch.per_device_images
-    passes = next(n for n in range(math.ceil(per_step / limit), per_step + 1) if per_step % n == 0)
+    fewest = math.ceil(per_step / limit)
+    passes = next(n for n in range(fewest, per_step + 1) if per_step % n == 0)
+    if passes > _MOST_PASSES_OVER_FEWEST * fewest:
+        raise PlanError(
+            f"batch.global_images: {global_images} images split into {passes} passes of"
+            f" {per_step // passes} a device only, where {fewest} of {limit} would be enough",
+            hint=_hint_for_batch(recipe, per_step // fewest * fewest * world),
+        )
     return per_step // passes, passes
+
+
+def _smaller_batch(train_images: int, world_size: int) -> int:
+    """A power of two with about twenty steps an epoch, or the least that the devices can split."""
+    smaller = 1 << (max(1, train_images // 20).bit_length() - 1)
+    return max(world_size, smaller // world_size * world_size)
+
+
+def _hint_for_batch(recipe: Recipe, global_images: int) -> str:
+    hint = f"use another batch: batch.global_images={global_images}"
+    if recipe.optim.lr_rule is None and global_images != recipe.optim.lr_images:
+        hint += " optim.lr_rule=linear"
+    return hint
 
 
 def _resolve_lr(optim: Optim, global_images: int) -> tuple[float, str]:

@@ -15,7 +15,10 @@ from pydantic import BeforeValidator, PlainSerializer
 
 Unit = Literal["ep", "st", "min"]
 
-_TEXT = re.compile(r"(?P<value>\d+(?:\.\d+)?(?:e\d+)?)\s*(?P<unit>ep|st|min)")
+_TEXT = re.compile(r"(?P<value>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*(?P<unit>ep|st|min)")
+
+_LONGEST = 1e9
+"""More epochs, steps or minutes than anyone can mean."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Duration:
     unit: Unit
 
     def __str__(self) -> str:
-        return f"{self.value:g}{self.unit}" if self.value < 1e6 else f"{int(self.value)}{self.unit}"
+        value = int(self.value) if float(self.value).is_integer() else self.value
+        return f"{value}{self.unit}"
 
     def to_steps(self, *, steps_per_epoch: int) -> int | None:
         """Optimizer steps, rounded to the nearest one; None for wall time."""
@@ -43,7 +47,7 @@ def parse_duration(text: object) -> Duration:
     """Read `300ep`, `5000st` or `30min`.
 
     Raises:
-        ValueError: The text has no unit, another unit, or is not positive.
+        ValueError: The text has no unit, another unit, is not positive, or beyond all bounds.
     """
     if isinstance(text, Duration):
         return text
@@ -52,6 +56,8 @@ def parse_duration(text: object) -> Duration:
         units = ", ".join(get_args(Unit))
         raise ValueError(f"a length with its unit ({units}) is wanted, such as 300ep or 5000st")
     value = float(match["value"])
+    if value > _LONGEST:
+        raise ValueError(f"at most {_LONGEST:,.0f} epochs, steps or minutes are possible")
     unit = next(unit for unit in get_args(Unit) if unit == match["unit"])
     if unit == "st" and not value.is_integer():
         raise ValueError("steps are whole numbers")

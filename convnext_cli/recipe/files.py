@@ -11,19 +11,33 @@ import difflib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    NodeEvent,
+)
+from ruamel.yaml.representer import SafeRepresenter
 
+from convnext_cli.catalog.models import VARIANTS
 from convnext_cli.errors import RecipeError
 from convnext_cli.recipe.schema import Recipe
 
 MAX_BYTES = 1 << 20
 """A recipe is a page of text; anything larger is a mistake or an attack."""
 
-_DEPTH = 8
+_EXTENDS = 8
+"""The longest chain of recipes that extend each other; the shipped ones need three."""
+
+_NESTING = 8
+"""The deepest YAML that is read; a recipe needs three levels."""
 
 
 def recipes_folder() -> Path:
@@ -41,19 +55,25 @@ def list_recipes() -> list[str]:
 def find_recipe(name: str, *, beside: Path | None = None) -> Path:
     """The file of a recipe given by path or by the name of a shipped one.
 
+    Args:
+        name: Path of a YAML file, with or without its suffix, or the name of a shipped recipe.
+        beside: Folder that relative paths start from; None: the working directory.
+
     Raises:
         RecipeError: There is no such file and no such name; the nearest name is the hint.
     """
-    path = Path(name).expanduser()
+    asked = Path(name).expanduser()
+    path = asked if beside is None else beside / asked
     if path.is_file():
         return path
     stem = path.name.removesuffix(".yaml")
-    folders = [recipes_folder()] if beside is None else [beside, recipes_folder()]
+    folders = [path.parent] if beside is not None else []
     # `recipes/in1k_tiny.yaml` is how the documentation writes it; it works from any folder.
-    if path.parent in {Path(), Path("recipes")}:
-        for folder in folders:
-            if (found := folder / f"{stem}.yaml").is_file():
-                return found
+    if asked.parent in {Path(), Path("recipes")}:
+        folders.append(recipes_folder())
+    for folder in folders:
+        if (found := folder / f"{stem}.yaml").is_file():
+            return found
     if path.is_dir():
         raise RecipeError(
             f"recipe {name}: this is a folder", hint="name a .yaml file or a shipped recipe"
@@ -69,46 +89,95 @@ def read_yaml(text: str, *, where: str) -> Any:  # noqa: ANN401  # YAML holds an
     Raises:
         RecipeError: The text is no such document; says the line.
     """
-    if len(text.encode()) > MAX_BYTES:
-        raise RecipeError(
-            f"{where}: larger than a recipe can be ({MAX_BYTES} bytes)",
-            hint="name a recipe; they are a page of text: convnext recipes list",
-        )
+    if len(text.encode(errors="replace")) > MAX_BYTES:
+        raise _too_large(where)
     yaml = YAML(typ="safe", pure=True)
     try:
-        events = list(YAML(typ="safe", pure=True).parse(io.StringIO(text)))
-        for event in events:
-            if getattr(event, "anchor", None) is not None:
-                line = event.start_mark.line + 1
+        _check_events(text, where=where)
+        return yaml.load(io.StringIO(text))
+    except DuplicateKeyError as error:
+        key = str(error.problem).split('"')[1]
+        raise RecipeError(
+            f"{where}{_line(error)}: the key {key} is written twice",
+            hint="keep one of the two lines",
+        ) from error
+    except ConstructorError as error:
+        raise RecipeError(
+            f"{where}{_line(error)}: a value has a tag or a form that a recipe does not have",
+            hint="write plain words, numbers and lists, without a tag (!)",
+        ) from error
+    except (YAMLError, ValueError) as error:
+        parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+        problem = ": ".join(part for part in parts if part) or str(error).splitlines()[0]
+        raise RecipeError(
+            f"{where}{_line(error)}: not a YAML document: {problem}",
+            hint="compare it with a shipped one: convnext recipes show in1k_tiny",
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}" if mark is not None else ""
+
+
+def _too_large(where: str) -> RecipeError:
+    return RecipeError(
+        f"{where}: larger than a recipe can be ({MAX_BYTES} bytes)",
+        hint="name a recipe; they are a page of text: convnext recipes list",
+    )
+
+
+def _check_events(text: str, *, where: str) -> None:
+    """Refuse what would cost time or change meanings before any value is made."""
+    depth = 0
+    for event in YAML(typ="safe", pure=True).parse(io.StringIO(text)):
+        line = event.start_mark.line + 1
+        match event:
+            case DocumentStartEvent() if event.version not in {None, (1, 2)}:
+                raise RecipeError(
+                    f"{where}, line {line}: a recipe is YAML 1.2, found another version",
+                    hint="remove the line %YAML",
+                )
+            case NodeEvent() if event.anchor is not None:
                 raise RecipeError(
                     f"{where}, line {line}: anchors and aliases are not part of a recipe",
                     hint="write the value out, or use `extends:`",
                 )
-        return yaml.load(io.StringIO(text))
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise RecipeError(f"{where}{line}: not a YAML document: {problem}") from error
+            case CollectionStartEvent():
+                depth += 1
+            case CollectionEndEvent():
+                depth -= 1
+        if depth > _NESTING:
+            raise RecipeError(
+                f"{where}, line {line}: nested deeper than a recipe can be",
+                hint="a recipe has sections and keys: convnext recipes show in1k_tiny",
+            )
 
 
 def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a recipe file over those it extends."""
     path = path.resolve()
-    if path in seen or len(seen) >= _DEPTH:
+    if path in seen or len(seen) >= _EXTENDS:
         chain = " -> ".join(step.name for step in (*seen, path))
         raise RecipeError(
             f"recipes extend each other in a circle: {chain}",
             hint=f"remove the line extends: from {path.name} or from one of the others",
         )
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise _too_large(path.name)
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path.name}: not a text in UTF-8 (byte {error.start})",
+            hint="name a recipe, which is a text: convnext recipes list",
+        ) from error
     keys = read_yaml(text, where=path.name)
     if not isinstance(keys, dict):
         raise RecipeError(
-            f"{path.name}: a recipe is a mapping of sections, found {type(keys).__name__}",
+            f"{path.name}: a recipe is made of sections with keys, found {_word(keys)}",
             hint="start from a shipped one: convnext recipes show in1k_tiny",
         )
     parent = keys.pop("extends", None)
@@ -119,7 +188,11 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
             f"{path.name}: extends: a recipe's name is wanted, found {parent!r}",
             hint="for example extends: in1k_tiny",
         )
-    below = _read_layers(find_recipe(parent, beside=path.parent), (*seen, path))
+    try:
+        file = find_recipe(parent, beside=path.parent)
+    except RecipeError as error:
+        raise RecipeError(f"{path.name}: extends: {error}", hint=error.hint) from error
+    below = _read_layers(file, (*seen, path))
     return merge_keys(below, keys)
 
 
@@ -161,11 +234,19 @@ def _hint_for(near: str | None) -> str:
     return f"did you mean {near}?" if near else "see all keys: convnext recipes show --fields"
 
 
-def _nearest_field(name: str) -> str | None:
+def nearest_field(name: str) -> str | None:
+    """The key or section that a mistyped one most likely means; None where none is near."""
     names = list_fields()
-    last = name.rpartition(".")[2]
+    section, dot, last = name.rpartition(".")
     same_key = [field for field in names if field.rpartition(".")[2] == last]
-    near = same_key or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if same_key:
+        return same_key[0]
+    if not dot:
+        names = [*Recipe.model_fields, *names]
+    inside = [field for field in names if field.startswith(f"{section}.")] if section else []
+    near = difflib.get_close_matches(name, inside, n=1) or difflib.get_close_matches(
+        name, names, n=1, cutoff=0.5
+    )
     return near[0] if near else None
 
 
@@ -180,13 +261,21 @@ def parse_override(text: str) -> dict[str, Any]:
         raise RecipeError(
             f"override {text}: section.key=value is wanted", hint="for example optim.lr=2e-3"
         )
-    if name not in list_fields():
-        near = _nearest_field(name)
+    if name in Recipe.model_fields and name not in list_fields():
         raise RecipeError(
-            f"override {text}: no key {name} in a recipe",
-            hint=_hint_for(near),
+            f"override {text}: {name} is a section, not a key",
+            hint=f"see its keys: convnext recipes show --fields {name}",
         )
-    parsed = read_yaml(value, where=f"override {text}") if value.strip() else None
+    if name not in list_fields():
+        raise RecipeError(
+            f"override {text}: no key {name} in a recipe", hint=_hint_for(nearest_field(name))
+        )
+    try:
+        parsed = read_yaml(value, where=f"override {text}") if value.strip() else None
+    except RecipeError as error:
+        raise RecipeError(
+            str(error), hint="write the value as in a recipe, such as optim.betas=[0.9,0.999]"
+        ) from error
     section, dot, key = name.partition(".")
     return {section: {key: parsed}} if dot else {name: parsed}
 
@@ -195,43 +284,97 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
     """The first complaint of a validation as one sentence."""
     complaint = error.errors()[0]
     location = [str(part) for part in complaint["loc"]]
-    names = list_fields()
     # pydantic appends the tried member of a union to the path; a recipe's keys are two levels.
-    name = ".".join(location[:2]) if ".".join(location[:2]) in names else ".".join(location[:1])
+    dotted, known = ".".join(location[:2]), list_fields()
+    name = dotted if dotted in known else location[0] if location else ""
     found = complaint["input"]
     match complaint["type"]:
-        case "extra_forbidden":
-            name = ".".join(location[:2])
-            near = _nearest_field(name)
+        case "extra_forbidden" | "invalid_key":
             return RecipeError(
-                f"{where}: no key {name} in a recipe",
-                hint=_hint_for(near),
+                f"{where}: no key {dotted} in a recipe", hint=_hint_for(nearest_field(dotted))
             )
-        case "missing":
+        case "missing" if name == dotted and len(location) == 1:
             return RecipeError(
-                f"{where}: the key {'.'.join(location)} is missing",
+                f"{where}: the key {name} is missing",
                 hint="add it, or extend a recipe that has it (extends: in1k_tiny)",
             )
         case "model_type":
             return RecipeError(
-                f"{where}: {name} is a section with keys, found {found!r}",
+                f"{where}: {name} is a section with keys, found {_word(found)}",
                 hint=f"see its keys: convnext recipes show --fields {name}",
             )
+        case "missing" | "too_long":
+            wanted = "another number of values is wanted"
         case _:
             same = [item for item in error.errors() if item["loc"][:2] == complaint["loc"][:2]]
             wanted = " or ".join(dict.fromkeys(_wanted(item["msg"]) for item in same))
-            at = f"{name}: " if name else ""
-            shown = f", found {found!r}" if name else ""
-            kind = " (text)" if isinstance(found, str) and name else ""
-            return RecipeError(
-                f"{where}: {at}{wanted}{shown}{kind}",
-                hint=f"what it means: convnext recipes show --fields {name}".rstrip(),
-            )
+    if name not in known:  # a rule between keys says itself which ones
+        return RecipeError(
+            f"{where}: {wanted}",
+            hint=f"what the keys mean: convnext recipes show --fields {name}".rstrip(),
+        )
+    return RecipeError(
+        f"{where}: {name}: {wanted}, found {_word(found)}", hint=_hint_for_value(name, found)
+    )
+
+
+def _word(value: object) -> str:
+    """A value as YAML would write it; text is marked as such."""
+    match value:
+        case None:
+            return "nothing (null)"
+        case bool():
+            return str(value).lower()
+        case str():
+            shown = value if len(value) <= 60 else f"{value[:60]}..."
+            return f"{shown!r} (text)"
+        case tuple() | list():
+            return repr(list(value)) if len(value) <= 4 else f"a list of {len(value)}"
+        case Mapping():
+            return "a section with keys"
+        case _:
+            return repr(value)
+
+
+def _hint_for_value(name: str, found: object) -> str:
+    """One edit that mends a value of the wrong kind, or where its meaning stands."""
+    match found:
+        case str() if name == "model.name":
+            near = difflib.get_close_matches(found, VARIANTS, n=1)
+            return f"did you mean {near[0]}?" if near else "for example model.name=convnext_tiny"
+        case str() if found.lower() in {"no", "off", "none", "n"} and bool in _kinds(name):
+            return f"no is written false: {name}=false"
+        case str() if found.lower() in {"yes", "on", "y"} and bool in _kinds(name):
+            return f"yes is written true: {name}=true"
+        case str() if found.lower() in {"no", "off", "none", ""} and NoneType in _kinds(name):
+            return f"off is written null: {name}=null"
+        case str() if _is_number(found):
+            return f"a number has no quotes: {name}={found}"
+        case _:
+            return f"what it means: convnext recipes show --fields {name}"
+
+
+def _kinds(name: str) -> tuple[object, ...]:
+    """The types that a key's value may have."""
+    section, _, key = name.rpartition(".")
+    model = Recipe.model_fields[section].annotation if section else Recipe
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    kind = model.model_fields[key].annotation
+    return get_args(kind) or (kind,)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _wanted(message: str) -> str:
     message = message.removeprefix("Value error, ")
-    message = message.replace("Input should be", "should be")
+    message = message.replace("Input should be", "should be").replace("valid tuple", "list")
     return message[:1].lower() + message[1:] if message[:1].isupper() else message
 
 
@@ -267,11 +410,31 @@ def check_recipe(keys: Mapping[str, Any], *, where: str) -> Recipe:
         raise _explain(error, where) from error
 
 
+class _Representer(SafeRepresenter):
+    """Writes null as a word, mappings in lines and lists in brackets."""
+
+    def represent_null(self, value: None) -> Any:  # noqa: ANN401  # ruamel's node
+        del value
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+    def represent_brackets(self, value: Sequence[Any]) -> Any:  # noqa: ANN401  # as above
+        return self.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+
+
+_Representer.add_representer(type(None), _Representer.represent_null)
+_Representer.add_representer(list, _Representer.represent_brackets)
+
+
 def render_recipe(recipe: Recipe) -> str:
-    """A recipe as a whole YAML document: every key written out, nothing extended."""
+    """A recipe as a whole YAML document: every key written out, nothing extended.
+
+    `load_recipe` reads back the same recipe.
+    """
     stream = io.StringIO()
-    yaml = YAML()
-    yaml.width = 100
-    yaml.default_flow_style = None
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.width = 10_000
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed as None
     yaml.dump(recipe.model_dump(mode="json"), stream)
     return stream.getvalue()

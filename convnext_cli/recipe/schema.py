@@ -23,6 +23,7 @@ LayerDecayKind = Literal["grouped", "single"]
 Tracker = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]
@@ -33,7 +34,7 @@ class Section(BaseModel):
     """A group of keys: frozen, strict about types, and closed to unknown keys."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -46,7 +47,7 @@ class Model(Section):
     num_classes: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Outputs of the head; auto: as many as the data set has classes."""
 
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: BelowOne = 0.0
     """Stochastic depth: probability of the last block, rising linearly from 0.
     Paper (1K): T .1, S .4, B .5, L .5."""
 
@@ -61,7 +62,7 @@ class Model(Section):
     @classmethod
     def _check_name(cls, name: str) -> str:
         if name not in VARIANTS:
-            raise ValueError(f"no such architecture; there are: {', '.join(VARIANTS)}")
+            raise ValueError("no such architecture")
         return name
 
 
@@ -78,6 +79,9 @@ class Init(Section):
     head: Literal["keep", "reset", "map"] = "keep"
     """keep: the head is taken if its size fits, else it starts afresh; reset: it starts afresh;
     map: ImageNet-1K's rows are taken from an ImageNet-22K head by class (wnid)."""
+
+
+_STREAM_KEYS = ("val_path", "train_images", "val_images", "allow_pipe")
 
 
 class Data(Section):
@@ -133,8 +137,16 @@ class Data(Section):
     @classmethod
     def _check_dataset(cls, dataset: str | None) -> str | None:
         if dataset is not None and dataset not in DATASETS:
-            raise ValueError(f"no such data set; there are: {', '.join(DATASETS)}")
+            raise ValueError(f"should be null or one of {', '.join(DATASETS)}")
         return dataset
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Self:
+        if self.mode == "indexed":
+            asked = [name for name in _STREAM_KEYS if getattr(self, name) not in {None, False}]
+            if asked:
+                raise ValueError(f"data.{asked[0]} is for data.mode=stream only")
+        return self
 
 
 class Augment(Section):
@@ -162,6 +174,20 @@ class Augment(Section):
     erasing: Fraction | None = 0.25
     """Probability of random erasing; null: off."""
 
+    @field_validator("crop_scale", "crop_ratio")
+    @classmethod
+    def _check_range(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        if pair[0] > pair[1]:
+            raise ValueError("the first value is the smaller one")
+        return pair
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_share(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        if pair[1] > 1:
+            raise ValueError("shares of the area are at most 1")
+        return pair
+
 
 class Mix(Section):
     """What is done to each training batch and its targets."""
@@ -178,7 +204,7 @@ class Mix(Section):
     switch_prob: Fraction = 0.5
     """Probability of cutmix where both are on."""
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    label_smoothing: BelowOne = 0.1
     """Share of the target that is spread over all classes."""
 
 
@@ -208,7 +234,7 @@ class Optim(Section):
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
     """Learning rate at the end of the cosine. Paper: 1e-6."""
 
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.999)
     """AdamW's averaging coefficients. Paper: .9, .999."""
 
     eps: Positive = 1e-8

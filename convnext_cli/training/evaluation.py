@@ -25,6 +25,7 @@ from convnext_cli.data.reader import (
     EvaluationSampler,
     ImageReader,
     build_loader,
+    from_worker,
 )
 from convnext_cli.errors import DataError
 from convnext_cli.plan.cluster import Cluster
@@ -158,7 +159,7 @@ def evaluate_model(
     try:
         trainer.test(task, datamodule=images, verbose=False)
     except DataError as error:
-        raise _from_worker(error) from error
+        raise from_worker(error) from error
     assert task.counted is not None
     counted, expected = task.counted.summary.images, card.splits[split].images
     if counted != expected:
@@ -169,14 +170,6 @@ def evaluate_model(
     return make_report(
         model, task.counted, classes=card.classes, data=data, split=split, precision=setup.precision
     )
-
-
-def _from_worker(error: DataError) -> DataError:
-    """The error as it was raised; a loader's worker sends its traceback in place of its message."""
-    text, mark, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
-    if not mark or not text.startswith("Caught "):
-        return error
-    return DataError(message.strip(), hint="see all bad images: convnext data check DIR")
 
 
 def make_report(

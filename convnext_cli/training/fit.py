@@ -16,7 +16,8 @@ from torch import nn
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_data, build_mix
-from convnext_cli.errors import CheckpointError, RunError
+from convnext_cli.data.reader import from_worker
+from convnext_cli.errors import CheckpointError, DataError, RunError
 from convnext_cli.models.build import build_model
 from convnext_cli.models.weights import ModelCard, load_into, read_weights
 from convnext_cli.optim.ema import make_averaged
@@ -191,6 +192,8 @@ def _run_trainer(
         trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except BaseException as error:
         _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
+        if isinstance(error, DataError):
+            raise from_worker(error) from error
         raise
     _record(run, plan, event="finished", step=task.step)
 
