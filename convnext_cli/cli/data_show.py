@@ -1,6 +1,5 @@
 """`convnext data show`: a contact sheet of what the network sees."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +7,10 @@ import typer
 
 from convnext_cli.cli._console import console, print_json
 from convnext_cli.cli._inputs import JsonOption, OverridesArgument
-from convnext_cli.errors import DataError, StorageError
+from convnext_cli.errors import DataError
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.recipe.schema import Recipe
+from convnext_cli.runs.record import writing_to, written_whole
 
 
 def show(
@@ -34,36 +34,21 @@ def show(
 
     Example: convnext data show photos --recipe small_data --images 16
     """
-    from convnext_cli.data.augment import EvalView, TrainView
-    from convnext_cli.data.build import default_cache_dir
+    from convnext_cli.data.build import (
+        build_eval_view,
+        build_mix,
+        build_train_view,
+        default_cache_dir,
+    )
     from convnext_cli.data.card import read_card
     from convnext_cli.data.contact_sheet import make_sheet
     from convnext_cli.data.fetch import Store
-    from convnext_cli.data.mix import BatchMix
     from convnext_cli.data.reader import ImageReader
 
     asked = _load(recipe, overrides)
     card = read_card(directory)
-    data, augment = asked.data, asked.augment
-    view: TrainView | EvalView
-    if split == "train":
-        view = TrainView(
-            image_px=data.image_px,
-            crop_scale=augment.crop_scale,
-            crop_ratio=augment.crop_ratio,
-            interpolation=augment.interpolation,
-            hflip=augment.hflip,
-            rand_augment=augment.rand_augment,
-            color_jitter=augment.color_jitter,
-            mean=data.mean,
-        )
-    else:
-        view = EvalView(
-            image_px=data.image_px,
-            crop=asked.evaluate.crop,
-            crop_frac=asked.evaluate.crop_frac,
-            interpolation=augment.interpolation,
-        )
+    data = asked.data
+    view = build_train_view(asked) if split == "train" else build_eval_view(asked)
     cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
     reader = ImageReader(
         card,
@@ -75,17 +60,7 @@ def show(
     )
     if not len(reader):
         raise DataError(f"{directory}: the split {split} has no images", hint="name another split")
-    mix = BatchMix(
-        num_classes=max(2, len(card.classes)),
-        mean=data.mean,
-        std=data.std,
-        erasing=augment.erasing,
-        mixup=asked.mix.mixup,
-        cutmix=asked.mix.cutmix,
-        prob=asked.mix.prob,
-        switch_prob=asked.mix.switch_prob,
-        label_smoothing=asked.mix.label_smoothing,
-    )
+    mix = build_mix(asked, num_classes=max(2, len(card.classes)))
     shown = min(images, len(reader))
     title = (
         f"{directory}: {split}, {shown} of {len(reader):,} images, at {data.image_px} px, "
@@ -94,15 +69,8 @@ def show(
     with console.status("drawing"):
         sheet = make_sheet(reader, classes=card.classes, mix=mix, num_images=shown, title=title)
     target = out.expanduser()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        sheet.save(partial, "PNG")
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(
-            f"{target}: {error.strerror or error}", hint="choose another file: --out FILE.png"
-        ) from error
+    with writing_to(target), written_whole(target) as beside:
+        sheet.save(beside, "PNG")
     if json_output:
         print_json({"sheet": str(target), "images": shown, "split": split})
     else:

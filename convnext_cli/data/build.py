@@ -26,13 +26,13 @@ from convnext_cli.data.reader import (
 from convnext_cli.data.stream import Stream, StreamReader
 from convnext_cli.errors import DataError
 from convnext_cli.plan.resolve import Plan
+from convnext_cli.recipe.schema import Recipe
 
 
-def build_mix(plan: Plan) -> BatchMix:
+def build_mix(recipe: Recipe, *, num_classes: int) -> BatchMix:
     """What is done to each training batch on the device."""
-    recipe = plan.recipe
     return BatchMix(
-        num_classes=plan.num_classes,
+        num_classes=num_classes,
         mean=recipe.data.mean,
         std=recipe.data.std,
         erasing=recipe.augment.erasing,
@@ -44,29 +44,29 @@ def build_mix(plan: Plan) -> BatchMix:
     )
 
 
-def build_train_view(plan: Plan) -> TrainView:
+def build_train_view(recipe: Recipe) -> TrainView:
     """What training makes of each image."""
-    augment = plan.recipe.augment
+    augment = recipe.augment
     return TrainView(
-        image_px=plan.recipe.data.image_px,
+        image_px=recipe.data.image_px,
         crop_scale=augment.crop_scale,
         crop_ratio=augment.crop_ratio,
         interpolation=augment.interpolation,
         hflip=augment.hflip,
         rand_augment=augment.rand_augment,
         color_jitter=augment.color_jitter,
-        mean=plan.recipe.data.mean,
+        mean=recipe.data.mean,
     )
 
 
-def build_eval_view(plan: Plan) -> EvalView:
+def build_eval_view(recipe: Recipe) -> EvalView:
     """What evaluation makes of each image."""
-    evaluate = plan.recipe.evaluate
+    evaluate = recipe.evaluate
     return EvalView(
-        image_px=plan.recipe.data.image_px,
+        image_px=recipe.data.image_px,
         crop=evaluate.crop,
         crop_frac=evaluate.crop_frac,
-        interpolation=plan.recipe.augment.interpolation,
+        interpolation=recipe.augment.interpolation,
     )
 
 
@@ -114,7 +114,7 @@ class IndexedData(pl.LightningDataModule):
             self.card,
             store=self.store,
             split="train",
-            view=build_train_view(plan),
+            view=build_train_view(plan.recipe),
             seed=plan.recipe.seed,
             on_bad="replace",
         )
@@ -154,7 +154,7 @@ class IndexedData(pl.LightningDataModule):
             self.card,
             store=self.store,
             split="val",
-            view=build_eval_view(plan),
+            view=build_eval_view(plan.recipe),
             seed=plan.recipe.seed,
             on_bad="raise",
         )
@@ -197,7 +197,7 @@ class StreamedData(pl.LightningDataModule):
                 world=plan.world_size,
                 allow_pipe=plan.recipe.data.allow_pipe,
             ),
-            view=build_train_view(plan),
+            view=build_train_view(plan.recipe),
         )
         return EpochChain(
             reader,
@@ -224,7 +224,7 @@ class StreamedData(pl.LightningDataModule):
                     shuffle_images=0,
                     allow_pipe=data.allow_pipe,
                 ),
-                view=build_eval_view(plan),
+                view=build_eval_view(plan.recipe),
             )
         )
 

@@ -36,7 +36,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -48,7 +48,7 @@ from convnext_cli.data.card import write_card as write_dataset_card
 from convnext_cli.data.index import hash_file, scan_shard, write_index
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source
 from convnext_cli.errors import DataError, Stopped, StorageError
-from convnext_cli.runs.record import read_json, write_json, writing_to
+from convnext_cli.runs.record import read_json, sync, write_json, writing_to, written_whole
 
 MAX_PIXELS = 64_000_000
 """Largest image that is packed; the same as the reader's (`decode.MAX_PIXELS`)."""
@@ -533,10 +533,10 @@ def _write_shard(task: _Task) -> int:
             )
             write_index(index, partial_index)
             with writing_to(path):
-                _sync(partial_index)
+                sync(partial_index)
                 partial_index.replace(index_path)
                 partial.replace(path)
-                _sync(folder)
+                sync(folder)
         write_json(_record_path(folder, task.name), asdict(record))
     finally:
         partial.unlink(missing_ok=True)
@@ -580,14 +580,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), 0o444
     tar.addfile(member, io.BytesIO(data))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read(sample: Sample) -> bytes:
@@ -740,11 +732,5 @@ def _write_unreadable(path: Path, pairs: Sequence[tuple[str, str]]) -> None:
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("path", "reason"))
     table.writerows(pairs)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing_to(path):
-        try:
-            partial.write_text(text.getvalue(), encoding="utf-8")
-            partial.replace(path)
-        finally:
-            with suppress(FileNotFoundError):
-                partial.unlink()
+    with writing_to(path), written_whole(path) as beside:
+        beside.write_text(text.getvalue(), encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from convnext_cli.errors import UserError
-from convnext_cli.runs.record import writing_to
+from convnext_cli.runs.record import writing_to, written_whole
 
 
 def check_onnx() -> None:
@@ -42,26 +42,20 @@ def export_onnx(model: nn.Module, path: Path, *, image_px: int) -> float:
 
     model = model.eval().float()
     images_NCHW = torch.randn(2, 3, image_px, image_px, generator=torch.Generator().manual_seed(0))
-    beside = path.with_name(f".{path.name}.part")
-    with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.onnx.export(
-                model,
-                (images_NCHW,),
-                beside,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("images")},),
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-            session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
-            theirs = session.run(None, {"images": images_NCHW.numpy()})[0]
-            with torch.no_grad():
-                ours = model(images_NCHW)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+    with writing_to(path), written_whole(path) as beside:
+        torch.onnx.export(
+            model,
+            (images_NCHW,),
+            beside,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("images")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
+        theirs = session.run(None, {"images": images_NCHW.numpy()})[0]
+        with torch.no_grad():
+            ours = model(images_NCHW)
     return float((torch.from_numpy(theirs) - ours).abs().max())

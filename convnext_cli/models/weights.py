@@ -40,7 +40,7 @@ from convnext_cli.models.layouts import (
     strip_prefixes,
     to_official,
 )
-from convnext_cli.runs.record import writing_to
+from convnext_cli.runs.record import writing_to, written_whole
 
 CARD_KEY = "convnext"
 """Where this project's files keep their model card."""
@@ -459,7 +459,8 @@ def write_weights(
             with writing_to(path):
                 path.mkdir(parents=True, exist_ok=True)
                 config = json.dumps(_hf_config(weights), indent=2) + "\n"
-                _write_beside(path / "config.json", lambda file: file.write_text(config))
+                with written_whole(path / "config.json") as beside:
+                    beside.write_text(config)
             _write_state(state, path / "model.safetensors", plain, key="")
         case "timm":
             _write_state(state, path, plain, key="state_dict")
@@ -476,25 +477,14 @@ def _write_state(
 ) -> None:
     if path.suffix == ".safetensors":
         metadata = {"format": "pt"} | ({CARD_KEY: json.dumps(card)} if card else {})
-        with writing_to(path):
-            _write_beside(path, lambda beside: save_file(state, beside, metadata=metadata))
+        with writing_to(path), written_whole(path) as beside:
+            save_file(state, beside, metadata=metadata)
         return
     content: dict[str, Any] = dict(state)
     if key:
         content = {key: state} | ({CARD_KEY: card} if card else {})
-    with writing_to(path):
-        _write_beside(path, lambda beside: torch.save(content, beside))
-
-
-def _write_beside(path: Path, write: Any) -> None:  # noqa: ANN401  # a function of the path
-    """Write a file beside its place, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing_to(path), written_whole(path) as beside:
+        torch.save(content, beside)
 
 
 def _hf_config(weights: Weights) -> dict[str, Any]:

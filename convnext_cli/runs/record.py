@@ -115,7 +115,7 @@ class JsonLines:
         if dropped:
             with writing_to(self.path):
                 self._file.close()
-                _replace(self.path, b"".join(line + b"\n" for line in kept))
+                _write_whole(self.path, b"".join(line + b"\n" for line in kept))
                 self._file = self.path.open("ab")
         return dropped
 
@@ -170,7 +170,7 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     text = json.dumps(_jsonable(value), indent=2, allow_nan=False, ensure_ascii=False)
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text.encode() + b"\n")
+        _write_whole(path, text.encode() + b"\n")
 
 
 def write_csv(rows_path: Path, table_path: Path) -> None:
@@ -194,7 +194,40 @@ def write_csv(rows_path: Path, table_path: Path) -> None:
         table.writerow({key: "nan" if value is None else value for key, value in row.items()})
     with writing_to(table_path):
         table_path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(table_path, text.getvalue().encode())
+        _write_whole(table_path, text.getvalue().encode())
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file to, which becomes `path` at the end of the block.
+
+    At every instant `path` holds what was there or the new file, whole and durable; after an error
+    nothing is left beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that the rename stays inside one file system and is atomic.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        sync(beside)
+        beside.replace(path)
+        sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    with written_whole(path) as beside:
+        beside.write_bytes(content)
 
 
 @contextmanager
@@ -293,24 +326,6 @@ def _mend_last_line(path: Path) -> None:
     elif body == content:
         with path.open("ab") as file:
             file.write(b"\n")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    # In the same folder, so that the rename stays inside one file system and is atomic.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, has to survive a power cut
-    finally:
-        os.close(folder)
 
 
 def _jsonable(value: object) -> object:

@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from convnext_cli.errors import CheckpointError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir, checkpoint_step
-from convnext_cli.runs.record import writing_to
+from convnext_cli.runs.record import writing_to, written_whole
 from convnext_cli.training.task import CHECKPOINT_KEY, Classifier
 
 
@@ -45,40 +45,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         del storage_options
         target = Path(path)
-        with writing_to(target.parent):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(f".{target.name}.{os.getpid()}")
-            try:
-                with beside.open("wb") as file:
-                    _save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                beside.replace(target)
-            except BaseException:
-                beside.unlink(missing_ok=True)
-                raise
-            _sync_folder(target.parent)
+        with writing_to(target), written_whole(target) as beside:
+            _save(checkpoint, beside)
 
 
-def _save(checkpoint: dict[str, Any], file: Any) -> None:  # noqa: ANN401  # a binary file
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
     try:
-        torch.save(checkpoint, file)
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
     except RuntimeError as error:
-        # torch's zip writer reports a failed write as a RuntimeError and hides the errno
+        # torch's zip writer raises this over the disk's own error
         cause = error.__cause__ or error.__context__
         if isinstance(cause, OSError):
             raise cause from error
-        file.flush()
-        os.fsync(file.fileno())
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_step(path: Path) -> int:

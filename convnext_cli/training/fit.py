@@ -152,7 +152,7 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
         model,
         averaged=None if plan.recipe.ema.decay is None else make_averaged(model),
         plan=plan,
-        mix=build_mix(plan),
+        mix=build_mix(plan.recipe, num_classes=plan.num_classes),
         card=make_card(plan, classes=data.classes),
     )
     if plan.channels_last:

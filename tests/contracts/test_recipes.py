@@ -1,6 +1,7 @@
 """Every shipped recipe loads, plans, and equals its published row, typed here from the papers."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,15 @@ IMAGENET_1K, IMAGENET_22K = 1_281_167, 14_197_122
 README = recipes_folder() / "README.md"
 
 
-def plan_of(name: str) -> Plan:
-    return make_plan(load_recipe(name), Cluster(num_nodes=4, devices_per_node=8), name=name)
+def plan_of(name: str, *, num_nodes: int = 4) -> Plan:
+    cluster = Cluster(num_nodes=num_nodes, devices_per_node=8)
+    return make_plan(load_recipe(name), cluster, name=name)
+
+
+def head_of(name: str) -> str:
+    """The comment that a recipe opens with, on one line."""
+    text = (recipes_folder() / f"{name}.yaml").read_text()
+    return re.sub(r"\n# ?", " ", text.split("\nextends", 1)[0].split("\nabout", 1)[0])
 
 
 # ConvNeXt Tables 5 and 6, and the commands of the official repository:
@@ -25,9 +33,6 @@ V1 = {
     "in1k_small": (4096, 4e-3, 0.05, 300, 20, None, 0.8, 1.0, 0.1, 0.9999, 1.0, 0.4, 83.1),
     "in1k_base": (4096, 4e-3, 0.05, 300, 20, None, 0.8, 1.0, 0.1, 0.9999, 1.0, 0.5, 83.8),
     "in1k_large": (4096, 4e-3, 0.05, 300, 20, None, 0.8, 1.0, 0.1, 0.9999, 1.0, 0.5, 84.3),
-    "in1k_isotropic_small": (4096, 4e-3, 0.05, 300, 50, None, 0.8, 1.0, 0.1, 0.9999, 1.0, 0.1, 79.7),
-    "in1k_isotropic_base": (4096, 4e-3, 0.05, 300, 50, None, 0.8, 1.0, 0.1, 0.9999, 1.0, 0.2, 82.0),
-    "in1k_isotropic_large": (4096, 4e-3, 0.05, 300, 50, None, 0.8, 1.0, 0.1, 0.9999, 1.0, 0.5, 82.6),
     "in22k_tiny": (4096, 4e-3, 0.05, 90, 5, None, 0.8, 1.0, 0.1, None, 1.0, 0.0, None),
     "in22k_small": (4096, 4e-3, 0.05, 90, 5, None, 0.8, 1.0, 0.1, None, 1.0, 0.0, None),
     "in22k_base": (4096, 4e-3, 0.05, 90, 5, None, 0.8, 1.0, 0.1, None, 1.0, 0.1, None),
@@ -35,6 +40,11 @@ V1 = {
     "in22k_xlarge": (4096, 4e-3, 0.05, 90, 5, None, 0.8, 1.0, 0.1, None, 1.0, 0.2, None),
     "in1k_384_base": (512, 5e-5, 1e-8, 30, 0, 0.7, None, None, 0.1, None, 0.001, 0.8, 85.1),
     "in1k_384_large": (512, 5e-5, 1e-8, 30, 0, 0.7, None, None, 0.1, None, 0.001, 0.95, 85.5),
+} | {
+    f"in1k_isotropic_{size}": (
+        4096, 4e-3, 0.05, 300, 50, None, 0.8, 1.0, 0.1, 0.9999, 1.0, drop_path, top1,
+    )
+    for size, drop_path, top1 in (("small", 0.1, 79.7), ("base", 0.2, 82.0), ("large", 0.5, 82.6))
 } | {
     f"in22k_in1k_{size}_{px}": (
         512, 5e-5, 1e-8, 30, 0, 0.8, None, None, 0.1, ema, 0.001, drop_path, top1,
@@ -86,8 +96,7 @@ def test_a_recipe_loads_and_says_what_it_is(name):
     recipe = load_recipe(name)
 
     assert len(recipe.about) > 10
-    head = (recipes_folder() / f"{name}.yaml").read_text().split("\nabout", 1)[0]
-    assert f"convnext train {name}" in head or f" {name} --data" in head
+    assert f"convnext train {name}" in head_of(name) or f" {name} --data" in head_of(name)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -141,6 +150,53 @@ def test_a_plan_takes_the_published_number_of_steps(name, steps, warmup):
     assert (plan.total_steps, plan.warmup_steps) == (steps, warmup)
 
 
+# Nodes of eight GPUs and images a GPU, from the commands of the official repositories and, where
+# those have none, so that no gradients are accumulated.
+CLUSTERS = (
+    (r"in1k_(tiny|small|base|isotropic_small|isotropic_base)", 4, 128),
+    (r"in1k_(large|isotropic_large)", 8, 64),
+    (r"(v2_)?in22k_(nano|tiny|small|base|large|xlarge|huge)", 16, 32),
+    (r"in1k_384_(base|large)", 2, 32),
+    (r"(v2_)?in22k_in1k_(nano|tiny|small|base|large)_224", 2, 32),
+    (r"(v2_)?in22k_in1k_(nano|tiny|small|base|large)_384", 4, 16),
+    (r"in22k_in1k_xlarge_224", 4, 16),
+    (r"in22k_in1k_xlarge_384|v2_in22k_in1k_huge_(384|512)", 8, 8),
+    (r"v2_in1k_(?!huge).*", 4, 32),
+    (r"v2_in1k_huge", 8, 16),
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_runs_on_its_published_cluster_without_accumulation(name):
+    nodes, images = next(row[1:] for row in CLUSTERS if re.fullmatch(row[0], name))
+    plan = plan_of(name, num_nodes=nodes)
+
+    assert (plan.per_device_images, plan.accumulate_steps) == (images, 1)
+    assert f"--devices 8 --nodes {nodes}" in head_of(name)
+
+
+@pytest.mark.parametrize("name", sorted(set(list_recipes()) - {"quickstart", "small_data"}))
+def test_the_head_of_a_recipe_tells_its_steps_cost_and_accuracy(name):
+    plan = plan_of(name)
+
+    assert f"{plan.total_steps:,} steps" in head_of(name)
+    flop = re.search(r"([\d.]+e\d+) FLOP", head_of(name))
+    assert flop is not None
+    assert float(flop[1]) == pytest.approx(plan.train_flops, rel=0.05)
+    if plan.recipe.published_top1 is not None:
+        assert f"{plan.recipe.published_top1:.1f}% top-1" in head_of(name)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PUBLISHED if re.match("(v2_)?in22k_(?!in1k)", name)]
+)
+def test_training_on_22k_has_its_classes_and_no_validation(name):
+    plan = plan_of(name)
+
+    assert (plan.num_classes, plan.train_images) == (21_841, IMAGENET_22K)
+    assert (plan.eval_every_steps, plan.val_images) == (None, 0)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_images_are_evaluated_as_published(name):
     recipe = load_recipe(name)
@@ -166,6 +222,19 @@ def test_fine_tuning_starts_from_the_published_weights_and_heads():
     assert load_recipe("in1k_384_large").init.source == "ema"
     assert load_recipe("in1k_384_base").init.head == "keep"
     assert load_recipe("v2_in1k_base").init.head == "reset"
+    assert load_recipe("v2_in22k_in1k_base_384").init.head == "reset"
+    assert {load_recipe(name).init.weights for name in PUBLISHED} == {None}
+
+
+def test_a_comparison_trains_by_the_recipe_of_convnext_tiny():
+    ours = load_recipe("in1k_tiny")
+    for name in list_recipes():
+        if name.startswith("compare_"):
+            recipe = load_recipe(name)
+            assert (recipe.optim, recipe.schedule) == (ours.optim, ours.schedule)
+            assert (recipe.augment, recipe.mix, recipe.batch) == (
+                ours.augment, ours.mix, ours.batch,
+            )  # fmt: skip
 
 
 def test_models_with_batch_norm_are_not_averaged():
@@ -185,7 +254,8 @@ def render_readme() -> str:
         "# Recipes",
         "",
         "Each file opens with the paper's row, the expected number, its cost and its command.",
-        "`convnext recipes show NAME` writes one out whole, `convnext recipes diff A B` compares two.",
+        "`convnext recipes show NAME` writes one out whole, `convnext recipes diff A B` compares",
+        "two.",
         "",
         "| recipe | what | top-1, published | steps | parameters |",
         "|---|---|---|---|---|",

@@ -189,7 +189,7 @@ def train_ours(case, batches):
         model,
         averaged=make_averaged(model),
         plan=plan,
-        mix=build_mix(plan),
+        mix=build_mix(plan.recipe, num_classes=plan.num_classes),
         card=make_card(plan, classes=tuple(map(str, range(CLASSES)))),
     )
     seen = LossOfEachPass()
