@@ -204,7 +204,6 @@ def written_whole(path: Path) -> Iterator[Path]:
     At every instant `path` holds what was there or the new file, whole and durable; after an error
     nothing is left beside it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the rename stays inside one file system and is atomic.
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

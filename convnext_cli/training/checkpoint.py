@@ -45,8 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         del storage_options
         target = Path(path)
-        with writing_to(target), written_whole(target) as beside:
-            _save(checkpoint, beside)
+        with writing_to(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(target) as beside:
+                _save(checkpoint, beside)
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
