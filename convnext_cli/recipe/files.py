@@ -16,13 +16,14 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import ConstructorError, DuplicateKeyError
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import (
     CollectionEndEvent,
     CollectionStartEvent,
     DocumentStartEvent,
     NodeEvent,
+    ScalarEvent,
 )
 from ruamel.yaml.representer import SafeRepresenter
 
@@ -101,10 +102,10 @@ def read_yaml(text: str, *, where: str) -> Any:  # noqa: ANN401  # YAML holds an
             f"{where}{_line(error)}: the key {key} is written twice",
             hint="keep one of the two lines",
         ) from error
-    except ConstructorError as error:
+    except TypeError as error:  # such a key cannot be hashed
         raise RecipeError(
-            f"{where}{_line(error)}: a value has a tag or a form that a recipe does not have",
-            hint="write plain words, numbers and lists, without a tag (!)",
+            f"{where}: a key is a word, found a list or a section as a key",
+            hint="compare it with a shipped one: convnext recipes show in1k_tiny",
         ) from error
     except (YAMLError, ValueError) as error:
         parts = [getattr(error, "context", None), getattr(error, "problem", None)]
@@ -142,6 +143,11 @@ def _check_events(text: str, *, where: str) -> None:
                 raise RecipeError(
                     f"{where}, line {line}: anchors and aliases are not part of a recipe",
                     hint="write the value out, or use `extends:`",
+                )
+            case ScalarEvent() | CollectionStartEvent() if event.tag is not None:
+                raise RecipeError(
+                    f"{where}, line {line}: tags are not part of a recipe, found {event.tag}",
+                    hint="write plain words, numbers and lists, without a tag (!)",
                 )
             case CollectionStartEvent():
                 depth += 1
