@@ -99,9 +99,9 @@ def convert(
         "torchvision": (".pth", ".pt", ".safetensors"),
     }[to]
     if out.suffix not in allowed:
-        wanted = " or ".join(allowed) if allowed != ("",) else "a folder, without an ending"
+        wanted = f"the name ends in {' or '.join(allowed)}" if allowed[0] else "it is a folder"
         raise StorageError(
-            f"--out {out}: for --to {to} the name ends in {wanted}",
+            f"--out {out}: for --to {to} {wanted}",
             hint=f"for example --out {out.stem}{allowed[0]}",
         )
     from convnext_cli.models.convnext import build_convnext

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from convnext_cli.catalog.models import find_variant
+from convnext_cli.models.convnext import build_convnext
+from convnext_cli.models.weights import read_weights
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=7)
+    path = tmp_path / "convnextv2_atto_1k_224_ema.pt"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def test_inspect_says_what_a_file_is(run_cli, checkpoint):
+    told = run_cli("weights", "inspect", checkpoint)
+    data = json.loads(run_cli("weights", "inspect", checkpoint, "--json").stdout)
+
+    assert told.exit_code == 0
+    assert told.stdout == ""
+    assert "convnextv2_atto, 3,389,647 parameters, float32" in told.stderr
+    assert data["layout"] == "official"
+    assert data["architecture"] == "convnextv2_atto"
+    assert data["num_classes"] == 7
+    assert data["weights"] == "ema"
+    assert data["non_finite"] == 0
+
+
+def test_nan_weights_are_told(run_cli, tmp_path):
+    state = build_convnext(find_variant("convnextv2_atto"), num_classes=3).state_dict()
+    state["norm.weight"][5] = torch.nan
+    torch.save(state, tmp_path / "x.pth")
+
+    told = run_cli("weights", "inspect", tmp_path / "x.pth")
+
+    assert "1 values are NaN or infinite" in told.stderr
+
+
+def test_convert_writes_the_same_values_and_keeps_what_is_there(run_cli, checkpoint, tmp_path):
+    out = tmp_path / "timm.safetensors"
+
+    first = run_cli("weights", "convert", checkpoint, "--to", "timm", "--out", out)
+    again = run_cli("weights", "convert", checkpoint, "--to", "timm", "--out", out)
+    forced = run_cli("weights", "convert", checkpoint, "--to", "timm", "--out", out, "--force")
+
+    assert (first.exit_code, again.exit_code, forced.exit_code) == (0, 2, 0)
+    assert f"{out} exists already" in again.stderr
+    with safe_open(out, "pt") as file:
+        assert "stages.0.blocks.0.conv_dw.weight" in file.keys()  # noqa: SIM118  # not a dict
+    before, after = read_weights(checkpoint).state, read_weights(out).state
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "sentence"),
+    [
+        ("torchvision", "x.pth", "convnextv2_atto has no place in the torchvision layout"),
+        ("timm", "x.onnx", "for --to timm the name ends in .pth or .pt or .safetensors"),
+        ("huggingface", "x.pth", "for --to huggingface it is a folder"),
+    ],
+)
+def test_what_cannot_be_written_gets_a_sentence(run_cli, checkpoint, tmp_path, to, name, sentence):
+    told = run_cli("weights", "convert", checkpoint, "--to", to, "--out", tmp_path / name)
+
+    assert told.exit_code == 2
+    assert sentence in told.stderr
+    assert "hint: " in told.stderr
+    assert not (tmp_path / name).exists()
+
+
+def test_a_22k_head_becomes_one_for_1k_and_the_missing_class_is_named(run_cli, tmp_path):
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=21_841)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    out = tmp_path / "mapped.pth"
+
+    told = run_cli(
+        "weights", "convert", tmp_path / "x.pth", "--to", "official", "--out", out, "--map-head"
+    )
+
+    assert told.exit_code == 0
+    assert "999 of 1000 rows; n04399382 starts afresh" in told.stderr
+    found = read_weights(out)
+    assert found.num_classes == 1000
+    assert torch.equal(found.state["head.weight"][0], model.head.weight[359])
