@@ -142,10 +142,11 @@ def make_plan(
     global_images = recipe.batch.global_images
     steps_per_epoch, dropped_images = divmod(facts.train_images, global_images)
     if steps_per_epoch == 0:
+        smaller = 1 << (max(1, facts.train_images // 20).bit_length() - 1)
         raise PlanError(
             f"one step takes {global_images} images, but {facts.source} has only"
             f" {facts.train_images} to train on",
-            hint=_hint_for_batch(recipe, _smaller_batch(facts.train_images, cluster.world_size)),
+            hint=_hint_for_batch(recipe, _even_batch(smaller, recipe, cluster)),
         )
     total_steps = _steps(recipe.schedule.length, steps_per_epoch)
     warmup = recipe.schedule.warmup
@@ -285,20 +286,22 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
         )
     limit = recipe.batch.per_device_images
     fewest = math.ceil(per_step / limit)
-    passes = next(n for n in range(fewest, per_step + 1) if per_step % n == 0)
-    if passes > _MOST_PASSES_OVER_FEWEST * fewest:
+    most = min(per_step, _MOST_PASSES_OVER_FEWEST * fewest)
+    passes = next((n for n in range(fewest, most + 1) if per_step % n == 0), None)
+    if passes is None:
         raise PlanError(
-            f"batch.global_images: {global_images} images split into {passes} passes of"
-            f" {per_step // passes} a device only, where {fewest} of {limit} would be enough",
-            hint=_hint_for_batch(recipe, per_step // fewest * fewest * world),
+            f"batch.global_images: {global_images} images, {per_step} a device, do not split into"
+            f" even passes of {math.ceil(per_step / most)} to {limit}",
+            hint=_hint_for_batch(recipe, _even_batch(global_images, recipe, cluster)),
         )
     return per_step // passes, passes
 
 
-def _smaller_batch(train_images: int, world_size: int) -> int:
-    """A power of two with about twenty steps an epoch, or the least that the devices can split."""
-    smaller = 1 << (max(1, train_images // 20).bit_length() - 1)
-    return max(world_size, smaller // world_size * world_size)
+def _even_batch(images: int, recipe: Recipe, cluster: Cluster) -> int:
+    """At most so many images per step, in even passes; one a device at least."""
+    per_step = max(1, images // cluster.world_size)
+    passes = math.ceil(per_step / recipe.batch.per_device_images)
+    return per_step // passes * passes * cluster.world_size
 
 
 def _hint_for_batch(recipe: Recipe, global_images: int) -> str:

@@ -1,0 +1,341 @@
+"""Every derived number of a plan, and what does not fit together."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convnext_cli.errors import PlanError, RecipeError
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import DataFacts, Plan, make_plan
+from convnext_cli.recipe.files import list_recipes, load_recipe
+
+PHOTOS = DataFacts(train_images=3000, val_images=300, num_classes=7, source="photos")
+FOUR_NODES = Cluster(num_nodes=4, devices_per_node=8, cpus_per_node=96)
+
+
+def plan_of(
+    *overrides: str,
+    recipe: str = "in1k_tiny",
+    cluster: Cluster = FOUR_NODES,
+    facts: DataFacts | None = None,
+) -> Plan:
+    return make_plan(load_recipe(recipe, overrides), cluster, name=recipe, facts=facts)
+
+
+def follow(hint: str | None, *overrides: str, facts: DataFacts | None = None,
+           cluster: Cluster = FOUR_NODES, recipe: str = "in1k_tiny") -> Plan:  # fmt: skip
+    """Plan again with the overrides that a hint names."""
+    named = re.findall(r"[a-z_]+\.[a-z_]+=\S+", hint or "")
+    assert named, hint
+    return plan_of(*overrides, *named, facts=facts, cluster=cluster, recipe=recipe)
+
+
+def test_the_paper_s_recipe_takes_93_600_steps_on_four_nodes():
+    plan = plan_of()
+
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (312, 93_600, 6_240)
+    assert (plan.per_device_images, plan.accumulate_steps, plan.world_size) == (128, 1, 32)
+    assert plan.dropped_images == 1_281_167 - 312 * 4096
+    assert (plan.parameters, round(plan.gmacs, 2)) == (28_589_128, 4.46)
+    assert plan.images_read == 93_600 * 4096
+    assert plan.train_flops == pytest.approx(1.025e19, rel=1e-3)
+    assert plan.state_bytes == 28_589_128 * 20
+    assert (plan.eval_per_device_images, plan.eval_every_steps) == (192, 312)
+
+
+def test_fewer_devices_accumulate_more():
+    one = plan_of(cluster=Cluster(num_nodes=1, devices_per_node=8))
+
+    assert (one.per_device_images, one.accumulate_steps) == (128, 4)
+    assert one.batch_equation == "4096 images = 128 a device x 8 devices x 4 passes"
+    assert plan_of().batch_equation == "4096 images = 128 a device x 32 devices x 1 pass"
+
+
+def test_more_devices_take_fewer_images_each():
+    plan = plan_of(cluster=Cluster(num_nodes=8, devices_per_node=8))
+
+    assert (plan.per_device_images, plan.accumulate_steps) == (64, 1)
+
+
+@given(world=st.integers(1, 512), images=st.integers(1, 8192), limit=st.integers(1, 512))
+@settings(max_examples=60, deadline=None)
+def test_the_batch_equation_holds_or_the_batch_is_refused(world, images, limit):
+    overrides = (
+        f"batch.global_images={images}",
+        f"batch.per_device_images={limit}",
+        "optim.lr_rule=none",
+    )
+    cluster = Cluster(devices_per_node=world)
+    plan, refusal = None, ""
+    try:
+        plan = plan_of(*overrides, cluster=cluster)
+    except PlanError as error:
+        refusal = str(error)
+
+    if plan is None:
+        assert "batch.global_images" in refusal
+        return
+    assert plan.per_device_images * world * plan.accumulate_steps == images
+    assert plan.per_device_images <= limit
+
+
+@pytest.mark.parametrize(("nodes", "devices", "fewer"), [(3, 8, 16), (1, 5, 4), (1, 7, 4)])
+def test_a_batch_that_does_not_split_names_a_number_of_devices_that_works(nodes, devices, fewer):
+    with pytest.raises(PlanError, match=f"do not split over {nodes * devices} devices") as caught:
+        plan_of(cluster=Cluster(num_nodes=nodes, devices_per_node=devices))
+
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith(f"such as {fewer}")
+    assert plan_of(cluster=Cluster(devices_per_node=fewer)).world_size == fewer
+
+
+@pytest.mark.parametrize("rule", ["null", "none"])
+def test_a_batch_that_splits_into_crumbs_is_refused(rule):
+    overrides = ("batch.global_images=4099", "optim.lr_images=4099", f"optim.lr_rule={rule}")
+    one = Cluster()
+    with pytest.raises(PlanError, match="do not split into even passes of 32 to 128") as caught:
+        plan_of(*overrides, cluster=one)
+
+    plan = follow(caught.value.hint, *overrides, cluster=one)
+    assert (plan.global_images, plan.accumulate_steps) == (4092, 33)
+
+
+def test_a_huge_prime_batch_is_refused_at_once():
+    facts = dataclasses.replace(PHOTOS, train_images=10**13, num_classes=1000)
+
+    with pytest.raises(PlanError, match="do not split into even passes"):
+        plan_of(
+            "batch.global_images=1000000000039", "optim.lr_rule=none",
+            "batch.per_device_images=10000000", facts=facts, cluster=Cluster(),
+        )  # fmt: skip
+
+
+def test_another_batch_demands_a_rule_for_the_learning_rate_and_prints_all_three():
+    with pytest.raises(PlanError, match=r"0.004 is meant for 4096 images .* is 1024") as caught:
+        plan_of("batch.global_images=1024")
+
+    hint = caught.value.hint or ""
+    assert "optim.lr_rule=linear (lr 0.001)" in hint
+    assert "sqrt (lr 0.002)" in hint
+    assert "none (lr 0.004)" in hint
+
+
+@pytest.mark.parametrize(("rule", "lr"), [("none", 4e-3), ("linear", 1e-3), ("sqrt", 2e-3)])
+def test_the_learning_rate_follows_its_rule_and_the_plan_says_so(rule, lr):
+    plan = plan_of("batch.global_images=1024", f"optim.lr_rule={rule}")
+
+    assert plan.lr == pytest.approx(lr)
+    assert f"lr_rule: {rule}" in plan.lr_note
+
+
+def test_a_rule_does_nothing_at_the_batch_that_the_rate_was_chosen_for():
+    plan = plan_of("optim.lr_rule=linear")
+
+    assert (plan.lr, plan.lr_note) == (4e-3, "as the recipe says")
+
+
+def test_the_classes_of_the_data_are_those_of_the_head_where_it_says_auto():
+    assert plan_of(recipe="small_data", facts=PHOTOS, cluster=Cluster()).num_classes == 7
+
+
+def test_a_head_that_does_not_fit_the_data_is_refused():
+    facts = dataclasses.replace(PHOTOS, train_images=10_000)
+    with pytest.raises(PlanError, match="head has 1000 classes, but photos has 7") as caught:
+        plan_of(facts=facts)
+
+    assert follow(caught.value.hint, facts=facts).num_classes == 7
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(PlanError, match=r"6240 warm-up steps \(20ep\) leave nothing") as caught:
+        plan_of("schedule.length=10ep")
+
+    plan = follow(caught.value.hint, "schedule.length=10ep")
+    assert (plan.total_steps, plan.warmup_steps) == (3120, 312)
+
+
+def test_a_run_of_a_few_steps_may_do_without_warm_up():
+    with pytest.raises(PlanError, match="leave nothing of 3 steps") as caught:
+        plan_of("schedule.length=3st")
+
+    assert follow(caught.value.hint, "schedule.length=3st").warmup_steps == 0
+
+
+def test_a_length_of_less_than_a_step_is_refused():
+    with pytest.raises(PlanError, match="less than one step") as caught:
+        plan_of("schedule.length=0.001ep", "schedule.warmup=null")
+
+    assert follow(caught.value.hint, "schedule.warmup=null").total_steps == 312
+
+
+@pytest.mark.parametrize("rule", ["null", "none"])
+@pytest.mark.parametrize("devices", [1, 8, 24])
+def test_data_smaller_than_a_batch_is_refused_with_a_batch_that_works(devices, rule):
+    facts = dataclasses.replace(PHOTOS, num_classes=1000)
+    cluster = Cluster(devices_per_node=devices)
+    images = 4096 // devices * devices
+    overrides = (f"batch.global_images={images}", f"optim.lr_images={images}",
+                 f"optim.lr_rule={rule}")  # fmt: skip
+    with pytest.raises(PlanError, match=f"one step takes {images} images, but photos") as caught:
+        plan_of(*overrides, facts=facts, cluster=cluster)
+
+    plan = follow(caught.value.hint, *overrides, facts=facts, cluster=cluster)
+    assert plan.steps_per_epoch >= 3
+
+
+def test_a_recipe_for_any_data_needs_the_data():
+    with pytest.raises(PlanError, match="number of images is not known") as caught:
+        plan_of(recipe="small_data")
+
+    assert "--data DIR" in (caught.value.hint or "")
+
+
+def test_the_least_learning_rate_is_below_the_peak():
+    with pytest.raises(PlanError, match=r"min_lr 0\.01 is above") as caught:
+        plan_of("optim.min_lr=0.01")
+
+    assert follow(caught.value.hint).min_lr == 4e-6
+
+
+@pytest.mark.parametrize(("name", "px"), [("convnext_tiny", 16), ("resnet50", 31),
+                                          ("convnext_isotropic_small", 15)])  # fmt: skip
+def test_an_image_that_is_halved_to_nothing_is_refused(name, px):
+    overrides = (f"model.name={name}", f"data.image_px={px}")
+    with pytest.raises(PlanError, match=f"down to nothing at {px} px") as caught:
+        plan_of(*overrides)
+
+    assert follow(caught.value.hint, *overrides).gmacs > 0
+
+
+def test_a_model_of_one_image_size_refuses_another():
+    with pytest.raises(RecipeError, match="swin_tiny takes images of 224 px only"):
+        plan_of("data.image_px=256", recipe="compare_swin_tiny")
+
+
+def test_gradient_checkpointing_is_refused_where_the_model_has_none():
+    with pytest.raises(PlanError, match="resnet50 has none") as caught:
+        plan_of("compute.gradient_checkpointing=stages", recipe="compare_resnet50")
+
+    assert follow(caught.value.hint, recipe="compare_resnet50").world_size == 32
+
+
+def test_parameters_are_those_of_the_network_that_is_built():
+    blocks_times_widths = 3 * 96 + 3 * 192 + 9 * 384 + 3 * 768
+
+    without = plan_of("model.layer_scale_init=null")
+
+    assert plan_of().parameters - without.parameters == blocks_times_widths
+
+
+def test_a_gpu_computes_in_bf16_compiled_and_a_cpu_does_neither():
+    gpu, cpu = plan_of(), plan_of(cluster=Cluster(device="cpu", cpus_per_node=2))
+
+    assert (gpu.precision, gpu.compile, gpu.channels_last) == ("bf16", True, True)
+    assert (cpu.precision, cpu.compile, cpu.channels_last) == ("fp32", False, False)
+
+
+def test_what_is_asked_goes_before_what_fits_the_device():
+    plan = plan_of(
+        "compute.precision=fp16", "compute.compile=false", "data.workers=3",
+        "evaluate.per_device_images=50",
+    )  # fmt: skip
+
+    assert (plan.precision, plan.compile, plan.workers) == ("fp16", False, 3)
+    assert plan.eval_per_device_images == 50
+
+
+@pytest.mark.parametrize(
+    ("device", "cpus", "devices", "workers"),
+    [
+        ("cuda", 96, 8, 11),
+        ("cuda", 1, 1, 1),
+        ("cuda", 256, 1, 16),
+        ("cpu", 2, 1, 1),
+        ("cpu", 1, 1, 0),
+    ],
+)
+def test_loader_processes_share_the_cores_of_a_node(device, cpus, devices, workers):
+    cluster = Cluster(device=device, cpus_per_node=cpus, devices_per_node=devices)
+
+    assert plan_of(cluster=cluster).workers == workers
+
+
+def test_averaged_weights_are_part_of_the_state():
+    assert plan_of("ema.decay=null").state_bytes == 28_589_128 * 16
+
+
+def test_validation_happens_at_its_interval_and_at_the_end():
+    plan = plan_of("evaluate.every=2ep", "schedule.length=5ep", "schedule.warmup=null")
+
+    checked = [step for step in range(1, plan.total_steps + 1) if plan.validates_at(step)]
+    assert checked == [624, 1248, 1560]
+
+
+def test_validation_is_only_at_the_end_where_the_interval_is_null():
+    plan = plan_of("evaluate.every=null", "schedule.length=5ep", "schedule.warmup=null")
+
+    assert [s for s in range(1, plan.total_steps + 1) if plan.validates_at(s)] == [1560]
+
+
+def test_data_without_validation_images_are_not_validated():
+    plan = plan_of(recipe="in22k_tiny")
+
+    assert not plan.validates_at(plan.total_steps)
+
+
+def test_checkpoints_are_saved_by_steps_or_by_seconds():
+    by_steps, by_time = plan_of("checkpoint.every=2ep"), plan_of("checkpoint.every=30min")
+
+    assert (by_steps.checkpoint_every_steps, by_steps.checkpoint_every_seconds) == (624, None)
+    assert (by_time.checkpoint_every_steps, by_time.checkpoint_every_seconds) == (None, 1800)
+
+
+def test_a_plan_as_json_holds_every_number_and_the_whole_recipe():
+    plan = plan_of()
+
+    told = json.loads(json.dumps(plan.to_json()))
+
+    assert (told["world_size"], told["global_images"], told["accumulate_steps"]) == (32, 4096, 1)
+    assert told["recipe"]["schedule"] == {"length": "300ep", "warmup": "20ep"}
+    assert told["cluster"]["num_nodes"] == 4
+    missing = {field.name for field in dataclasses.fields(Plan)} - set(told)
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_planning_twice_gives_the_same_plan(name):
+    recipe, facts = load_recipe(name), PHOTOS if name == "small_data" else None
+    cluster = Cluster()
+
+    first = make_plan(recipe, cluster, name=name, facts=facts)
+
+    assert first == make_plan(recipe, cluster, name=name, facts=facts)
+
+
+@given(
+    train=st.integers(1, 10**8), val=st.integers(0, 10**6), classes=st.integers(2, 30_000),
+    world=st.integers(1, 4096), images=st.integers(1, 10**6), length=st.floats(1e-3, 1e3),
+    warmup=st.one_of(st.none(), st.floats(1e-3, 1e3)), px=st.integers(8, 4096),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_any_recipe_plans_or_says_why_not(train, val, classes, world, images, length, warmup, px):
+    facts = DataFacts(train_images=train, val_images=val, num_classes=classes, source="data")
+    recipe = load_recipe("small_data", [
+        f"batch.global_images={images}", "optim.lr_rule=sqrt", f"schedule.length={length}ep",
+        f"schedule.warmup={'null' if warmup is None else f'{warmup}ep'}", f"data.image_px={px}",
+    ])  # fmt: skip
+    plan, hint = None, None
+    try:
+        plan = make_plan(recipe, Cluster(devices_per_node=world), name="x", facts=facts)
+    except PlanError as error:
+        hint = error.hint
+
+    if plan is None:
+        assert hint
+        return
+    assert 0 <= plan.warmup_steps < plan.total_steps
+    assert plan.steps_per_epoch * images + plan.dropped_images == train
