@@ -1,0 +1,134 @@
+"""`convnext plan`: numbers on stdout as JSON, a table for people on stderr, mistakes with hints."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+PUBLISHED = ("plan", "in1k_tiny", "--devices", "8", "--nodes", "4")
+
+
+def test_json_holds_the_published_numbers(run_cli):
+    done = run_cli(*PUBLISHED, "--json")
+
+    plan = json.loads(done.stdout)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert {
+        key: plan[key]
+        for key in (
+            "steps_per_epoch", "total_steps", "warmup_steps", "accumulate_steps",
+            "per_device_images", "global_images", "world_size", "parameters",
+        )
+    } == {
+        "steps_per_epoch": 312, "total_steps": 93_600, "warmup_steps": 6_240, "accumulate_steps": 1,
+        "per_device_images": 128, "global_images": 4096, "world_size": 32, "parameters": 28_589_128,
+    }  # fmt: skip
+    assert round(plan["gmacs"], 2) == 4.46
+
+
+def test_people_read_a_table_and_stdout_stays_empty(run_cli):
+    done = run_cli(*PUBLISHED)
+
+    assert (done.exit_code, done.stdout) == (0, "")
+    rows = dict(line.split(None, 1) for line in done.stderr.splitlines())
+    assert rows["published"].strip() == "82.1% top-1"
+    assert rows["batch"].startswith("4096 images = 128 a device x 32 devices x 1 pass")
+    assert rows["steps"].startswith("93,600 (6,240 warm-up) = 300 epochs x 312 steps")
+    assert rows["lr"].startswith("0.004 to 1e-06: as the recipe says")
+    assert "383,385,600 images read, 1e+19 FLOP = 28.5 device-hours" in rows["cost"]
+    assert rows["state"].startswith("0.57 GB a device")
+
+
+def test_a_piped_table_is_not_cut(run_cli):
+    done = run_cli(*PUBLISHED)
+
+    assert "other ones every time" in done.stderr
+    assert len(done.stderr.splitlines()) == 10
+
+
+def test_a_cpu_gets_no_estimate_in_device_hours(run_cli):
+    done = run_cli("plan", "quickstart", "--device", "cpu")
+
+    assert done.exit_code == 0
+    assert "1 x 1 cpu, fp32" in done.stderr
+    assert "device-hours" not in done.stderr
+
+
+def test_flags_and_overrides_reach_the_plan(run_cli):
+    done = run_cli("plan", "in1k_tiny", "optim.lr=2e-3", "--precision", "fp16", "--json")
+
+    plan = json.loads(done.stdout)
+    assert (plan["lr"], plan["precision"]) == (2e-3, "fp16")
+    assert plan["recipe"]["optim"]["lr"] == 2e-3
+
+
+def test_a_plan_is_named_after_the_recipe_s_file(run_cli):
+    done = run_cli("plan", "recipes/in1k_tiny.yaml", "--json")
+
+    assert json.loads(done.stdout)["name"] == "in1k_tiny"
+
+
+def test_the_sizes_of_packed_data_are_used(run_cli, tiny_shards):
+    done = run_cli(
+        "plan", "small_data", "batch.global_images=8", "optim.lr_rule=linear",
+        "--data", tiny_shards, "--json",
+    )  # fmt: skip
+
+    plan = json.loads(done.stdout)
+    assert (plan["train_images"], plan["val_images"], plan["num_classes"]) == (39, 12, 3)
+    assert (plan["steps_per_epoch"], plan["dropped_images"]) == (4, 7)
+    assert plan["lr"] == pytest.approx(5e-4 / 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        ("in1k_tinny", "no recipe in1k_tinny", "did you mean in1k_tiny?"),
+        ("in1k_tiny optim.rl=1e-3", "no key optim.rl", "did you mean optim.lr?"),
+        ("in1k_tiny optim.lr=fast", "optim.lr: should be a valid number", "--fields optim.lr"),
+        ("in1k_tiny optim.lr", "section.key=value is wanted", "optim.lr=2e-3"),
+        ("in1k_tiny --devices 24", "do not split over 24 devices", "such as 16"),
+        ("in1k_tiny batch.global_images=64", "meant for 4096 images", "optim.lr_rule=linear"),
+        ("in1k_tiny model.num_classes=10", "head has 10 classes", "model.num_classes=1000"),
+        ("in1k_tiny schedule.length=10ep", "6240 warm-up steps", "schedule.warmup=312st"),
+        ("quickstart batch.global_images=2048", "has only 1437", "batch.global_images=64"),
+        ("small_data", "number of images is not known", "--data DIR"),
+        ("small_data --data nowhere", "nowhere", "convnext data pack"),
+        ("in1k_tiny data.mode=stream data.path=a.tar", "a.tar", "train_images"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_with_a_hint_and_no_data(run_cli, arguments, message, hint):
+    done = run_cli("plan", *shlex.split(arguments))
+
+    assert (done.exit_code, done.stdout) == (2, "")
+    error, blank, told = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert blank == ""
+    assert told.startswith("hint: ")
+    assert hint in told
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "in1k_tiny model.num_classes=10",
+        "in1k_tiny schedule.length=10ep",
+        "in1k_tiny data.image_px=16",
+        "in1k_tiny optim.min_lr=1",
+        "in1k_tiny batch.global_images=64",
+        "quickstart batch.global_images=2048",
+        "quickstart batch.global_images=1433 optim.lr_rule=none",
+        "in1k_tiny compute.compile=off",
+        "in1k_tiny mix.mixup=off",
+    ],
+)
+def test_the_edit_that_a_hint_names_works(run_cli, arguments):
+    words = shlex.split(arguments)
+    hint = run_cli("plan", *words).stderr.splitlines()[2]
+
+    edits = re.findall(r"[a-z_]+\.[a-z_]+=[\w.-]+", hint)[:2]
+
+    assert edits
+    assert run_cli("plan", *words, *edits).exit_code == 0
