@@ -107,14 +107,13 @@ def run_training(
     plan = make_plan(recipe, cluster, name=name, facts=read_facts(recipe))
     show_plan(plan)
     run = RunDir(runs_dir / name)
-    from convnext_cli.training.fit import fit, open_run
+    from convnext_cli.training.fit import find_start, fit
 
     mode = resume if resume in {"auto", "never", "must"} else Path(resume)
-    resume_from = open_run(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
-    console.print(Text.assemble(("run      ", "bold"), str(run.root)), soft_wrap=True)
-    result = fit(plan, run, resume_from=resume_from, console=console)
+    resume_from = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
+    steps = fit(plan, run, resume_from=resume_from, console=console)
     if cluster.rank == 0:
-        _tell_result(run, recipe=recipe, step=result.step)
+        _tell_result(run, recipe=recipe, steps=steps)
 
 
 def _with_builtin_data(recipe: Recipe) -> Recipe:
@@ -128,14 +127,14 @@ def _with_builtin_data(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data})
 
 
-def _tell_result(run: RunDir, *, recipe: Recipe, step: int) -> None:
+def _tell_result(run: RunDir, *, recipe: Recipe, steps: int) -> None:
     from convnext_cli.runs.plots import plot_runs
 
     plot_runs([run], run.curves)
     summary = summarise_run(run)
     raw, averaged = summary.best_top1, summary.best_ema_top1
     checkpoint = run.last
-    text = f"{step} steps"
+    text = f"{steps} steps"
     if raw is not None:
         checkpoint = run.best
         text += f", best top-1 {raw:.2f}% (step {summary.best_top1_step})"

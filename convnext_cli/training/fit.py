@@ -1,12 +1,11 @@
 """`fit`: one attempt of a run, from the run directory to the last validation.
 
 ```
-open_run    new, or the same run to go on with; refuses another recipe in the same folder
-fit         model + data + optimizer -> Trainer -> checkpoints, rows, plots
+find_start  the checkpoint to go on from, or none; refuses another recipe in the same folder
+fit         data, model, weights; then the run's folder; then the Trainer
 ```
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from convnext_cli.data.build import ImageData, build_data, build_mix
 from convnext_cli.data.reader import from_worker
 from convnext_cli.errors import CheckpointError, DataError, RunError
 from convnext_cli.models.build import build_model
-from convnext_cli.models.weights import ModelCard, load_into, read_weights
+from convnext_cli.models.weights import LoadReport, ModelCard, load_into, read_weights
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_recipe
@@ -27,7 +26,6 @@ from convnext_cli.runs.compare import read_recipe_keys
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import (
     JsonLines,
-    read_jsonl,
     record_environment,
     utc_now,
     write_json,
@@ -61,40 +59,19 @@ CHANGEABLE = (
 """Keys that may change between two attempts of one run: they do not decide what is learned."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one attempt came to; the same on every rank."""
-
-    run: RunDir
-    step: int
-    validation: dict[str, float]
-    """The last validation row; empty where there are no validation images."""
-
-
-def open_run(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | None:
-    """Make a run's folder, or find the checkpoint where the same run goes on.
-
-    Returns:
-        The checkpoint to go on from; None to start at step 0.
+def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | None:
+    """The checkpoint where the same run goes on; None to start at step 0. Writes nothing.
 
     Raises:
         RunError: The folder holds another run, or none where one must be.
-        StorageError: The folder cannot be written.
     """
-    if plan.cluster.rank == 0:
-        if run.is_run():
-            _check_same_run(plan, run)
-        if resume == "never" and run.is_run():
+    if plan.cluster.rank == 0 and run.is_run():
+        _check_same_run(plan, run)
+        if resume == "never":
             raise RunError(
                 f"{run.root} holds a run already, and --resume never starts a new one",
                 hint="give the new run its own folder with --name NAME",
             )
-        with writing_to(run.root):
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
-            if not run.recipe.is_file():
-                run.recipe.write_text(render_recipe(plan.recipe), encoding="utf-8")
-            write_json(run.plan, plan.to_json())
-            write_json(run.environment, record_environment())
     if isinstance(resume, Path):
         if not resume.is_file():
             raise RunError(
@@ -110,6 +87,20 @@ def open_run(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | No
             hint="leave --resume out to start the run",
         )
     return None
+
+
+def _write_run(plan: Plan, run: RunDir) -> None:
+    """Make a run's folder, now that everything it needs is there.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    with writing_to(run.root):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        if not run.recipe.is_file():
+            run.recipe.write_text(render_recipe(plan.recipe), encoding="utf-8")
+        write_json(run.plan, plan.to_json())
+        write_json(run.environment, record_environment())
 
 
 def _check_same_run(plan: Plan, run: RunDir) -> None:
@@ -131,8 +122,8 @@ def _check_same_run(plan: Plan, run: RunDir) -> None:
         )
 
 
-def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) -> Result:
-    """Train to the end of the schedule, or go on from a checkpoint.
+def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) -> int:
+    """Train to the end of the schedule, or go on from a checkpoint; returns the steps taken.
 
     Raises:
         UserError: Devices, data, weights or checkpoint do not fit (see `errors`).
@@ -143,11 +134,18 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
     quiet_lightning()
     display = ProgressDisplay(plan, console=console, log=run.log)
     first_step = 0 if resume_from is None else read_step(resume_from)
+    if first_step >= plan.total_steps:
+        return first_step
     data = build_data(plan, first_step=first_step)
     model = build_model(plan)
-    if resume_from is None and plan.recipe.init.weights is not None:
-        for line in load_start_weights(model, plan, classes=data.classes):
-            _say(display, plan, line)
+    told = f"run: {run.root}"
+    if resume_from is not None:
+        told += f", going on from {resume_from.name} at step {first_step}"
+    elif plan.recipe.init.weights is not None:
+        told += f"; {load_start_weights(model, plan, classes=data.classes)}"
+    if plan.cluster.rank == 0:
+        _write_run(plan, run)
+        display.say(told)
     task = Classifier(
         model,
         averaged=None if plan.recipe.ema.decay is None else make_averaged(model),
@@ -167,16 +165,12 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
         loggers=build_loggers(plan, run, first_step=first_step),
         clock=clock,
     )
-    if resume_from is not None:
-        _say(display, plan, f"going on from {resume_from} at step {first_step}")
-    if first_step >= plan.total_steps:
-        return Result(run, first_step, _last_validation(run))
     if plan.compile:
         model.compile()
     event = "started" if resume_from is None else "resumed"
     _record(run, plan, event=event, step=first_step)
     _run_trainer(trainer, task, data, resume_from=resume_from, run=run, plan=plan)
-    return Result(run, task.step, task.validation)
+    return task.step
 
 
 def _run_trainer(
@@ -204,22 +198,6 @@ def _record(run: RunDir, plan: Plan, *, event: str, step: int, **more: object) -
             events.write({"event": event, "time": utc_now(), "step": step, **more})
 
 
-def _say(display: ProgressDisplay, plan: Plan, line: str) -> None:
-    if plan.cluster.rank == 0:
-        display.say(line)
-
-
-def _last_validation(run: RunDir) -> dict[str, float]:
-    rows = [row for row in read_jsonl(run.metrics) if "val/top1" in row]
-    if not rows:
-        return {}
-    return {
-        key: float(value)
-        for key, value in rows[-1].items()
-        if key.startswith("val") and isinstance(value, int | float)
-    }
-
-
 def make_card(plan: Plan, *, classes: tuple[str, ...]) -> ModelCard:
     """What the weights of a plan are, for everyone who reads them later."""
     recipe = plan.recipe
@@ -236,7 +214,7 @@ def make_card(plan: Plan, *, classes: tuple[str, ...]) -> ModelCard:
     )
 
 
-def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]) -> list[str]:
+def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]) -> LoadReport:
     """Load `init.weights` into a fresh model; says what was taken and what was not.
 
     Raises:
@@ -251,10 +229,4 @@ def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]
             hint="leave init.weights out, or train a ConvNeXt",
         )
     weights = read_weights(Path(init.weights), prefer=init.source)
-    report = load_into(
-        model,
-        weights,
-        head=init.head,
-        target_classes=classes,
-    )
-    return [str(report)]
+    return load_into(model, weights, head=init.head, target_classes=classes)

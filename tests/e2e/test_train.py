@@ -224,3 +224,4 @@ def test_a_mistake_gets_one_sentence_and_a_hint(recipe, tiny_shards, more, sente
     assert sentence in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
+    assert not run_dir(recipe).exists()
