@@ -8,6 +8,7 @@ recipes/in1k_small.yaml      extends: in1k_tiny      section.key=value
 """
 
 import difflib
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -160,6 +161,12 @@ def _check_events(text: str, *, where: str) -> None:
             )
 
 
+@functools.lru_cache(maxsize=128)
+def _read_once(text: str, *, where: str) -> Any:  # noqa: ANN401  # as read_yaml
+    """Fifty recipes extend the same one; nobody changes the values."""
+    return read_yaml(text, where=where)
+
+
 def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a recipe file over those it extends."""
     path = path.resolve()
@@ -180,12 +187,13 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
             f"{path.name}: not a text in UTF-8 (byte {error.start})",
             hint="name a recipe, which is a text: convnext recipes list",
         ) from error
-    keys = read_yaml(text, where=path.name)
-    if not isinstance(keys, dict):
+    keys = _read_once(text, where=path.name)
+    if not isinstance(keys, Mapping):
         raise RecipeError(
             f"{path.name}: a recipe is made of sections with keys, found {_word(keys)}",
             hint="start from a shipped one: convnext recipes show in1k_tiny",
         )
+    keys = dict(keys)
     parent = keys.pop("extends", None)
     if parent is None:
         return keys
@@ -284,6 +292,13 @@ def parse_override(text: str) -> dict[str, Any]:
         ) from error
     section, dot, key = name.partition(".")
     return {section: {key: parsed}} if dot else {name: parsed}
+
+
+def render_override(name: str, value: str) -> str:
+    """`section.key=value` that `parse_override` reads back as this very text, such as a path."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    shown = (c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped)
+    return f'{name}="{"".join(shown)}"'
 
 
 def _explain(error: ValidationError, where: str) -> RecipeError:
