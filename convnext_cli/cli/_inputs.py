@@ -1,7 +1,6 @@
 """What several commands take: recipe, overrides, data, devices; parsed alike everywhere."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from convnext_cli.data.card import read_card
 from convnext_cli.errors import DataError, RecipeError
 from convnext_cli.plan.resolve import DataFacts
-from convnext_cli.recipe.files import load_recipe
+from convnext_cli.recipe.files import load_recipe, render_override
 from convnext_cli.recipe.schema import Recipe
 
 RecipeArgument = Annotated[
@@ -44,7 +43,9 @@ def load_asked_recipe(
     precision: PrecisionChoice | None = None,
 ) -> Recipe:
     """The recipe with its overrides and with the flags that stand for one."""
-    flags = [f"data.path={data}"] if data else []
+    if data == "":  # as an unset variable of a shell gives it
+        raise DataError("--data: the name is empty", hint="name a packed data set: --data DIR")
+    flags = [render_override("data.path", data)] if data is not None else []
     if precision:
         flags.append(f"compute.precision={precision}")
     for override in overrides or ():
@@ -95,8 +96,3 @@ def _stream_facts(recipe: Recipe, path: str) -> DataFacts:
         num_classes=classes,
         source=path,
     )
-
-
-def rename(facts: DataFacts, source: str) -> DataFacts:
-    """The same facts under another name, for messages."""
-    return replace(facts, source=source)

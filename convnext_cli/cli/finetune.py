@@ -30,7 +30,12 @@ from convnext_cli.cli.train import (
 from convnext_cli.data.card import read_card
 from convnext_cli.errors import CheckpointError, DataError, RecipeError
 from convnext_cli.plan.cluster import read_rank
-from convnext_cli.recipe.files import list_recipes, load_recipe, parse_override
+from convnext_cli.recipe.files import (
+    list_recipes,
+    load_recipe,
+    parse_override,
+    render_override,
+)
 
 Target = Literal["imagenet1k", "imagenet22k", "own"]
 """What is trained on: a published data set, or one's own."""
@@ -116,7 +121,7 @@ def finetune(
     from convnext_cli.training.loading import find_checkpoint
 
     path = find_checkpoint(Path(checkpoint), prefer=source)
-    changes += [f"init.weights={json.dumps(str(path))}", *asked, f"init.source={source}"]
+    changes += [render_override("init.weights", str(path)), *asked, f"init.source={source}"]
     if read_rank() != 0:
         console.quiet = True
     label = "chosen" if recipe is None else "from"

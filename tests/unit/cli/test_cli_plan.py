@@ -81,6 +81,24 @@ def test_the_sizes_of_packed_data_are_used(run_cli, tiny_shards):
     assert plan["lr"] == pytest.approx(5e-4 / 8)
 
 
+@pytest.mark.parametrize("folder", ["photos #2", "a: b", "*.d", "123", "null", '"q"', "[x]"])
+def test_a_data_set_s_name_is_taken_as_it_is_written(run_cli, tiny_shards, tmp_path, folder):
+    (tmp_path / folder).symlink_to(tiny_shards)
+
+    done = run_cli("plan", "small_data", "--data", folder, "batch.global_images=39",
+                   "batch.per_device_images=39", "optim.lr_rule=linear", "--json")  # fmt: skip
+
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["data_source"] == folder
+
+
+def test_an_empty_name_of_a_data_set_is_refused(run_cli):
+    done = run_cli("plan", "in1k_tiny", "--data", "")
+
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--data: the name is empty" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [

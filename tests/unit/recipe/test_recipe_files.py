@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from convnext_cli.errors import RecipeError
@@ -21,6 +21,7 @@ from convnext_cli.recipe.files import (
     parse_override,
     read_yaml,
     recipes_folder,
+    render_override,
     render_recipe,
 )
 
@@ -225,6 +226,13 @@ def test_the_edit_that_a_hint_names_mends_the_value(override, then):
     assert caught.value.hint is not None
     assert shlex.split(caught.value.hint)[-1] == then
     load_recipe("in1k_tiny", [then])
+
+
+@given(st.text())
+@example('a "b" \\ *c # d: [e')
+@example("\U0001f600 \udcff \x7f \ufeff")
+def test_any_path_can_be_given_as_an_override(path):
+    assert parse_override(render_override("data.path", path)) == {"data": {"path": path}}
 
 
 def test_an_empty_value_is_null():
