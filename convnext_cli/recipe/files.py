@@ -271,6 +271,7 @@ def parse_override(text: str) -> dict[str, Any]:
         RecipeError: The text has another form, or the key is not one of a recipe's.
     """
     name, equals, value = text.partition("=")
+    text = text if len(text) <= 80 else f"{text[:80]}..."  # for messages
     if not equals or not name:
         raise RecipeError(
             f"override {text}: section.key=value is wanted", hint="for example optim.lr=2e-3"
@@ -367,12 +368,15 @@ def _hint_for_value(name: str, found: object) -> str:
             return f"no is written false: {name}=false"
         case str() if found.lower() in {"yes", "on", "y"} and bool in _kinds(name):
             return f"yes is written true: {name}=true"
-        case str() if found.lower() in {"no", "off", "none", ""} and NoneType in _kinds(name):
+        case str() | int() | float() if found in _WORDS_FOR_OFF and NoneType in _kinds(name):
             return f"off is written null: {name}=null"
         case str() if _is_number(found):
             return f"a number has no quotes: {name}={found}"
         case _:
             return f"what it means: convnext recipes show --fields {name}"
+
+
+_WORDS_FOR_OFF = {"no", "off", "Off", "none", "None", "never", "", "0ep", "0st", 0, -1}
 
 
 def _kinds(name: str) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from convnext_cli.recipe.durations import Duration, parse_duration
         ("0.5ep", Duration(0.5, "ep")),
         ("1e5st", Duration(100_000, "st")),
         (" 20 ep ", Duration(20, "ep")),
+        (Duration(20, "ep"), Duration(20, "ep")),
     ],
 )
 def test_a_number_with_a_unit_is_a_duration(text, duration):

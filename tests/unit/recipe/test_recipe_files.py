@@ -116,6 +116,9 @@ def test_the_file_that_extends_nothing_known_is_named(write):
         ("about: x\n1: 2\n", "no key 1", "convnext recipes show --fields"),
         ("about: x\noptim:\n  lr: '4e-3'\n", "found '4e-3' (text)", "a number has no quotes"),
         ("about: x\noptim:\n  clip_norm: off\n", "found 'off' (text)", "optim.clip_norm=null"),
+        ("about: x\nseed: true\n", "seed: should be a valid integer, found true", "--fields seed"),
+        ("about: x\nseed: {a: 1}\n", "found a section with keys", "--fields seed"),
+        ("about: x\nseed: [1, 2, 3, 4, 5]\n", "found a list of 5", "--fields seed"),
         ("about: x\ncompute:\n  compile: no\n", "found 'no' (text)", "compute.compile=false"),
         ("about: x\ncompute:\n  compile: yes\n", "found 'yes' (text)", "compute.compile=true"),
         ("about: x\noptim:\n", "optim is a section with keys, found nothing", "--fields optim"),
@@ -199,13 +202,16 @@ def test_overrides_go_over_the_file_and_later_ones_win():
         ("optim.rl=3", "no key optim.rl", "did you mean optim.lr?"),
         ("opitm.lr=3", "no key opitm.lr", "did you mean optim.lr?"),
         ("extends=in1k_base", "no key extends", "convnext recipes show --fields"),
+        ("about=" + "x" * (MAX_BYTES + 1), "larger than", "optim.betas"),
         ("optim.lr=[1", "not a YAML document", "optim.betas=[0.9,0.999]"),
     ],
 )
 def test_an_override_of_another_form_is_refused(override, message, hint):
-    with pytest.raises(RecipeError, match=override.replace("[", r"\[")) as caught:
+    with pytest.raises(RecipeError) as caught:
         parse_override(override)
 
+    assert override[:80] in str(caught.value)
+    assert len(str(caught.value)) < 200
     assert message in str(caught.value)
     assert hint in (caught.value.hint or "")
 
@@ -215,6 +221,10 @@ def test_an_override_of_another_form_is_refused(override, message, hint):
     [
         ("optim.clip_norm=off", "optim.clip_norm=null"),
         ("schedule.warmup=off", "schedule.warmup=null"),
+        ("schedule.warmup=0ep", "schedule.warmup=null"),
+        ("mix.mixup=0", "mix.mixup=null"),
+        ("mix.cutmix=-1", "mix.cutmix=null"),
+        ("optim.clip_norm=false", "optim.clip_norm=null"),
         ("compute.compile=no", "compute.compile=false"),
         ("optim.lr='2e-3'", "optim.lr=2e-3"),
     ],
