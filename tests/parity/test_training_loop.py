@@ -27,7 +27,8 @@ from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, make_plan
 from convnext_cli.recipe.schema import Recipe
-from convnext_cli.training.build import build_trainer, quiet_lightning
+from convnext_cli.training.build import build_trainer
+from convnext_cli.training.devices import quiet_lightning
 from convnext_cli.training.fit import make_card
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
