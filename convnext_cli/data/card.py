@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
+from convnext_cli.data.fetch import read_file
 from convnext_cli.errors import DataError
 from convnext_cli.runs.record import write_json
 
@@ -77,16 +76,20 @@ def read_card(location: str | Path) -> DatasetCard:
     """
     place = str(location).rstrip("/")
     try:
-        with fsspec.open(f"{place}/{CARD_NAME}", "rb") as file:
-            plain = json.loads(file.read())
-    except FileNotFoundError as error:
+        plain = json.loads(read_file(f"{place}/{CARD_NAME}"))
+    except DataError as error:
+        if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            check = "check the network and try again" if "://" in place else f"ls -ld {place}"
+            raise DataError(str(error), hint=error.hint or check) from error
         there = "://" in place or Path(place).is_dir()
         what = f"{place} holds no {CARD_NAME}" if there else f"there is no folder {place}"
         raise DataError(
             f"{what}: it is not a packed data set",
-            hint=f"pack one: convnext data pack SOURCE {place}",
+            hint="check the address, or pack one: convnext data pack SOURCE OUT"
+            if "://" in place
+            else f"pack one: convnext data pack SOURCE {place}",
         ) from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DataError(
             f"{place}/{CARD_NAME} cannot be read: {error}",
             hint="pack the data set again: convnext data pack SOURCE OUT",

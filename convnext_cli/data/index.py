@@ -8,9 +8,10 @@ KEY.cls     its label as text    the label is in the index
 KEY.json    where it came from   not needed to read
 ```
 
-The scanner verifies each header's checksum and pairs every member; damage is an error with its
-offset. The tar reader of Python's standard library, which WebDataset uses, takes a damaged header
-in the middle of a stream for the end of the file and drops the rest without a word.
+The scanner verifies each header's checksum, that nothing follows the end mark, and pairs every
+member; damage is an error with its offset. The tar reader of Python's standard library, which
+WebDataset uses, takes a damaged header in the middle of a stream for the end of the file and drops
+the rest without a word.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
 _READ_BYTES = 4 << 20
 _MAX_MEMBER_BYTES = 1 << 30
+_MAX_LABEL = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def iter_members(
         max_bytes: Largest member that is believed.
 
     Raises:
-        DataError: A header is damaged, or the file ends before its end mark.
+        DataError: A header is damaged, the file ends before its end mark, or goes on behind it.
     """
     end = file.seek(0, 2) if end is None else end
     at, long_name = begin, None
@@ -89,6 +91,7 @@ def iter_members(
                 hint="copy the shard again, or pack the data set again",
             )
         if header == bytes(_BLOCK):
+            _check_end(file, end=end, where=where, mark=at)
             return
         # the sum of the header's bytes, with blanks in place of the sum itself
         wanted = sum(header[:148]) + 8 * 32 + sum(header[156:])
@@ -113,6 +116,16 @@ def iter_members(
         elif kind == b"x":  # pax: the same, as a record
             long_name = _pax_path(file.read(size)) or long_name
         at += _BLOCK + -(-size // _BLOCK) * _BLOCK
+
+
+def _check_end(file: BinaryIO, *, end: int, where: str, mark: int) -> None:
+    """Zeros alone may follow the end mark: a header that was zeroed looks like one."""
+    while block := file.read(min(_READ_BYTES, max(0, end - file.tell()))):
+        if block.strip(b"\0"):
+            raise DataError(
+                f"{where}: the header at byte {mark:,} is zeroed: data follow this end mark",
+                hint="copy the shard again, or pack the data set again",
+            )
 
 
 def _octal(field: bytes) -> int | None:
@@ -142,15 +155,21 @@ def scan_shard(path: Path) -> ShardIndex:
     """Read the headers and labels of a shard.
 
     Raises:
-        DataError: The shard is damaged, or an image has no label or a label no image.
+        DataError: The shard is damaged, an image has no label, a label no image, or a key or a
+            member comes twice.
     """
-    keys: list[str] = []
+    keys: dict[str, None] = {}
     labels: list[int] = []
     offsets: list[int] = []
     sizes: list[int] = []
     try:
         with path.open("rb") as file:
-            for key, parts in _iter_samples(iter_members(file, where=str(path))):
+            for key, parts in _iter_samples(iter_members(file, where=str(path)), where=path):
+                if key in keys:
+                    raise DataError(
+                        f"{path}: sample {key} comes twice",
+                        hint="pack the data set again: convnext data pack SOURCE OUT",
+                    )
                 image = next((parts[ext] for ext in IMAGE_EXTENSIONS if ext in parts), None)
                 if image is None or "cls" not in parts:
                     lacking = "image" if image is None else "label (.cls)"
@@ -158,14 +177,14 @@ def scan_shard(path: Path) -> ShardIndex:
                         f"{path}: sample {key} has no {lacking}",
                         hint="pack the data set again: convnext data pack SOURCE OUT",
                     )
-                keys.append(key)
+                keys[key] = None
                 labels.append(_read_label(file, parts["cls"], where=f"{path}: sample {key}"))
                 offsets.append(image.offset)
                 sizes.append(image.size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     return ShardIndex(
-        keys=keys,
+        keys=list(keys),
         labels=np.array(labels, dtype=np.int32),
         image_offset=np.array(offsets, dtype=np.int64),
         image_bytes=np.array(sizes, dtype=np.int64),
@@ -174,7 +193,9 @@ def scan_shard(path: Path) -> ShardIndex:
     )
 
 
-def _iter_samples(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+def _iter_samples(
+    members: Iterator[Member], *, where: Path
+) -> Iterator[tuple[str, dict[str, Member]]]:
     """Neighbours with the same key; the key ends at the first dot of the base name."""
     current: str | None = None
     parts: dict[str, Member] = {}
@@ -186,6 +207,11 @@ def _iter_samples(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Me
             if current is not None:
                 yield current, parts
             current, parts = key, {}
+        if extension.lower() in parts:
+            raise DataError(
+                f"{where}: {member.name} comes twice",
+                hint="pack the data set again: convnext data pack SOURCE OUT",
+            )
         parts[extension.lower()] = member
     if current is not None:
         yield current, parts
@@ -194,7 +220,7 @@ def _iter_samples(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Me
 def _read_label(file: BinaryIO, member: Member, *, where: str) -> int:
     file.seek(member.offset)
     text = file.read(min(member.size, 32)).decode("ascii", "replace").strip()
-    if not text.isdigit():
+    if not text.isdigit() or int(text) > _MAX_LABEL:
         raise DataError(
             f"{where}: the label is {text!r}, not a class number",
             hint="pack the data set again: convnext data pack SOURCE OUT",
@@ -228,7 +254,7 @@ def read_index(path: Path) -> ShardIndex:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as columns:
             text, ends = columns["key_text"].tobytes(), columns["key_end"]
             starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
-            return ShardIndex(
+            index = ShardIndex(
                 keys=[text[a:b].decode() for a, b in zip(starts, ends, strict=True)],
                 labels=columns["labels"],
                 image_offset=columns["image_offset"],
@@ -236,11 +262,16 @@ def read_index(path: Path) -> ShardIndex:
                 width=columns["width"],
                 height=columns["height"],
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        columns_of = (index.keys, index.image_offset, index.image_bytes, index.width, index.height)
+        if any(len(column) != len(index) for column in columns_of):
+            raise ValueError("its columns differ in length")  # noqa: TRY301  # told like the rest
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        # RuntimeError: a damaged flag makes the archive look encrypted or of an unknown kind.
         raise DataError(
             f"{path}: the shard's index cannot be read: {error}",
             hint="pack the data set again: convnext data pack SOURCE OUT",
         ) from error
+    return index
 
 
 def hash_file(path: Path) -> str:

@@ -166,6 +166,7 @@ def pack(
     """
     options = options or PackOptions()
     _check(options)
+    _check_apart(source, out)
     listed = list_source(source, val_labels=val_labels)
     listed = _split_off(listed, fraction=options.val_fraction, source=source)
     fingerprint = _fingerprint(listed, options)
@@ -223,6 +224,16 @@ def _check(options: PackOptions) -> None:
         raise DataError(
             f"the share {options.val_fraction:g} of images for validation is not between 0 and 1",
             hint="give for example --val-fraction 0.1",
+        )
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """Keep the data set out of its own source, where the next call would list it."""
+    inner, outer = out.resolve(), source.resolve()
+    if source.is_dir() and (inner == outer or outer in inner.parents):
+        raise DataError(
+            f"{out} lies inside the source {source}",
+            hint=f"name a folder beside it, such as {source.resolve()}-packed",
         )
 
 
@@ -591,7 +602,7 @@ def _read(sample: Sample) -> bytes:
     """
     try:
         with Path(sample.file).open("rb") as file:
-            if sample.file.endswith(".tar"):
+            if sample.file.lower().endswith(".tar"):
                 file.seek(sample.offset)
                 return file.read(sample.size)
             return file.read()

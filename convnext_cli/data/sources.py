@@ -15,6 +15,7 @@ Source: image-net.org ILSVRC 2012 and winter 2021 downloads; torchvision's image
 """
 
 import csv
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ IMAGE_SUFFIXES = frozenset(
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 _TRAIN_NAMES = ("train", "training")
-_VAL_NAMES = ("val", "valid", "validation", "test")
+_VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 _LITTER = frozenset(("thumbs.db", "desktop.ini"))
 _MAX_LABEL = 1_000_000
 
@@ -164,12 +165,16 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
     has_folders = any(entry.is_dir() for entry in entries)
     if not has_folders and any(entry.name.endswith(".tar") for entry in entries):
         if any(re.fullmatch(r".*\d{4,}\.tar", e.name) and "-" in e.name for e in entries):
-            raise DataError(
-                f"{source} holds WebDataset shards, not class tars",
-                hint="train on them as they are: data.mode=stream data.path=SHARDS",
-            )
+            raise _shards_error(source)
         return "class_tars", source
     return "folders", source
+
+
+def _shards_error(source: Path) -> DataError:
+    return DataError(
+        f"{source} holds WebDataset shards, not class tars",
+        hint="train on them as they are: data.mode=stream data.path=SHARDS",
+    )
 
 
 _ARCHIVES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"))
@@ -193,29 +198,59 @@ def _list_folders(source: Path) -> Source:
             f"{source} holds no class folders",
             hint="sort the images into SOURCE/CLASS/, or list them in a CSV of path,label",
         )
-    train = next((name for name in _TRAIN_NAMES if name in folders), None)
-    if train is None or not set(folders) <= {*_TRAIN_NAMES, *_VAL_NAMES}:
+    train, val = _find_parts(source, folders)
+    if train is None:
         found = _Found()
-        _walk_classes(source, found, prefix="", split="train")
-        return _with_sorted_classes("folders", found, source=source)
+        empty = _walk_classes(source, found, prefix="", split="train")
+        return _with_sorted_classes("folders", found, source=source, notes=_tell_empty(empty))
     found, notes = _Found(), []
-    _walk_classes(source / train, found, prefix=f"{train}/", split="train")
-    val = next((name for name in _VAL_NAMES if name in folders), None)
+    empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
     if val is not None:
-        _walk_classes(source / val, found, prefix=f"{val}/", split="val")
+        empty += _walk_classes(source / val, found, prefix=f"{val}/", split="val")
+    notes += _tell_empty(empty)
     unused = [name for name in folders if name not in (train, val)]
     if unused:
         notes.append(f"not packed: {', '.join(unused)} (only {train} and {val} are)")
     return _with_sorted_classes("folders", found, source=source, notes=notes)
 
 
-def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> None:
-    folders = 0
+def _find_parts(source: Path, folders: Sequence[str]) -> tuple[str | None, str | None]:
+    """The folders of the training and the validation part; (None, None): all are classes.
+
+    A folder called train that holds folders is the training part where one for validation lies
+    beside it, whatever else does, or where nothing else does. So `train` and `boat` are classes.
+    """
+    lower = {name.lower(): name for name in reversed(folders)}
+    train = next((lower[name] for name in _TRAIN_NAMES if name in lower), None)
+    val = next((lower[name] for name in _VAL_NAMES if name in lower), None)
+    if train is None:
+        return None, None
+    if set(lower) <= {*_TRAIN_NAMES, *_VAL_NAMES}:
+        return train, val
+    parted = val is not None and all(
+        any(entry.is_dir() for entry in _scan(source / part)) for part in (train, val)
+    )
+    return (train, val) if parted else (None, None)
+
+
+def _tell_empty(folders: Sequence[str]) -> list[str]:
+    if not folders:
+        return []
+    more = f" and {len(folders) - 3:,} more" if len(folders) > 3 else ""
+    return [f"classes without an image, left out: {', '.join(folders[:3])}{more}"]
+
+
+def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list[str]:
+    """Add the images of a folder of class folders; the class folders without any."""
+    folders, empty = 0, []
     for entry in _scan(root):
         if entry.is_dir():
             folders += 1
+            before = len(found.rows)
             for path, file, size in _iter_files(Path(entry.path), f"{prefix}{entry.name}", ()):
                 _add_file(found, path, file, name=_text(entry.name), split=split, size=size)
+            if len(found.rows) == before:
+                empty.append(f"{prefix}{_text(entry.name)}")
         else:
             found.left_out.append((f"{prefix}{entry.name}", "outside the class folders"))
     if not folders:
@@ -223,6 +258,7 @@ def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> None
             f"{root} holds no class folders, only files",
             hint=f"sort the images into {root}/CLASS/, or list them in a CSV of path,label",
         )
+    return empty
 
 
 def _iter_files(
@@ -303,26 +339,35 @@ def _text(name: str) -> str:
 
 
 def _list_class_tars(source: Path) -> Source:
-    found = _Found()
+    found, empty = _Found(), []
     for entry in _scan(source):
         if not entry.name.endswith(".tar"):
             found.left_out.append((entry.name, "no tar"))
             continue
         name = entry.name.removesuffix(".tar")
-        _add_members(found, Path(entry.path), name=name, begin=0, end=None)
-    return _with_sorted_classes("class_tars", found, source=source)
+        if not _add_members(found, Path(entry.path), name=name, begin=0, end=None):
+            empty.append(entry.name)
+    return _with_sorted_classes("class_tars", found, source=source, notes=_tell_empty(empty))
 
 
-def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | None) -> None:
-    """All images of one class tar, which may lie inside another tar."""
+def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | None) -> bool:
+    """Add all images of one class tar, which may lie inside another tar; whether it has any."""
+    before = len(found.rows)
     with tar.open("rb") as file:
         for member in iter_members(file, where=f"{tar} ({name})", begin=begin, end=end):
             path = f"{name}/{member.name.removeprefix('./')}"
+            suffix = Path(path).suffix.lower()
+            if suffix == ".cls":
+                raise _shards_error(tar)
+            if suffix not in IMAGE_SUFFIXES:
+                found.left_out.append((path, f"{suffix} is no ending of an image file"))
+                continue
             found.add(path, str(tar), name, "train", member.offset, member.size)
+    return len(found.rows) > before
 
 
 def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
-    found, notes = _Found(), []
+    found, notes, empty = _Found(), [], []
     with train.open("rb") as file:
         members = list(iter_members(file, where=str(train), max_bytes=1 << 40))
     others = [member.name for member in members if not member.name.endswith(".tar")]
@@ -335,7 +380,9 @@ def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
     for member in members:
         name = Path(member.name).name.removesuffix(".tar")
         stop = member.offset + member.size
-        _add_members(found, train, name=name, begin=member.offset, end=stop)
+        if not _add_members(found, train, name=name, begin=member.offset, end=stop):
+            empty.append(member.name)
+    notes += _tell_empty(empty)
     val = train.with_name(VAL_TAR)
     if val_labels is not None:
         _add_imagenet_val(found, val, val_labels)
@@ -432,16 +479,23 @@ def _list_csv(source: Path) -> Source:
     text = _read_text(source)
     first = text.split("\n", 1)[0]
     delimiter = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
-    table = csv.reader(text.splitlines(), delimiter=delimiter)
-    rows = [
-        (number, [cell.strip() for cell in row])
-        for number, row in enumerate(table, start=1)
-        if any(cell.strip() for cell in row)
-    ]
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        rows = [
+            (table.line_num, [cell.strip() for cell in row])
+            for row in table
+            if any(cell.strip() for cell in row)
+        ]
+    except csv.Error as error:
+        raise DataError(
+            f"{source} line {table.line_num} cannot be read: {error}",
+            hint="write a line of path,label for each image",
+        ) from error
     if not rows:
         raise DataError(f"{source} is empty", hint="write a line of path,label for each image")
     columns = _find_columns([cell.lower() for cell in rows[0][1]])
     if columns is None:
+        _check_no_header(source, rows[0][1])
         at_path, at_label = 0, 1
         thirds = {row[2].lower() for _, row in rows if len(row) > 2}
         at_split = 2 if thirds and thirds <= {*_TRAIN_NAMES, *_VAL_NAMES} else None
@@ -477,6 +531,17 @@ def _list_csv(source: Path) -> Source:
     if found.rows and all(re.fullmatch(r"[+-]?\d+", row[2]) for row in found.rows):
         return _with_numbered_classes(found, source=source, notes=notes)
     return _with_sorted_classes("csv", found, source=source, notes=notes)
+
+
+def _check_no_header(source: Path, row: Sequence[str]) -> None:
+    """Refuse a header with unknown names: taken for an image, it would add a class."""
+    suffix = Path(row[0]).suffix.lower()
+    if not (suffix and suffix in IMAGE_SUFFIXES) and not (source.parent / row[0]).is_file():
+        raise DataError(
+            f"{source} line 1: {','.join(row)!r} is neither an image nor a header with path and "
+            "label",
+            hint="write path,label as the first line",
+        )
 
 
 def _find_columns(header: Sequence[str]) -> tuple[int, int, int | None] | None:

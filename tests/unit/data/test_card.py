@@ -79,6 +79,16 @@ def test_a_folder_without_a_card_and_no_folder_at_all_are_told_apart(tmp_path):
         read_card(tmp_path / "absent")
 
 
+def test_a_url_that_cannot_be_read_is_told_as_such():
+    with pytest.raises(DataError, match=r"holds no dataset\.json") as absent:
+        read_card("memory://nothing-here")
+    with pytest.raises(DataError, match="this protocol cannot be read") as unknown:
+        read_card("nosuch://bucket/data")
+
+    assert "check the address" in absent.value.hint
+    assert "fsspec" in unknown.value.hint
+
+
 def test_reading_a_card_loads_neither_numpy_nor_torch():
     script = "import sys, convnext_cli.data.card; print({'numpy', 'torch'} & set(sys.modules))"
 

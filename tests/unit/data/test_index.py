@@ -63,6 +63,15 @@ def test_every_flipped_bit_of_a_header_is_refused(shard):
             scan_shard(shard)
 
 
+def test_a_zeroed_header_is_not_taken_for_the_end_of_the_shard(shard):
+    damaged = bytearray(shard.read_bytes())
+    damaged[3072:4096] = bytes(1024)  # the second sample's first header and image
+    shard.write_bytes(damaged)
+
+    with pytest.raises(DataError, match=r"header at byte 3,072 is zeroed: data follow"):
+        scan_shard(shard)
+
+
 @pytest.mark.parametrize("end", [0, 100, 512, 1024, 2000, 3072])
 def test_a_shard_that_is_cut_anywhere_is_refused(shard, end):
     shard.write_bytes(shard.read_bytes()[:end])
@@ -79,6 +88,9 @@ def test_a_shard_that_is_cut_anywhere_is_refused(shard, end):
         ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], "has no label"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "the label is 'cat', not a class number"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], "the label is '-1', not a class number"),
+        ([("a.jpg", b"x"), ("a.cls", b"9" * 20)], "the label is '9+', not a class number"),
+        ([("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"1")], r"a\.jpg comes twice"),
+        ([*sample("a", 1), *sample("b", 1), *sample("a", 1)], "sample a comes twice"),
     ],
 )
 def test_samples_that_are_not_whole_are_refused(tmp_path, members, sentence):
@@ -135,6 +147,34 @@ def test_a_damaged_index_is_refused(shard, tmp_path):
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(DataError, match="index cannot be read"):
             read_index(tmp_path / "a.npz")
+
+
+def test_no_flipped_bit_of_an_index_is_a_surprise(shard, tmp_path):
+    index = scan_shard(shard)
+    write_index(index, tmp_path / "a.npz")
+    data = (tmp_path / "a.npz").read_bytes()
+    refused = 0
+
+    for bit in range(0, 8 * len(data), 11):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a.npz").write_bytes(damaged)
+        try:
+            again = read_index(tmp_path / "a.npz")
+        except DataError:
+            refused += 1
+        else:  # a bit without a meaning, such as a time
+            assert again.labels.tolist() == index.labels.tolist()
+            assert list(again.keys) == list(index.keys)
+
+    assert refused > 100
+
+
+def test_an_index_with_columns_of_several_lengths_is_refused(shard, tmp_path):
+    write_index(replace(scan_shard(shard), width=np.array([4, 5])), tmp_path / "a.npz")
+
+    with pytest.raises(DataError, match="its columns differ in length"):
+        read_index(tmp_path / "a.npz")
 
 
 def test_an_index_is_never_unpickled(tmp_path):

@@ -260,10 +260,19 @@ def test_a_share_for_validation_leaves_every_class_an_image_to_train_on(tmp_path
 # Sources
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
-def test_the_validation_folder_has_several_names(tmp_path, name):
-    write_folders(tmp_path / "images" / "train", {"a": 2, "b": 2})
-    write_folders(tmp_path / "images" / name, {"a": 1, "b": 1})
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("train", "val"),
+        ("train", "valid"),
+        ("train", "validation"),
+        ("train", "test"),
+        ("Training", "Testing"),
+    ],
+)
+def test_the_parts_have_several_names(tmp_path, train, val):
+    write_folders(tmp_path / "images" / train, {"a": 2, "b": 2})
+    write_folders(tmp_path / "images" / val, {"a": 1, "b": 1})
 
     packed = pack(tmp_path / "images", tmp_path / "out")
 
@@ -277,6 +286,24 @@ def test_a_second_held_out_folder_is_left_and_said(folders, tmp_path):
 
     assert packed.card.splits["val"].images == 5
     assert packed.notes == ("not packed: test (only train and val are)",)
+
+
+def test_a_folder_of_something_else_beside_the_parts_is_no_class(folders, tmp_path):
+    write_folders(folders / "annotations", {"xml": 1})
+
+    packed = pack(folders, tmp_path / "out")
+
+    assert packed.card.classes == ("a", "b")
+    assert packed.notes == ("not packed: annotations (only train and val are)",)
+
+
+def test_a_class_without_an_image_is_left_out_and_said(folders, tmp_path):
+    (folders / "train" / "c").mkdir()
+
+    packed = pack(folders, tmp_path / "out")
+
+    assert packed.card.classes == ("a", "b")
+    assert packed.notes == ("classes without an image, left out: train/c",)
 
 
 def test_classes_that_are_called_train_and_boat_are_classes(tmp_path):
@@ -349,6 +376,8 @@ def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
     [
         ([""], "is empty"),
         (["a.jpg"], "line 1: 'a.jpg' is not path,label"),
+        (["id,label", "a.jpg,0", "b.jpg,1"], "'id,label' is neither an image nor a header"),
+        (["path,label", f"{'a' * 200_000}.jpg,x"], "line 2 cannot be read: field larger"),
         (["path,label", "a.jpg,x", "b.jpg,"], "line 3: 'b.jpg,' is not path,label"),
         (["a.jpg,0", "b.jpg,-1"], "the label -1 is not in"),
         (["a.jpg,0", "b.jpg,0"], r"holds 1 class \(0\)"),
@@ -452,6 +481,16 @@ def test_a_folder_of_class_tars_is_read(tmp_path):
 
     assert (packed.kind, packed.card.classes) == ("class_tars", WNIDS)
     assert packed.card.splits["train"].class_images == (1, 2, 3)
+
+
+def test_shards_of_others_are_not_taken_for_class_tars(tmp_path):
+    for name in ("00000.tar", "00001.tar"):
+        shard = {"0.jpg": jpeg(1), "0.cls": b"3"}
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        (tmp_path / "shards" / name).write_bytes(tar_bytes(shard))
+
+    with pytest.raises(DataError, match="holds WebDataset shards, not class tars"):
+        pack(tmp_path / "shards", tmp_path / "out")
 
 
 # Images
@@ -822,6 +861,15 @@ def test_options_that_cannot_be_used_are_refused(folders, tmp_path):
         pack(tmp_path / "few", tmp_path / "out", options=PackOptions(val_fraction=0.001))
     with pytest.raises(DataError, match="--val-labels is for"):
         pack(folders, tmp_path / "out", val_labels=tmp_path / "labels.txt")
+
+
+def test_a_destination_inside_its_source_is_refused(folders, tmp_path):
+    for out in (folders, folders / "packed", folders / "train" / "a" / "packed"):
+        with pytest.raises(DataError, match="lies inside the source") as caught:
+            pack(folders, out)
+        assert f"{folders}-packed" in caught.value.hint
+
+    assert pack(folders, tmp_path / "images-packed").card.classes == ("a", "b")
 
 
 def test_a_destination_that_is_a_file_is_refused(folders, tmp_path):
