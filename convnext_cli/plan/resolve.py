@@ -278,7 +278,8 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
     global_images, world = recipe.batch.global_images, cluster.world_size
     per_step, rest = divmod(global_images, world)
     if rest:
-        fewer = max(count for count in range(1, world + 1) if global_images % count == 0)
+        most = min(world, global_images)
+        fewer = next(count for count in range(most, 0, -1) if global_images % count == 0)
         raise PlanError(
             f"batch.global_images: {global_images} images per step do not split over"
             f" {world} devices",

@@ -130,7 +130,7 @@ class Data(Section):
     mean: Triple = IMAGENET_MEAN
     """Mean of the normalisation, per channel, for pixels in 0..1."""
 
-    std: Triple = IMAGENET_STD
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = IMAGENET_STD
     """Standard deviation of the normalisation, per channel, for pixels in 0..1."""
 
     @field_validator("dataset")
@@ -326,6 +326,15 @@ class Log(Section):
 
     trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] | Literal["auto"] = "auto"
     """Besides metrics.jsonl; auto: csv, and tensorboard where it is installed."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _check_trackers(
+        cls, trackers: tuple[Tracker, ...] | Literal["auto"]
+    ) -> tuple[Tracker, ...] | Literal["auto"]:
+        if trackers != "auto" and len(set(trackers)) < len(trackers):
+            raise ValueError("should name each tracker once")
+        return trackers
 
 
 class Recipe(Section):

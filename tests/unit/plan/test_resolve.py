@@ -83,7 +83,9 @@ def test_the_batch_equation_holds_or_the_batch_is_refused(world, images, limit):
     assert plan.per_device_images <= limit
 
 
-@pytest.mark.parametrize(("nodes", "devices", "fewer"), [(3, 8, 16), (1, 5, 4), (1, 7, 4)])
+@pytest.mark.parametrize(
+    ("nodes", "devices", "fewer"), [(3, 8, 16), (1, 5, 4), (1, 7, 4), (10**9, 8, 4096)]
+)
 def test_a_batch_that_does_not_split_names_a_number_of_devices_that_works(nodes, devices, fewer):
     with pytest.raises(PlanError, match=f"do not split over {nodes * devices} devices") as caught:
         plan_of(cluster=Cluster(num_nodes=nodes, devices_per_node=devices))

@@ -61,11 +61,13 @@ def test_a_recipe_cannot_be_changed():
         ("data", "dataset", "imagenet"),
         ("data", "image_px", 7),
         ("data", "mean", [0.5, 0.5]),
+        ("data", "std", [0.2, 0.0, 0.2]),
         ("augment", "crop_scale", [0.5, 0.1]),
         ("augment", "crop_scale", [0.5, 1.1]),
         ("augment", "crop_ratio", [1.3, 0.7]),
         ("mix", "mixup", 0),
         ("log", "trackers", ["csv", "neptune"]),
+        ("log", "trackers", ["csv", "csv"]),
     ],
 )
 def test_a_value_of_the_wrong_type_or_range_is_refused(section, key, value):
