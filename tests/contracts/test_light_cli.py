@@ -42,6 +42,8 @@ def run(*arguments: str, cwd: Path) -> tuple[str, set[str]]:
         PLAN,
         ("recipes", "list", "--json"),
         ("recipes", "show", "in22k_large"),
+        ("runs", "list", "--root", "."),
+        ("data", "--help"),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
