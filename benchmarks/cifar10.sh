@@ -21,7 +21,8 @@ run convnext evaluate runs/cifar10 --data cifar10
 run convnext finetune --from runs/cifar10 --data cifar10 --device cpu --name finetuned \
     "$here/cifar10.yaml" schedule.length=1ep schedule.warmup=null optim.lr=2e-4 init.head=reset
 run convnext runs list
-run convnext weights convert runs/cifar10 --to timm --out cifar10_timm.pth
-run convnext weights convert runs/cifar10 --to onnx --out cifar10.onnx
+best=runs/cifar10/checkpoints/best_ema.ckpt
+run convnext weights convert "$best" --to timm --out cifar10_timm.pth
+run convnext weights convert "$best" --to onnx --out cifar10.onnx
 run convnext predict runs/cifar10 "$(find "$source/val" -name '*.jpg' | sort | head -n 1)"
-run python3 "$here/same_predictions.py" cifar10 runs/cifar10 cifar10_timm.pth cifar10.onnx
+run python3 "$here/same_predictions.py" cifar10 "$best" cifar10_timm.pth cifar10.onnx

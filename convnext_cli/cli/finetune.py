@@ -89,6 +89,10 @@ def finetune(
         Literal["auto", "raw", "ema"] | None,
         typer.Option(help="Weights of a training checkpoint (default: the recipe's init.source)."),
     ] = None,
+    map_head: Annotated[
+        bool,
+        typer.Option("--map-head", help="Take ImageNet-1K's rows from a 22K head (init.head=map)."),
+    ] = False,
     devices: DevicesOption = None,
     nodes: NodesOption = 1,
     device: DeviceOption = "auto",
@@ -114,6 +118,7 @@ def finetune(
     else:
         choice = fit_recipe(recipe, start, overrides=asked)
     changes = [*choice.overrides, *([f"init.source={weights}"] if weights is not None else [])]
+    asked += ["init.head=map"] if map_head else []
     source = load_recipe(choice.recipe, [*changes, *asked]).init.source
     if source == "ema" and not start.has_ema:
         # a file with one set of weights, such as a published one: there is nothing to choose
@@ -285,6 +290,10 @@ def _choose_general(start: Start, target: TargetData, *, image_px: int | None) -
     ]
     if size_px >= 384:
         overrides.append("evaluate.crop=warp")
+    if start.num_classes is not None:
+        # weights that were trained with labels are near their goal: the recipe's own rate, which
+        # has to serve a start from nothing too, would undo a part of them
+        overrides.append("optim.lr=1e-4")
     why = "your own images"
     if target.kind != "own":
         why = f"no published recipe goes from {_describe_head(start)} to {target.kind}"

@@ -120,6 +120,11 @@ class Classifier(pl.LightningModule):
             update_averaged(self.ema_model, self.model, decay=self.plan.recipe.ema.decay)
         self.step += 1
 
+    def on_train_batch_end(self, *_: object) -> None:
+        """Have the last step validated, whatever the interval: asked to stop, Lightning does so."""
+        if self.at_step_end and self.step == self.plan.total_steps:
+            self.trainer.should_stop = True
+
     def lr_at(self, step: int) -> float:
         """Learning rate of the head at an optimizer step."""
         return cosine_lr(
