@@ -3,8 +3,10 @@
 A class is named by its WordNet id (wnid); labels count through the sorted wnids, which is the order
 of an image folder. The lists are those that timm carries, read without importing it.
 
-Sources: ILSVRC 2012; ImageNet fall 2011 and winter 2021 releases; Ridnik et al. 2021 (21K-P);
-Krizhevsky 2009; timm 1.0.31 data/_info.
+Sources: ILSVRC 2012; ImageNet fall 2011 release; 21K-P: Ridnik et al. 2021 and
+Alibaba-MIIL/ImageNet21K@442cce2 dataset_preprocessing/processing_instructions.md; Krizhevsky 2009;
+timm 1.0.31 data/_info. Winter 2021 whole (19,167 classes) is not listed: the number of
+its images has no source here, and packing counts them.
 """
 
 import functools
@@ -42,7 +44,10 @@ DATASETS: Mapping[str, Dataset] = {
     for known in (
         Dataset("imagenet1k", "ImageNet-1K (ILSVRC 2012)", 1000, 1_281_167, 50_000),
         Dataset("imagenet22k", "ImageNet-22K (fall 2011)", 21_841, 14_197_122, 0),
+        Dataset("imagenet21k_p", "ImageNet-21K-P (fall 2011)", 11_221, 11_797_632, 561_052),
+        Dataset("imagenet21k_p_w21", "ImageNet-21K-P (winter 2021)", 10_450, 11_060_223, 522_500),
         Dataset("cifar10", "CIFAR-10", 10, 50_000, 10_000),
+        Dataset("cifar100", "CIFAR-100", 100, 50_000, 10_000),
         Dataset("quickstart", "images that scikit-learn carries", 10, 1437, 360),
     )
 }

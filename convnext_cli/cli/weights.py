@@ -13,6 +13,7 @@ from convnext_cli.errors import CheckpointError, StorageError
 app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert them.")
 
 Target = Literal["official", "timm", "torchvision", "huggingface", "onnx"]
+_FILE_ENDINGS = (".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors")
 PathArgument = Annotated[Path, typer.Argument(help="Checkpoint in any published layout.")]
 WeightsOption = Annotated[
     Literal["auto", "raw", "ema"],
@@ -81,7 +82,7 @@ def convert(
         bool, typer.Option("--map-head", help="Turn an ImageNet-22K head into one for 1K by wnid.")
     ] = False,
     image_px: Annotated[
-        int | None, typer.Option(help="ONNX: image side (default: as trained, else 224).", min=8)
+        int | None, typer.Option(help="ONNX: image side (default: as trained, else 224).", min=32)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
@@ -89,24 +90,16 @@ def convert(
 
     Example: convnext weights convert runs/mine/checkpoints/best.ckpt --to timm --out model.pth
     """
-    if out.exists() and not force:
-        raise StorageError(f"{out} exists already", hint="overwrite it with --force")
-    allowed = {
-        "onnx": (".onnx",),
-        "huggingface": ("",),
-        "official": (".pth", ".pt", ".safetensors"),
-        "timm": (".pth", ".pt", ".safetensors"),
-        "torchvision": (".pth", ".pt", ".safetensors"),
-    }[to]
-    if out.suffix not in allowed:
-        wanted = f"the name ends in {' or '.join(allowed)}" if allowed[0] else "it is a folder"
-        raise StorageError(
-            f"--out {out}: for --to {to} {wanted}",
-            hint=f"for example --out {out.stem}{allowed[0]}",
-        )
+    _check_out(out, to=to, force=force)
     from convnext_cli.models.convnext import build_convnext
     from convnext_cli.models.export import check_onnx, export_onnx
-    from convnext_cli.models.weights import load_into, read_weights, write_weights
+    from convnext_cli.models.weights import (
+        count_non_finite,
+        load_into,
+        map_head_to_imagenet1k,
+        read_weights,
+        write_weights,
+    )
 
     found = read_weights(path, prefer=weights)
     if found.variant.family == "timm":
@@ -115,13 +108,8 @@ def convert(
             hint="only ConvNeXt models are converted",
         )
     if map_head:
-        import dataclasses
-
-        model = build_convnext(found.variant, num_classes=1000)
-        report = load_into(model, found, head="map")
+        found, report = map_head_to_imagenet1k(found)
         console.print(Text(str(report)), soft_wrap=True)
-        card = found.card and dataclasses.replace(found.card, num_classes=1000, classes=())
-        found = dataclasses.replace(found, state=model.state_dict(), num_classes=1000, card=card)
     if to == "onnx":
         check_onnx()
         if found.num_classes is None:
@@ -129,7 +117,14 @@ def convert(
                 f"{path} has no head to export",
                 hint=f"fine-tune it first: convnext finetune --from {path} --data DIR",
             )
-        model = build_convnext(found.variant, num_classes=found.num_classes)
+        if bad := count_non_finite(found.state):
+            raise CheckpointError(
+                f"{path}: {bad:,} of its values are NaN or infinite, so it gives no logits",
+                hint="use an earlier checkpoint of the run",
+            )
+        model = build_convnext(
+            found.variant, num_classes=found.num_classes, layer_scale_init=found.layer_scale_init
+        )
         load_into(model, found)
         px = image_px or (found.card.image_px if found.card else 224)
         difference = export_onnx(model, out, image_px=px)
@@ -143,3 +138,30 @@ def convert(
         Text(f"wrote {out}: {found.variant.name}, {found.source} weights, {to} layout"),
         soft_wrap=True,
     )
+
+
+def _check_out(out: Path, *, to: Target, force: bool) -> None:
+    """Refuse a place before any work is done for it.
+
+    Raises:
+        StorageError: Something is there, or its name is not one of the target's.
+    """
+    if out.exists() and not force:
+        raise StorageError(f"{out} exists already", hint="overwrite it with --force")
+    if to == "huggingface":
+        if out.suffix in _FILE_ENDINGS or out.is_file():
+            raise StorageError(
+                f"--out {out}: for --to huggingface it is a folder",
+                hint=f"for example --out {out.stem}-huggingface",
+            )
+        return
+    endings = (".onnx",) if to == "onnx" else (".pth", ".pt", ".safetensors")
+    if out.suffix not in endings:
+        raise StorageError(
+            f"--out {out}: for --to {to} the name ends in {' or '.join(endings)}",
+            hint=f"for example --out {out.stem}{endings[0]}",
+        )
+    if out.is_dir():
+        raise StorageError(
+            f"--out {out}: this is a folder", hint=f"for example --out {out}/{out.name}"
+        )

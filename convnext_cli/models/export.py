@@ -6,8 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from convnext_cli.errors import UserError
+from convnext_cli.errors import CheckpointError, UserError
 from convnext_cli.runs.record import writing_to, written_whole
+
+LARGEST_ONNX_BYTES = 2**31 - 2**20
+"""What one ONNX file can hold, less room for its outline: protobuf counts bytes in 31 bits."""
+
+TOLERANCE = 1e-3
+"""Largest difference of the logits, relative to the largest of them (at least 1)."""
 
 
 def check_onnx() -> None:
@@ -35,9 +41,17 @@ def export_onnx(model: nn.Module, path: Path, *, image_px: int) -> float:
 
     Raises:
         UserError: The packages for ONNX are not installed.
+        CheckpointError: The network is too large, or its logits in onnxruntime are others.
         StorageError: The place cannot be written.
     """
     check_onnx()
+    num_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    if num_bytes > LARGEST_ONNX_BYTES:
+        raise CheckpointError(
+            f"{path}: the network has {num_bytes / 2**30:.1f} GiB of weights, and one ONNX file"
+            " holds 2 GiB",
+            hint="convert it to another layout: --to timm, or --to huggingface",
+        )
     import onnxruntime  # noqa: PLC0415  # the extra `onnx`
 
     model = model.eval().float()
@@ -58,4 +72,11 @@ def export_onnx(model: nn.Module, path: Path, *, image_px: int) -> float:
         theirs = session.run(None, {"images": images_NCHW.numpy()})[0]
         with torch.no_grad():
             ours = model(images_NCHW)
-    return float((torch.from_numpy(theirs) - ours).abs().max())
+        difference = float((torch.from_numpy(theirs) - ours).abs().max())
+        if not difference <= TOLERANCE * max(1.0, float(ours.abs().max())):
+            raise CheckpointError(
+                f"{path} is not written: onnxruntime's logits differ from torch's by"
+                f" {difference:.1e}",
+                hint="see whether the weights are finite: convnext weights inspect CKPT",
+            )
+    return difference

@@ -30,7 +30,7 @@ State = Mapping[str, Tensor]
 CONV_MLP_WIDTHS = (40, 48, 64, 80)
 """First width of the variants whose 1x1 layers are convolutions in timm: atto to nano."""
 
-_PREFIXES = ("module.", "_orig_mod.")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ def _rows() -> list[Row]:
             )
             for official, timm, tv, hf in parts
         ]
+    # isotropic: no other library has it
+    rows.append(Row("stem", None, None, None))
+    rows += [Row(f"blocks.*.{official}", None, None, None) for official, *_ in parts]
     return rows
 
 
@@ -86,7 +89,7 @@ ROWS = _rows()
 
 
 def strip_prefixes(state: State) -> dict[str, Tensor]:
-    """Without the prefixes that DDP and torch.compile put before every key."""
+    """Without the prefixes that DDP, torch.compile and a module around put before every key."""
     keys = list(state)
     while keys and any(all(key.startswith(prefix) for key in keys) for prefix in _PREFIXES):
         keys = [key.split(".", 1)[1] for key in keys]
@@ -137,12 +140,11 @@ def to_official(state: State, layout: Layout) -> dict[str, Tensor]:
     Raises:
         KeyError: A key has no place in the layout; the key is the argument.
     """
-    if layout == "official":
-        return dict(state)
+    named_as = layout
     if layout == "minkowski":
-        return _from_minkowski(state)
+        state, named_as = _from_minkowski(state), "official"
     renamers = [
-        _renamer(name, row.official) for row in ROWS if (name := getattr(row, layout)) is not None
+        _renamer(name, row.official) for row in ROWS if (name := getattr(row, named_as)) is not None
     ]
     official: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -174,8 +176,6 @@ def from_official(state: State, layout: WritableLayout) -> dict[str, Tensor]:
     Raises:
         KeyError: The layout has no place for a key; the key is the argument.
     """
-    if layout == "official":
-        return dict(state)
     renamers = [
         _renamer(row.official, name) for row in ROWS if (name := getattr(row, layout)) is not None
     ]

@@ -19,17 +19,17 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, assert_never
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids, map_classes
-from convnext_cli.catalog.models import Variant, find_architecture, find_variant
+from convnext_cli.catalog.models import VARIANTS, Variant, find_architecture, find_variant
 from convnext_cli.errors import CheckpointError
 from convnext_cli.models.layouts import (
     Layout,
@@ -45,11 +45,15 @@ from convnext_cli.runs.record import writing_to, written_whole
 CARD_KEY = "convnext"
 """Where this project's files keep their model card."""
 
+CARD_FORMAT = 1
+"""Grows when a card can no longer be read by what read it before."""
+
 WeightSource = Literal["raw", "ema"]
 HeadRule = Literal["keep", "reset", "map"]
 
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _RAW_KEYS = ("model", "state_dict", "module")
+_HEAD_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class ModelCard:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or for JSON."""
-        plain = {"format": 1, **asdict(self)}
+        plain = {"format": CARD_FORMAT, **asdict(self)}
         return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
 
     @classmethod
@@ -104,6 +108,12 @@ class Weights:
     """None: there is no head, as in files of self-supervised pre-training."""
     card: ModelCard | None
 
+    @property
+    def layer_scale_init(self) -> float | None:
+        """What a network for these weights is built with: LayerScale or none, as they have it."""
+        has_gamma = any(re.search(r"\.\d+\.gamma$", key) for key in self.state)
+        return (self.variant.layer_scale_init or 1e-6) if has_gamma else None
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -131,13 +141,21 @@ def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") 
     content, metadata = _read_content(path)
     card = _read_card(content, metadata, path)
     raw, raw_key, ema, ema_key = _unpack(content)
-    if prefer == "ema" and ema is None:
+    # the published files hold one set of weights and say in their names which
+    named_ema = ema is None and card is None and "_ema" in path.stem
+    if prefer == "ema" and ema is None and not named_ema:
         raise CheckpointError(
             f"{path} holds no averaged weights", hint="use the raw ones: --weights raw"
         )
-    use_ema = ema is not None and (prefer != "raw" or raw is None)
+    if prefer == "raw" and raw is None and ema is not None:
+        raise CheckpointError(f"{path} holds averaged weights only", hint="use them: --weights ema")
+    use_ema = ema is not None and prefer != "raw"
     chosen, container = (ema, ema_key) if use_ema else (raw, raw_key)
-    tensors = {key: v for key, v in (chosen or {}).items() if isinstance(v, Tensor)}
+    tensors = {
+        key: value
+        for key, value in (chosen or {}).items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         found = ", ".join(list(map(str, content))[:5]) or "nothing"
         raise CheckpointError(
@@ -167,13 +185,14 @@ def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") 
             ) from error
         variant = _recognise_variant(state, path)
         num_classes = len(state["head.weight"]) if "head.weight" in state else None
+    if card is not None:
+        _check_card(card, variant, num_classes, path)
     return Weights(
         path=path,
         state=state,
         layout=layout,
         container=container,
-        # the published files hold one set of weights and say in their names which
-        source="ema" if use_ema or (card is None and "_ema" in path.stem) else "raw",
+        source="ema" if use_ema or named_ema else "raw",
         has_ema=ema is not None,
         variant=variant,
         num_classes=num_classes,
@@ -183,7 +202,22 @@ def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") 
 
 def _read_content(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     """The outermost mapping of a file or folder, and the metadata of a safetensors file."""
-    if path.is_dir():
+    path = _find_file(path)
+    if path.suffix != ".json":
+        return _read_file(path)
+    merged: dict[str, Any] = {}
+    for name in _read_shard_names(path):
+        merged |= _read_file(path.parent / name)[0]
+    return merged, {}
+
+
+def _find_file(path: Path) -> Path:
+    """The file itself, or the one in a folder that holds its weights or their index."""
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if folder:
         for name in (
             "model.safetensors",
             "model.safetensors.index.json",
@@ -191,51 +225,58 @@ def _read_content(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
             "pytorch_model.bin.index.json",
         ):
             if (path / name).is_file():
-                return _read_content(path / name)
+                return path / name
         raise CheckpointError(
             f"{path}: this folder holds no model.safetensors and no pytorch_model.bin",
             hint="name the file with the weights",
         )
-    if not path.is_file():
+    if not file:
         raise CheckpointError(
             f"there is no file {path}",
             hint="check the path; the weights of runs: ls runs/*/checkpoints",
         )
-    try:
-        if path.suffix == ".json":
-            names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            merged: dict[str, Any] = {}
-            for name in names:
-                merged |= _read_content(path.parent / Path(name).name)[0]
-            return merged, {}
-        if path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            return load_file(path), head.get("__metadata__", {})
-        with warnings.catch_warnings():
-            # an unusual pickle protocol either reads or raises; the warning says no more
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        # torch names what the file wants to call, but only in the text of its error
-        if what := re.search(r"(?:GLOBAL|global:?|class) ([\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{path} is refused: to read it, {what[1].rstrip('.')} would have to be run",
-                hint="save its state dict alone, where it was made:"
-                " safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-            ) from error
-        raise _unreadable(path) from error
-    except (
-        RuntimeError, EOFError, ValueError, KeyError, OSError, OverflowError, MemoryError,
-        SafetensorError,
-    ) as error:  # fmt: skip
-        raise _unreadable(path) from error
+    return path
+
+
+def _read_file(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    content, metadata = _parse_file(_find_file(path))
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, not a state dict",
             hint="save a state dict: torch.save(model.state_dict(), PATH)",
         )
-    return content, {}
+    return content, metadata
+
+
+def _read_shard_names(path: Path) -> list[str]:
+    """The files that an index of shards names; all lie beside it, wherever they are said to lie."""
+    try:
+        names = json.loads(path.read_bytes())["weight_map"].values()
+        return sorted({Path(name).name for name in names})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _parse_file(path: Path) -> tuple[object, Mapping[str, str]]:
+    """What a file holds, whatever it is, and the metadata of a safetensors file."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            return load_file(path), metadata
+        with warnings.catch_warnings():
+            # an unusual pickle either reads or raises; the warnings say no more
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path)), {}
+    except pickle.UnpicklingError as error:
+        # torch names what the file wants to call, but only in the text of its error
+        if what := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise _refused(path, f"to read it, {what[1]} would have to be run") from error
+        raise _unreadable(path, error) from error
+    except Exception as error:  # foreign bytes: a damaged pickle may raise anything
+        if "TorchScript" in str(error):
+            raise _refused(path, "it is a TorchScript program") from error
+        raise _unreadable(path, error) from error
 
 
 def _is_zip(path: Path) -> bool:
@@ -243,7 +284,20 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _unreadable(path: Path) -> CheckpointError:
+def _refused(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is refused: {reason}",
+        hint="save its state dict alone, where it was made:"
+        " safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, OSError) and error.strerror:
+        return CheckpointError(
+            f"cannot read {path}: {error.strerror}",
+            hint=f"check the path and its permission: ls -ld {path}",
+        )
     size = path.stat().st_size
     return CheckpointError(
         f"{path} cannot be read as a checkpoint ({size:,} bytes): it is cut, or no checkpoint",
@@ -254,26 +308,53 @@ def _unreadable(path: Path) -> CheckpointError:
 def _read_card(
     content: Mapping[str, Any], metadata: Mapping[str, str], path: Path
 ) -> ModelCard | None:
-    plain = content.get(CARD_KEY)
-    if plain is None and CARD_KEY in metadata:
-        plain = json.loads(metadata[CARD_KEY])
-    if plain is None:
-        return None
     try:
-        return ModelCard.from_dict(plain)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: its model card is damaged: {error!r}",
-            hint="use another checkpoint of the run",
-        ) from error
+        plain = content.get(CARD_KEY)
+        if plain is None and CARD_KEY in metadata:
+            plain = json.loads(metadata[CARD_KEY])
+        if plain is None:
+            return None
+        if plain.get("format", CARD_FORMAT) > CARD_FORMAT:
+            raise CheckpointError(
+                f"{path}: its model card has format {plain['format']}, and this version reads"
+                f" {CARD_FORMAT}",
+                hint="pip install --upgrade convnext",
+            )
+        card = ModelCard.from_dict(plain)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged_card(path, repr(error)) from error
+    if card.variant not in VARIANTS:
+        raise _damaged_card(path, f"it names a model {card.variant!r}")
+    return card
+
+
+def _check_card(card: ModelCard, variant: Variant, num_classes: int | None, path: Path) -> None:
+    """Refuse a card that is not about the weights beside it."""
+    if card.variant != variant.name:
+        raise _damaged_card(path, f"it says {card.variant}, and the weights are {variant.name}")
+    if num_classes not in {None, card.num_classes}:
+        raise _damaged_card(path, f"it says {card.num_classes} classes, and the head {num_classes}")
+    if card.classes and len(card.classes) != card.num_classes:
+        raise _damaged_card(path, f"it names {len(card.classes)} of {card.num_classes} classes")
+
+
+def _damaged_card(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: its model card is damaged: {reason}", hint="use another checkpoint of the run"
+    )
 
 
 def _unpack(
     content: Mapping[str, Any],
-) -> tuple[Mapping[str, Any] | None, str, Mapping[str, Any] | None, str]:
+) -> tuple[Mapping[Any, Any] | None, str, Mapping[Any, Any] | None, str]:
     """(raw weights, their key, averaged weights, their key)."""
     state = content.get("state_dict")
-    if CARD_KEY in content and isinstance(state, Mapping):
+    if (
+        CARD_KEY in content
+        and isinstance(state, Mapping)
+        # a file in timm's layout has a card and a state_dict too, but no such prefix
+        and any(str(key).startswith("model.") for key in state)
+    ):
         parts = {
             prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             for prefix in ("model.", "ema_model.")
@@ -345,9 +426,7 @@ def load_into(
         for key in ("head.weight", "head.bias"):
             state[key] = _take_rows(state[key], own[key], rows)
         kept = "mapped"
-        said = f"its head was mapped by class, {len(rows) - len(missing)} of {len(rows)} rows"
-        if missing:
-            said += f"; {', '.join(missing[:5])} start{'s' if len(missing) == 1 else ''} afresh"
+        said = _say_mapped(rows, missing)
     elif weights.num_classes == num_classes:
         kept = "kept"
         said = f"its head of {num_classes} classes was kept"
@@ -413,9 +492,50 @@ def _map_head(
         raise CheckpointError(
             f"{weights.path}: its head cannot be mapped: none of the {num_classes} classes is known"
             f" among its {weights.num_classes}",
-            hint="start the head afresh with init.head=reset",
+            hint="start the head afresh with init.head=reset (weights convert: leave out"
+            " --map-head)",
         )
     return rows, missing
+
+
+def map_head_to_imagenet1k(weights: Weights) -> tuple[Weights, LoadReport]:
+    """The same weights with a head for ImageNet-1K, made of the rows of its own by class.
+
+    A row that the head lacks is drawn as in a new network, from a fixed seed: the same every time.
+
+    Raises:
+        CheckpointError: There is no head, or its classes are not known.
+    """
+    if weights.num_classes is None:
+        raise CheckpointError(
+            f"{weights.path} has no head whose classes could be mapped", hint="leave out --map-head"
+        )
+    target = imagenet1k_wnids()
+    rows, missing = _map_head(weights, len(target), target)
+    old = weights.state["head.weight"]
+    weight = nn.init.trunc_normal_(
+        torch.empty(len(target), old.shape[1]),
+        std=_HEAD_STD,
+        generator=torch.Generator().manual_seed(0),
+    ).to(old.dtype)
+    bias = torch.zeros(len(target), dtype=old.dtype)
+    state = weights.state | {
+        "head.weight": _take_rows(old, weight, rows),
+        "head.bias": _take_rows(weights.state["head.bias"], bias, rows),
+    }
+    card = weights.card and replace(weights.card, num_classes=len(target), classes=target)
+    mapped = replace(weights, state=state, num_classes=len(target), card=card)
+    took = f"took {weights.variant.name} ({weights.source} weights) from {weights.path}"
+    return mapped, LoadReport(f"{took}; {_say_mapped(rows, missing)}", "mapped", missing)
+
+
+def _say_mapped(rows: Sequence[int | None], missing: Sequence[str]) -> str:
+    said = f"its head was mapped by class, {len(rows) - len(missing)} of {len(rows)} rows"
+    if missing:
+        few = ", ".join(missing[:5])
+        more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
+        said += f"; {few}{more} start{'s' if len(missing) == 1 else ''} afresh"
+    return said
 
 
 def _take_rows(source: Tensor, fresh: Tensor, rows: Sequence[int | None]) -> Tensor:
@@ -467,7 +587,7 @@ def write_weights(
         case "official":
             _write_state(state, path, plain, key="model")
         case "torchvision":
-            _write_state(state, path, None, key="")
+            _write_state(state, path, plain, key="")
         case _:
             assert_never(layout)
 
@@ -494,7 +614,9 @@ def _hf_config(weights: Weights) -> dict[str, Any]:
     classes = weights.card.classes if weights.card and weights.card.classes else ()
     names = classes or [f"LABEL_{label}" for label in range(num_classes)]
     config: dict[str, Any] = {
-        "architectures": [f"ConvNext{'V2' if v2 else ''}ForImageClassification"],
+        "architectures": [
+            f"ConvNext{'V2' if v2 else ''}{'ForImageClassification' if num_classes else 'Model'}"
+        ],
         "model_type": "convnextv2" if v2 else "convnext",
         "num_channels": 3,
         "patch_size": 4,
@@ -509,5 +631,5 @@ def _hf_config(weights: Weights) -> dict[str, Any]:
         "label2id": {name: label for label, name in enumerate(names)},
     }
     if not v2:
-        config["layer_scale_init_value"] = 1e-6
+        config["layer_scale_init_value"] = weights.layer_scale_init or 0.0
     return config

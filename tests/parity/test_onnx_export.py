@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convnext_cli.catalog.models import find_variant
-from convnext_cli.errors import StorageError
+from convnext_cli.errors import CheckpointError, StorageError
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.models.export import export_onnx
 
@@ -39,3 +39,23 @@ def test_a_place_that_cannot_be_written_leaves_nothing(tmp_path):
 
     with pytest.raises(StorageError, match="cannot write"):
         export_onnx(model, tmp_path / "nowhere" / "model.onnx", image_px=32)
+
+
+def test_a_network_that_one_file_cannot_hold_is_refused(tmp_path):
+    with torch.device("meta"):
+        model = build_convnext(find_variant("convnextv2_huge"), num_classes=1000)
+
+    with pytest.raises(CheckpointError, match=r"the network has 2\.5 GiB of weights"):
+        export_onnx(model, tmp_path / "model.onnx", image_px=224)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # onnxscript's own
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_export_with_other_logits_is_not_kept(tmp_path):
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+
+    with pytest.raises(CheckpointError, match="onnxruntime's logits differ from torch's by nan"):
+        export_onnx(model, tmp_path / "model.onnx", image_px=32)
+    assert not list(tmp_path.iterdir())

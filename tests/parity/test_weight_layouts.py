@@ -6,12 +6,22 @@ import pytest
 import timm
 import torch
 import torchvision
-from transformers import ConvNextForImageClassification, ConvNextV2ForImageClassification
+from transformers import (
+    ConvNextForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+)
 
 from convnext_cli.catalog.models import VARIANTS, find_variant
 from convnext_cli.models.convnext import ConvNeXt, build_convnext
 from convnext_cli.models.layouts import from_official, recognise_layout, to_official
-from convnext_cli.models.weights import Weights, load_into, read_weights, write_weights
+from convnext_cli.models.weights import (
+    ModelCard,
+    Weights,
+    load_into,
+    read_weights,
+    write_weights,
+)
 
 CONVNEXTS = [name for name, variant in VARIANTS.items() if variant.family != "timm"]
 
@@ -53,7 +63,18 @@ def largest_difference(ours, theirs) -> float:
 @pytest.mark.parametrize("ending", ["model.safetensors", "model.pth"])
 def test_timm_reads_what_we_write_and_gives_the_same_logits(name, ending, tmp_path):
     model = random_model(name)
-    write_weights(weights_of(model, name), tmp_path / ending, layout="timm")
+    card = ModelCard(
+        variant=name,
+        num_classes=1000,
+        image_px=64,
+        classes=(),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        interpolation="bicubic",
+        crop="center",
+        crop_frac=0.875,
+    )
+    write_weights(weights_of(model, name), tmp_path / ending, layout="timm", card=card)
 
     theirs = timm.create_model(name, checkpoint_path=str(tmp_path / ending)).eval()
 
@@ -144,4 +165,39 @@ def test_a_checkpoint_of_timm_itself_gives_timms_logits(tmp_path):
     model = build_convnext(found.variant, num_classes=7).eval()
     load_into(model, found)
 
+    assert largest_difference(model, theirs) < 1e-5
+
+
+def test_transformers_own_files_give_its_logits(tmp_path):
+    torch.manual_seed(0)
+    config = ConvNextV2Config(
+        hidden_sizes=[40, 80, 160, 320], depths=[2, 2, 6, 2], num_labels=7, layer_norm_eps=1e-6
+    )
+    theirs = ConvNextV2ForImageClassification(config).eval()
+    with torch.no_grad():
+        for value in theirs.parameters():
+            value.add_(torch.randn_like(value) * 0.02)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="4MB")
+
+    found = read_weights(tmp_path / "sharded")
+    model = build_convnext(found.variant, num_classes=7).eval()
+    load_into(model, found)
+
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert largest_difference(model, lambda images: theirs(images).logits) < 1e-5
+
+
+def test_torchvisions_own_file_gives_its_logits(tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.convnext_tiny(num_classes=7).eval()
+    with torch.no_grad():
+        for key, value in theirs.named_parameters():
+            value.add_(torch.rand_like(value) * (0.2 if "layer_scale" in key else 0.02))
+    torch.save(theirs.state_dict(), tmp_path / "convnext_tiny.pth")
+
+    found = read_weights(tmp_path / "convnext_tiny.pth")
+    model = build_convnext(found.variant, num_classes=7).eval()
+    load_into(model, found)
+
+    assert found.layout == "torchvision"
     assert largest_difference(model, theirs) < 1e-5

@@ -21,6 +21,18 @@ def test_published_sizes():
         14_197_122,
         21_841,
     )
+    cleaned = DATASETS["imagenet21k_p"]
+    assert (cleaned.num_classes, cleaned.train_images, cleaned.val_images) == (
+        11_221,
+        11_797_632,
+        561_052,
+    )
+    winter = DATASETS["imagenet21k_p_w21"]
+    assert (winter.num_classes, winter.train_images, winter.val_images) == (
+        10_450,
+        11_060_223,
+        522_500,
+    )
 
 
 def test_labels_count_through_the_sorted_wnids():

@@ -88,3 +88,67 @@ def test_a_22k_head_becomes_one_for_1k_and_the_missing_class_is_named(run_cli, t
     found = read_weights(out)
     assert found.num_classes == 1000
     assert torch.equal(found.state["head.weight"][0], model.head.weight[359])
+
+
+def test_pre_trained_weights_have_no_head_to_map_or_to_export(run_cli, checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    bare = {key: v for key, v in state.items() if not key.startswith(("norm.", "head."))}
+    torch.save({"model": bare}, tmp_path / "fcmae.pt")
+
+    mapped = run_cli(
+        *("weights", "convert", "fcmae.pt", "--to", "official", "--out", "x.pth", "--map-head")
+    )
+    exported = run_cli("weights", "convert", "fcmae.pt", "--to", "onnx", "--out", "x.onnx")
+
+    assert (mapped.exit_code, exported.exit_code) == (2, 2)
+    assert "fcmae.pt has no head whose classes could be mapped" in mapped.stderr
+    assert "fcmae.pt has no head to export" in exported.stderr
+    assert not (tmp_path / "x.pth").exists()
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_nan_weights_are_not_exported(run_cli, checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    state["norm.weight"][5] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+
+    told = run_cli("weights", "convert", "nan.pth", "--to", "onnx", "--out", "x.onnx")
+
+    assert told.exit_code == 2
+    assert "nan.pth: 1 of its values are NaN or infinite" in told.stderr
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_folder_for_transformers_may_have_a_dot_in_its_name(run_cli, checkpoint, tmp_path):
+    told = run_cli("weights", "convert", checkpoint, "--to", "huggingface", "--out", "atto.v1.5")
+
+    assert told.exit_code == 0
+    assert {path.name for path in (tmp_path / "atto.v1.5").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
+def test_a_folder_is_no_file_and_a_file_no_folder_even_by_force(run_cli, checkpoint, tmp_path):
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "file").touch()
+
+    as_file = run_cli(
+        *("weights", "convert", checkpoint, "--to", "timm", "--out", "folder.pth", "--force")
+    )
+    as_folder = run_cli(
+        *("weights", "convert", checkpoint, "--to", "huggingface", "--out", "file", "--force")
+    )
+
+    assert (as_file.exit_code, as_folder.exit_code) == (2, 2)
+    assert "--out folder.pth: this is a folder" in as_file.stderr
+    assert "--out file: for --to huggingface it is a folder" in as_folder.stderr
+
+
+def test_images_too_small_for_the_network_are_refused_at_once(run_cli, checkpoint):
+    told = run_cli(
+        *("weights", "convert", checkpoint, "--to", "onnx", "--out", "x.onnx", "--image-px", "8")
+    )
+
+    assert told.exit_code == 2
+    assert "--image-px" in told.stderr

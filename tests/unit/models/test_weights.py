@@ -1,4 +1,9 @@
+import argparse
+import dataclasses
+import io
+import json
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -9,7 +14,14 @@ from convnext_cli.catalog.datasets import imagenet1k_wnids, map_22k_to_1k
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.errors import CheckpointError
 from convnext_cli.models.convnext import build_convnext
-from convnext_cli.models.weights import ModelCard, load_into, read_weights
+from convnext_cli.models.weights import (
+    ModelCard,
+    Weights,
+    load_into,
+    map_head_to_imagenet1k,
+    read_weights,
+    write_weights,
+)
 
 CARD = ModelCard(
     variant="convnextv2_atto",
@@ -83,8 +95,6 @@ def test_shards_of_safetensors_are_read_together(tmp_path):
     names = {key: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, key in enumerate(keys)}
     for name in set(names.values()):
         save_file({k: state[k].contiguous() for k in keys if names[k] == name}, tmp_path / name)
-    import json
-
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
     found = read_weights(tmp_path)
@@ -107,8 +117,40 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
         with pytest.raises(CheckpointError) as refusal:
             read_weights(tmp_path / name)
         assert "refused" in str(refusal.value) or "cannot be read" in str(refusal.value)
-        assert refusal.value.hint
+        assert "safetensors" in str(refusal.value.hint) or "again" in str(refusal.value.hint)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"args": argparse.Namespace(lr=4e-3)}, "argparse.Namespace"),
+        (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_refusal_names_what_would_have_to_be_run(content, named, zipped, tmp_path):
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+
+    with pytest.raises(
+        CheckpointError, match=rf"refused: to read it, {named} would have to be run"
+    ):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_damaged_pickles_of_every_kind_get_a_sentence(tmp_path):
+    whole = io.BytesIO()
+    torch.save({"model": {"a": torch.zeros(2, 3)}}, whole, _use_new_zipfile_serialization=False)
+    chance = random.Random(0)
+
+    for _ in range(300):
+        damaged = bytearray(whole.getvalue())
+        for _ in range(chance.randint(1, 6)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        (tmp_path / "x.pth").write_bytes(damaged)
+
+        with pytest.raises(CheckpointError):
+            read_weights(tmp_path / "x.pth")
 
 
 def test_a_cut_file_another_file_and_no_file_get_a_sentence(tmp_path):
@@ -229,3 +271,155 @@ def test_the_sparse_kernels_of_pre_training_become_dense_ones(tmp_path):
     )
     for key, value in found.state.items():
         assert torch.equal(value, dense[key]), key
+
+
+def weights_of(model: torch.nn.Module, card: ModelCard | None = CARD) -> Weights:
+    return Weights(
+        path=Path("memory"),
+        state=model.state_dict(),
+        layout="official",
+        container="",
+        source="raw",
+        has_ema=False,
+        variant=find_variant("convnextv2_atto"),
+        num_classes=model.head.out_features,
+        card=card,
+    )
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.safetensors"])
+@pytest.mark.parametrize("layout", ["official", "timm"])
+def test_a_card_travels_with_what_is_written(layout, name, tmp_path):
+    model = atto()
+    write_weights(weights_of(model), tmp_path / name, layout=layout)
+
+    found = read_weights(tmp_path / name)
+
+    assert (found.layout, found.card) == (layout, CARD)
+    assert all(torch.equal(found.state[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_card_travels_into_the_folder_for_transformers(tmp_path):
+    write_weights(weights_of(atto()), tmp_path / "folder", layout="huggingface")
+
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+
+    assert read_weights(tmp_path / "folder").card == CARD
+    assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    assert (config["layer_norm_eps"], config["image_size"]) == (1e-6, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"variant": "convnext_nine"}, "it names a model 'convnext_nine'"),
+        ({"variant": "convnextv2_femto"}, "it says convnextv2_femto, and the weights are"),
+        ({"num_classes": 9, "classes": []}, "it says 9 classes, and the head 3"),
+        ({"classes": ["a"]}, "it names 1 of 3 classes"),
+    ],
+)
+def test_a_card_that_contradicts_the_weights_is_refused(change, said, tmp_path):
+    plain = CARD.to_dict() | change
+    torch.save({"model": atto().state_dict(), "convnext": plain}, tmp_path / "x.pth")
+
+    with pytest.raises(CheckpointError, match=rf"its model card is damaged: {said}"):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_a_card_that_is_no_card_or_from_the_future_is_refused(tmp_path):
+    state = atto().state_dict()
+    torch.save({"model": state, "convnext": torch.zeros(3)}, tmp_path / "tensor.pth")
+    save_file(state, tmp_path / "text.safetensors", metadata={"convnext": "{not json"})
+    torch.save({"model": state, "convnext": CARD.to_dict() | {"format": 2}}, tmp_path / "new.pth")
+
+    for name in ("tensor.pth", "text.safetensors"):
+        with pytest.raises(CheckpointError, match="its model card is damaged"):
+            read_weights(tmp_path / name)
+    with pytest.raises(CheckpointError, match="has format 2, and this version reads 1"):
+        read_weights(tmp_path / "new.pth")
+
+
+def test_a_released_file_that_is_named_ema_is_averaged_whatever_is_preferred(tmp_path):
+    path = tmp_path / "convnextv2_atto_1k_224_ema.pt"
+    torch.save({"model": atto().state_dict()}, path)
+
+    assert [read_weights(path, prefer=p).source for p in ("auto", "raw", "ema")] == ["ema"] * 3
+
+
+def test_weights_that_a_file_does_not_have_are_not_replaced_by_others(tmp_path):
+    torch.save({"model": atto().state_dict()}, tmp_path / "raw.pth")
+    torch.save({"model_ema": atto().state_dict()}, tmp_path / "averaged.pth")
+
+    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+        read_weights(tmp_path / "raw.pth", prefer="ema")
+    with pytest.raises(CheckpointError, match="holds averaged weights only"):
+        read_weights(tmp_path / "averaged.pth", prefer="raw")
+
+
+def test_a_module_around_the_network_is_looked_through(tmp_path):
+    state = {f"model.{key}": value for key, value in atto().state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "lightning.ckpt")
+
+    assert read_weights(tmp_path / "lightning.ckpt").num_classes == 3
+
+
+@pytest.mark.parametrize(
+    "index", ["[1]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}', "<html>"]
+)
+def test_a_damaged_index_of_shards_gets_a_sentence(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        read_weights(tmp_path)
+
+
+def test_a_shard_that_is_missing_or_lies_outside_is_not_read(tmp_path):
+    (tmp_path / "folder").mkdir()
+    save_file(atto().state_dict(), tmp_path / "x.safetensors")
+    index = tmp_path / "folder" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"head.bias": "../x.safetensors"}}))
+
+    with pytest.raises(CheckpointError, match=r"there is no file .*folder/x\.safetensors"):
+        read_weights(tmp_path / "folder")
+
+
+def test_an_official_file_with_foreign_keys_is_refused_by_the_first(tmp_path):
+    foreign = {"norm0.weight": torch.zeros(40)}
+    torch.save({"model": atto().state_dict() | foreign}, tmp_path / "x.pth")
+
+    with pytest.raises(CheckpointError, match=r"the key norm0\.weight has no place"):
+        read_weights(tmp_path / "x.pth")
+
+
+def test_a_head_without_its_bias_is_not_taken_for_whole(tmp_path):
+    state = {key: value for key, value in atto().state_dict().items() if key != "head.bias"}
+    torch.save({"model": state}, tmp_path / "x.pth")
+
+    with pytest.raises(CheckpointError, match=r"head\.bias is missing there"):
+        load_into(atto(), read_weights(tmp_path / "x.pth"))
+
+
+def test_layer_scale_is_built_as_the_weights_have_it():
+    tiny = find_variant("convnext_tiny")
+    with torch.device("meta"):
+        scaled = build_convnext(tiny, num_classes=3)
+        plain = build_convnext(tiny, num_classes=3, layer_scale_init=None)
+
+    said = [
+        dataclasses.replace(weights_of(model, card=None), variant=tiny).layer_scale_init
+        for model in (scaled, plain, atto())
+    ]
+
+    assert said == [1e-6, None, None]
+
+
+def test_a_mapped_head_is_the_same_every_time_and_keeps_its_precision():
+    weights = weights_of(atto(num_classes=21_841).half(), card=None)
+
+    (first, report), (second, _) = (map_head_to_imagenet1k(weights) for _ in range(2))
+
+    assert report.missing_classes == ("n04399382",)
+    assert first.state["head.weight"].shape == (1000, 320)
+    assert first.state["head.weight"].dtype == torch.float16
+    assert torch.equal(first.state["head.weight"], second.state["head.weight"])
+    assert torch.equal(first.state["head.weight"][0], weights.state["head.weight"][359])
