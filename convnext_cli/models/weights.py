@@ -138,7 +138,7 @@ def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") 
     Raises:
         CheckpointError: No such file, not a checkpoint, code in it, or no ConvNeXt.
     """
-    content, metadata = _read_content(path)
+    content, metadata = read_content(path)
     card = _read_card(content, metadata, path)
     raw, raw_key, ema, ema_key = _unpack(content)
     # the published files hold one set of weights and say in their names which
@@ -200,8 +200,12 @@ def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") 
     )
 
 
-def _read_content(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-    """The outermost mapping of a file or folder, and the metadata of a safetensors file."""
+def read_content(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """The outermost mapping of a file or folder, and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: No such file, not a checkpoint, or code in it.
+    """
     path = _find_file(path)
     if path.suffix != ".json":
         return _read_file(path)

@@ -13,7 +13,6 @@ evaluation). A timm model brings its own.
 """
 
 import difflib
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from convnext_cli.catalog.datasets import (
 from convnext_cli.data.augment import Colour, EvalCrop, EvalView, Interpolation
 from convnext_cli.errors import CheckpointError, RunError
 from convnext_cli.models.convnext import build_comparison, build_convnext
-from convnext_cli.models.weights import Weights, load_into, read_weights
+from convnext_cli.models.weights import Weights, load_into, read_content, read_weights
 from convnext_cli.runs.layout import RunDir
 
 WeightSource = Literal["auto", "raw", "ema"]
@@ -157,7 +156,9 @@ def _build(weights: Weights) -> nn.Module:
         network = build_comparison(variant, num_classes=num_classes)
         network.load_state_dict(weights.state)
         return network
-    network = build_convnext(variant, num_classes=num_classes)
+    network = build_convnext(
+        variant, num_classes=num_classes, layer_scale_init=weights.layer_scale_init
+    )
     load_into(network, weights, head="keep")
     return network
 
@@ -372,34 +373,9 @@ def _head_size(architecture: str, state: Mapping[str, Tensor]) -> dict[str, int]
 def _read_timm_state(
     path: Path, *, prefer: WeightSource
 ) -> tuple[dict[str, Tensor], Literal["raw", "ema"]]:
-    from safetensors import SafetensorError  # noqa: PLC0415
-    from safetensors.torch import load_file  # noqa: PLC0415
     from timm.models import clean_state_dict  # noqa: PLC0415
 
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: there is no such file", hint="check the path after timm:NAME:"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a weight file: it is cut, or none",
-            hint="copy it again, and compare its size",
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than weights, and code from a file is never run",
-            hint="save it again as weights only: safetensors, or torch.save(model.state_dict())",
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a state dict",
-            hint="save a state dict: torch.save(model.state_dict(), PATH)",
-        )
+    content, _ = read_content(path)
     averaged = _first(content, "state_dict_ema", "model_ema")
     raw = _first(content, "state_dict", "model") or content
     if averaged is None and prefer == "ema":

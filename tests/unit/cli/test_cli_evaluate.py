@@ -126,7 +126,7 @@ def test_rows_are_added_to_a_table(tmp_path: Path):
         ("missing.pth", "there is no file missing.pth"),
         ("timm:convnext_tinny", "no model of this name"),
         ("timm:convnext_tiny.nothing", "no weights called 'nothing'"),
-        ("timm:convnext_tiny:missing.pth", "missing.pth: there is no such file"),
+        ("timm:convnext_tiny:missing.pth", "there is no file missing.pth"),
     ],
 )
 def test_a_model_that_is_not_there_is_one_sentence(run_cli, checkpoint: str, message: str):
