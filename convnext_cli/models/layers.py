@@ -18,9 +18,9 @@ from torch.nn import functional
 
 def _plain_math(x: Tensor) -> AbstractContextManager[object]:
     # Entered only when autocast is on: a disabled autocast region is still a node in an exported
-    # graph, and ONNX has no such node. Some devices (meta) know no autocast and raise when asked.
+    # graph, and ONNX has no such node. The meta device knows no autocast and raises when asked.
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
