@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert th
 
 Target = Literal["official", "timm", "torchvision", "huggingface", "onnx"]
 _FILE_ENDINGS = (".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors")
-PathArgument = Annotated[Path, typer.Argument(help="Checkpoint in any published layout.")]
+PathArgument = Annotated[Path, typer.Argument(help="Checkpoint in any published layout, or a run.")]
 WeightsOption = Annotated[
     Literal["auto", "raw", "ema"],
     typer.Option("--weights", help="Which weights; auto: the averaged ones where there are any."),
@@ -30,7 +30,9 @@ def inspect(
     Example: convnext weights inspect convnext_tiny_22k_1k_224.pth
     """
     from convnext_cli.models.weights import count_non_finite, read_weights
+    from convnext_cli.training.loading import find_checkpoint
 
+    path = find_checkpoint(path, prefer=weights)
     found = read_weights(path, prefer=weights)
     parameters = sum(value.numel() for value in found.state.values())
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in found.state.values()})
@@ -88,7 +90,7 @@ def convert(
 ) -> None:
     """Write a checkpoint's weights in another layout, bit for bit, or as ONNX.
 
-    Example: convnext weights convert runs/mine/checkpoints/best.ckpt --to timm --out model.pth
+    Example: convnext weights convert runs/mine --to timm --out model.pth
     """
     _check_out(out, to=to, force=force)
     from convnext_cli.models.convnext import build_convnext
@@ -100,7 +102,9 @@ def convert(
         read_weights,
         write_weights,
     )
+    from convnext_cli.training.loading import find_checkpoint
 
+    path = find_checkpoint(path, prefer=weights)
     found = read_weights(path, prefer=weights)
     if found.variant.family == "timm":
         raise CheckpointError(

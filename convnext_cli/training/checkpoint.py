@@ -128,8 +128,6 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the best, and save where the interval falls on this step."""
-        if not trainer.training and not trainer.validating:
-            return
         task = _task(pl_module)
         better = self._is_better("best_top1", task.validation.get("val/top1"))
         better_ema = self._is_better("best_ema_top1", task.validation.get("val_ema/top1"))
