@@ -1,0 +1,55 @@
+"""Training on a real GPU: every precision, compiled or not, and what it must agree with."""
+
+import json
+
+import pytest
+
+RECIPE = """
+about: A few steps of the smallest model on a GPU, for tests.
+model: {name: convnextv2_atto, drop_path: 0.1}
+data: {image_px: 32, workers: 2}
+augment: {rand_augment: null}
+batch: {global_images: 16, per_device_images: 8}
+optim: {lr: 1.0e-3, lr_images: 16, clip_norm: 1.0}
+schedule: {length: 8st, warmup: 2st}
+ema: {decay: 0.9}
+log: {every_steps: 1, trackers: [csv]}
+"""
+
+
+@pytest.fixture
+def train(tmp_path, tiny_shards, run_cli):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+
+    def run(name: str, *more: str) -> list[dict]:
+        done = run_cli(
+            "train", recipe, *more, "--data", tiny_shards, "--name", name, "--devices", 1
+        )
+        assert done.exit_code == 0, done.stderr
+        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_every_precision_learns_compiled_or_not(train, precision, compiled):
+    rows = train("run", f"compute.compile={compiled}", "--precision", precision, "--device", "cuda")
+
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 8
+    assert all(0 < loss < 5 for loss in losses)
+
+
+def test_a_gpu_gives_the_losses_of_a_cpu(train):
+    plain = ["compute.compile=false", "--precision", "fp32", "model.drop_path=0"]
+    plain.append("augment.erasing=null")  # its noise is drawn on the device
+
+    gpu = train("gpu", *plain, "--device", "cuda")
+    cpu = train("cpu", *plain, "--device", "cpu")
+
+    for left, right in zip(gpu, cpu, strict=True):
+        if "train/loss" in left:
+            assert left["train/loss"] == pytest.approx(right["train/loss"], abs=2e-3)
