@@ -21,12 +21,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of ImageNet-1K, per channel."""
 
-INCEPTION_MEAN = (0.5, 0.5, 0.5)
-"""The other usual normalisation: pixels in -1..1."""
-
-INCEPTION_STD = (0.5, 0.5, 0.5)
-"""See `INCEPTION_MEAN`."""
-
 
 @dataclass(frozen=True)
 class Dataset:

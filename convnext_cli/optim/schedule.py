@@ -1,4 +1,4 @@
-"""Learning rate and weight decay as functions of the step; no clock, no state, no torch."""
+"""The learning rate as a function of the step; no clock, no state, no torch."""
 
 import math
 
@@ -22,16 +22,6 @@ def cosine_lr(
         # the official table is a linspace that includes both ends
         return peak * step / max(1, warmup_steps - 1)
     return _half_cosine((step - warmup_steps) / (total_steps - warmup_steps), start=peak, end=floor)
-
-
-def cosine_weight_decay(step: int, *, start: float, end: float, total_steps: int) -> float:
-    """Half a cosine from `start` towards `end` over all steps, for the groups that decay at all.
-
-    Every published recipe has `end` equal to `start`: a constant, exactly.
-
-    Source: facebookresearch/ConvNeXt@048efce main.py `weight_decay_end`.
-    """
-    return _half_cosine(step / total_steps, start=start, end=end)
 
 
 def _half_cosine(progress: float, *, start: float, end: float) -> float:

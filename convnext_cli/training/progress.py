@@ -26,6 +26,10 @@ def render_row(row: Row, *, plan: Plan) -> str:
         if row["speed/data_wait_frac"] > 0.1:  # worth a word only where it costs something
             parts.append(f"waiting for data {row['speed/data_wait_frac']:.0%}")
         parts.append(f"{row['memory/gib']:.1f} GiB")
+        if "data/replaced_images" in row:
+            parts.append(
+                f"{row['data/replaced_images']} unreadable images: convnext data check DIR"
+            )
     else:
         parts = [f"val top-1 {row['val/top1']:.2f}%", f"loss {row['val/loss']:.4f}"]
         if "val_ema/top1" in row:

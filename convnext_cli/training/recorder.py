@@ -74,7 +74,11 @@ class Recorder(pl.Callback):
         }
         if pl_module.grad_norm is not None:
             row["train/grad_norm"] = float(pl_module.grad_norm)
+        replaced = trainer.strategy.reduce(pl_module.replaced_images, reduce_op="sum")
+        if int(replaced):
+            row["data/replaced_images"] = int(replaced)
         pl_module.loss_sum = torch.zeros_like(pl_module.loss_sum)
+        pl_module.replaced_images = torch.zeros_like(pl_module.replaced_images)
         self._rows_since = pl_module.step
         self._write(trainer, pl_module.step, row)
         if not math.isfinite(row["train/loss"]):

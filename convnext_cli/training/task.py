@@ -16,6 +16,7 @@ Metric names, as they appear in metrics.jsonl and every tracker:
 | `val/loss`, `val/top1`, `val/top5` | raw weights; accuracies in percent |
 | `val_ema/loss`, `val_ema/top1`, `val_ema/top5` | averaged weights |
 | `speed/images_per_second`, `speed/data_wait_frac` | over all devices; share of time without data |
+| `data/replaced_images` | unreadable images since the row before, for which neighbours stood in |
 | `memory/gib` | peak of the device (GPU) or of the process (CPU) |
 """
 
@@ -77,6 +78,8 @@ class Classifier(pl.LightningModule):
         """Set by whoever writes the next row: measuring costs a pass over the gradients."""
         self.loss_sum = torch.zeros(())
         """Sum of the losses since the row before; stays on the device."""
+        self.replaced_images = torch.zeros((), dtype=torch.int64)
+        """Unreadable images since the row before; stays on the device."""
         self.at_step_end = False
         """Whether the newest pass ended an optimizer step."""
         self.validation: dict[str, float] = {}
@@ -104,6 +107,7 @@ class Classifier(pl.LightningModule):
         logits_NK = self.model(self.prepare_images(x_NCHW))
         loss: Tensor = functional.cross_entropy(logits_NK.float(), target_NK)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
+        self.replaced_images = self.replaced_images.to(loss.device) + batch.replaced_N.sum()
         return loss
 
     def optimizer_step(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from convnext_cli.data.index import read_index
 
 RECIPE = """
 about: A few steps of the smallest model, for tests.
@@ -177,6 +180,25 @@ def test_a_run_works_in_this_setting(recipe, tiny_shards, more):
 
     assert done.returncode == 0, done.stderr
     assert all(row["train/grad_norm"] > 0 for row in rows(run_dir(recipe)) if "train/loss" in row)
+
+
+def test_unreadable_images_are_replaced_and_told(recipe, tiny_shards, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_shards, damaged)
+    for index_path in sorted(damaged.glob("train-*.index.npz")):
+        index = read_index(index_path)
+        shard = damaged / index_path.name.replace(".index.npz", ".tar")
+        content = bytearray(shard.read_bytes())
+        for offset in index.image_offset[::3]:
+            content[offset : offset + 64] = bytes(64)
+        shard.write_bytes(content)
+
+    done = train(recipe, damaged)
+
+    assert done.returncode == 0, done.stderr
+    told = sum(row.get("data/replaced_images", 0) for row in rows(run_dir(recipe)))
+    assert 5 <= told <= 30
+    assert "unreadable images: convnext data check DIR" in done.stderr
 
 
 def test_the_same_command_after_the_end_says_what_came_out(tiny_shards, finished):

@@ -8,7 +8,7 @@ of half a cosine, number i at i / n of the way.
 import numpy as np
 import pytest
 
-from convnext_cli.optim.schedule import cosine_lr, cosine_weight_decay
+from convnext_cli.optim.schedule import cosine_lr
 
 STORED_IN1K = {
     0: 0.0,
@@ -55,11 +55,3 @@ def test_the_in1k_recipe_has_the_stored_learning_rates():
     ours = {step: cosine_lr(step, **SCHEDULES["IN-1K"]) for step in STORED_IN1K}
 
     assert ours == pytest.approx(STORED_IN1K, rel=1e-12, abs=0)
-
-
-def test_weight_decay_that_ends_elsewhere_follows_the_same_cosine_without_warm_up():
-    expected = tabulate(peak=0.05, floor=0.4, warmup_steps=0, total_steps=500)
-
-    ours = [cosine_weight_decay(step, start=0.05, end=0.4, total_steps=500) for step in range(500)]
-
-    np.testing.assert_allclose(ours, expected, rtol=1e-13, atol=0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from convnext_cli.optim.schedule import cosine_lr, cosine_weight_decay
+from convnext_cli.optim.schedule import cosine_lr
 
 TEN = {"peak": 1.0, "floor": 0.1, "warmup_steps": 3, "total_steps": 10}
 
@@ -40,18 +40,3 @@ def test_a_floor_at_the_peak_is_a_constant_after_warm_up():
     flat = TEN | {"floor": 1.0}
 
     assert {cosine_lr(step, **flat) for step in range(2, 10)} == {1.0}
-
-
-def test_weight_decay_with_equal_ends_never_moves():
-    values = {
-        cosine_weight_decay(step, start=0.05, end=0.05, total_steps=93_600)
-        for step in range(0, 93_600, 997)
-    }
-
-    assert values == {0.05}
-
-
-def test_weight_decay_moves_from_its_start_through_the_middle_towards_its_end():
-    values = [cosine_weight_decay(step, start=0.05, end=0.45, total_steps=8) for step in (0, 4, 8)]
-
-    assert values == pytest.approx([0.05, 0.25, 0.45], abs=1e-15)
