@@ -479,9 +479,15 @@ def _each(tasks: Sequence[_Task], *, workers: int) -> Iterator[int]:
         return
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     try:
-        futures: list[Future[int]] = [pool.submit(_write_shard, task) for task in tasks]
+        # Ctrl-C is for the parent alone. Workers inherit that it is ignored; told it by themselves,
+        # they would hear it too late while they start.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            futures: list[Future[int]] = [pool.submit(_write_shard, task) for task in tasks]
+        finally:
+            signal.signal(signal.SIGINT, before)
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
@@ -497,12 +503,8 @@ def _each(tasks: Sequence[_Task], *, workers: int) -> Iterator[int]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it.
-
-    A worker would otherwise wait for ever for a parent that was killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _follow_parent() -> None:
+    """End with the parent; a worker would otherwise wait for ever for one that was killed."""
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
