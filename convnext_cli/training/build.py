@@ -20,20 +20,23 @@ from convnext_cli.training.devices import build_strategy, lightning_precision
 from convnext_cli.training.throughput import DataClock
 
 
+def chosen_trackers(plan: Plan) -> tuple[Tracker, ...]:
+    """The trackers of a recipe; auto: csv, and tensorboard where it is installed."""
+    asked = plan.recipe.log.trackers
+    if asked != "auto":
+        return asked
+    return ("csv", "tensorboard") if find_spec("tensorboard") else ("csv",)
+
+
 def build_loggers(plan: Plan, run: RunDir, *, first_step: int) -> list[Logger]:
     """The trackers of a recipe.
 
     Raises:
         UserError: A tracker is asked for that is not installed.
     """
-    asked: Sequence[Tracker] = ()
-    if plan.recipe.log.trackers != "auto":
-        asked = plan.recipe.log.trackers
-    elif find_spec("tensorboard"):
-        asked = ("tensorboard",)
     return [
         logger
-        for tracker in asked
+        for tracker in chosen_trackers(plan)
         if (logger := _build_logger(tracker, run, first_step=first_step)) is not None
     ]
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
 
 from convnext_cli.errors import Diverged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, utc_now, write_csv
+from convnext_cli.training.build import chosen_trackers
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock, Meter, read_memory_gib
 
@@ -93,15 +93,9 @@ class Recorder(pl.Callback):
         """Write the validation row and the table of all rows."""
         assert isinstance(pl_module, Classifier)
         self._write(trainer, pl_module.step, pl_module.validation)
-        if trainer.is_global_zero and "csv" in self.plan_trackers:
+        if trainer.is_global_zero and "csv" in chosen_trackers(self.plan):
             write_csv(self.run.metrics, self.run.metrics_csv)
         self._meter.pause()
-
-    @property
-    def plan_trackers(self) -> tuple[str, ...]:
-        """The trackers asked for, csv among them by default."""
-        asked = self.plan.recipe.log.trackers
-        return ("csv", "tensorboard") if asked == "auto" else asked
 
     def _is_due(self, step: int) -> bool:
         return step % self.plan.recipe.log.every_steps == 0 or step == self.plan.total_steps
@@ -117,7 +111,7 @@ class Recorder(pl.Callback):
         }
         self._file.write(row)
         for logger in trainer.loggers:
-            _log(logger, values, step)
+            logger.log_metrics(dict(values), step=step)
         for listener in self.listeners:
             listener(row)
 
@@ -127,9 +121,5 @@ class Recorder(pl.Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
-            if "csv" in self.plan_trackers:
+            if "csv" in chosen_trackers(self.plan):
                 write_csv(self.run.metrics, self.run.metrics_csv)
-
-
-def _log(logger: Logger, values: Mapping[str, float], step: int) -> None:
-    logger.log_metrics(dict(values), step=step)
