@@ -5,7 +5,18 @@ from typing import Annotated
 import typer
 
 from convnext_cli import __version__
-from convnext_cli.cli import data, evaluate, finetune, plan, predict, recipes, runs, train, weights
+from convnext_cli.cli import (
+    bench,
+    data,
+    evaluate,
+    finetune,
+    plan,
+    predict,
+    recipes,
+    runs,
+    train,
+    weights,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +51,7 @@ app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(plan.plan)
+app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")

@@ -17,6 +17,7 @@ from rich.progress import (
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.cli.data_order import order
 from convnext_cli.cli.data_show import show
 from convnext_cli.data.report import DatasetReport, Spread
 from convnext_cli.errors import DataError
@@ -130,7 +131,7 @@ def check(
 
     cache_dir = None
     if is_url(directory):
-        from convnext_cli.data.build import default_cache_dir
+        from convnext_cli.data.fetch import default_cache_dir
 
         cache_dir = default_cache_dir()
     with Progress(*_columns(), console=console, transient=True) as progress:
@@ -212,4 +213,5 @@ def _columns() -> tuple[ProgressColumn, ...]:
     )
 
 
+app.command()(order)
 app.command()(show)

@@ -38,11 +38,10 @@ def show(
         build_eval_view,
         build_mix,
         build_train_view,
-        default_cache_dir,
     )
     from convnext_cli.data.card import read_card
     from convnext_cli.data.contact_sheet import make_sheet
-    from convnext_cli.data.fetch import Store
+    from convnext_cli.data.fetch import Store, default_cache_dir
     from convnext_cli.data.reader import ImageReader
 
     asked = _load(recipe, overrides)

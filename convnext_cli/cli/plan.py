@@ -18,9 +18,7 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.plan.cluster import Cluster, DeviceKind, count_cpus
-from convnext_cli.plan.resolve import Plan, make_plan
-
-_SUSTAINED_FLOPS = 1e14
+from convnext_cli.plan.resolve import SUSTAINED_FLOPS, Plan, make_plan
 
 
 def plan(
@@ -29,6 +27,9 @@ def plan(
     *,
     devices: Annotated[int, typer.Option(help="Devices on each node.", min=1)] = 1,
     nodes: NodesOption = 1,
+    cpus: Annotated[
+        int | None, typer.Option(help="Cores of each node (default: those of this machine).", min=1)
+    ] = None,
     data: DataOption = None,
     device: Annotated[DeviceKind, typer.Option(help="Kind of device.")] = "cuda",
     precision: PrecisionOption = None,
@@ -43,7 +44,10 @@ def plan(
     """
     asked = load_asked_recipe(recipe, overrides, data=data, precision=precision)
     cluster = Cluster(
-        num_nodes=nodes, devices_per_node=devices, device=device, cpus_per_node=count_cpus()
+        num_nodes=nodes,
+        devices_per_node=devices,
+        device=device,
+        cpus_per_node=cpus or count_cpus(),
     )
     resolved = make_plan(asked, cluster, name=Path(recipe).stem, facts=read_facts(asked))
     if json_output:
@@ -75,6 +79,7 @@ def show_plan(plan: Plan) -> None:
             f"{plan.cluster.num_nodes} x {plan.cluster.devices_per_node} {plan.cluster.device},"
             f" {plan.precision}{', compiled' if plan.compile else ''}",
         ),
+        ("loading", _loading(plan)),
         ("batch", plan.batch_equation),
         (
             "steps",
@@ -96,6 +101,30 @@ def show_plan(plan: Plan) -> None:
     print_table(table)
 
 
+def _loading(plan: Plan) -> str:
+    """Whether the cores of a node can feed its devices."""
+    gives = plan.loader_images_per_second
+    place = {"cpu": "the loader", "device": "the device"}[plan.augment_on]
+    augment = "" if plan.recipe.augment.rand_augment is None else f", RandAugment on {place}"
+    told = (
+        f"{plan.workers} processes a device{augment}: {plan.cluster.cpus_per_node} cores a node"
+        f" load about {gives:,.0f} images/s"
+    )
+    takes = plan.device_images_per_second
+    if takes is None:
+        return told
+    told += (
+        f"; its {plan.cluster.devices_per_node} devices take {takes:,.0f}"
+        f" at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s each"
+    )
+    if gives >= takes:
+        return f"{told}: enough"
+    told += f": they would wait {1 - gives / takes:.0%} of the time"
+    if augment and plan.augment_on == "cpu":
+        return f"{told}; augment.augment_on=device saves the cores RandAugment"
+    return f"{told}; smaller images help: convnext data pack --resize-short"
+
+
 def _leave_out(plan: Plan) -> str:
     if not plan.dropped_images:
         return ""
@@ -106,5 +135,5 @@ def _hours(plan: Plan) -> str:
     """The cost in hours of one device at a speed that is said, so that it can be scaled."""
     if plan.cluster.device == "cpu":
         return ""
-    hours = plan.train_flops / _SUSTAINED_FLOPS / 3600
-    return f" = {hours:,.3g} device-hours at a sustained {_SUSTAINED_FLOPS / 1e12:g} TFLOP/s"
+    hours = plan.train_flops / SUSTAINED_FLOPS / 3600
+    return f" = {hours:,.3g} device-hours at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s"

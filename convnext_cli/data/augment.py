@@ -1,18 +1,20 @@
 """Per image: the train view and the eval view. Pixels in, pixels out: uint8 of shape (3, H, W).
 
 ```
-train   crop box -> antialiased resize -> flip -> RandAugment (or colour jitter)
+train   draw: crop box, flip, RandAugment's ops (or colour jitter), erased box
+        make: the box's pixels -> antialiased resize -> flip -> ops, here or on the device
 eval    center: resize the short side to image_px / crop_frac, central crop
         warp:   resize both sides to image_px
 ```
 
-Legend: C = 3 channels, H and W = height and width in pixels. Normalisation, erasing, mixup and
-cutmix follow on the device (`mix.py`).
+Legend: C = 3 channels, H and W = height and width in pixels, L = layers of RandAugment, P = numbers
+that say one operation. Normalisation, erasing, mixup and cutmix follow on the device (`mix.py`).
 
-A view is a function of (pixels, random stream): it neither reads nor leaves a trace in the global
-random states, so pixels do not depend on processes. The resize is torch's on uint8, with Pillow's
-filters: 0.03 grey levels from Pillow's own, at a sixth of its time. RandAugment is timm's, on the
-resized crop; its magnitudes and choices are drawn by timm itself.
+What is random is drawn first, from the size of the image and its random stream alone, so that only
+the pixels that the crop needs are decoded, and so that the device can do what was drawn here. A
+view neither reads nor leaves a trace in the global random states: pixels do not depend on
+processes. The resize is torch's on uint8, with Pillow's filters: 0.03 grey levels from Pillow's
+own, at a sixth of its time. RandAugment's choices and magnitudes are drawn by timm itself.
 
 Source: huggingface/pytorch-image-models 1.0.31 timm/data/transforms_factory.py
 `transforms_imagenet_train`, `transforms_imagenet_eval`; facebookresearch/ConvNeXt@048efce
@@ -20,22 +22,23 @@ datasets.py `build_transform`; ConvNeXt Table 5.
 """
 
 import math
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.auto_augment import RandAugment, rand_augment_transform
+from numpy.typing import NDArray
+from timm.data.auto_augment import RandAugment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
 
+from convnext_cli.data.decode import CropBox, decode_region, decode_rgb, read_image_size
+from convnext_cli.data.order import seeded_globals
+from convnext_cli.data.randaugment import apply_ops_pillow, build_policy, draw_ops
+
+AugmentPlace = Literal["cpu", "device"]
 Interpolation = Literal["bicubic", "bilinear"]
 EvalCrop = Literal["center", "warp"]
 Colour = tuple[float, float, float]
@@ -44,37 +47,45 @@ _MODES: dict[Interpolation, InterpolationMode] = {
     "bicubic": InterpolationMode.BICUBIC,
     "bilinear": InterpolationMode.BILINEAR,
 }
-_PILLOW_FILTERS: dict[Interpolation, Image.Resampling] = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
+_JITTERS = (pixels.adjust_brightness, pixels.adjust_contrast, pixels.adjust_saturation)
+
+ERASED_AREA = (0.02, 1 / 3)
+"""Share of the image that an erased box covers, from and to."""
+
+ERASED_ASPECT = (0.3, 1 / 0.3)
+"""Height over width of an erased box, from and to."""
+
+NOISE_PX = 1024
+"""Side of the noise that erased boxes are cut from (`mix.noise_bank`)."""
+
+_ATTEMPTS = 10
 
 
-@contextmanager
-def seeded_globals(stream: np.random.Philox) -> Iterator[None]:
-    """Inside, `random` and `numpy.random` are seeded from the stream; after it, as they were.
+class Choices(NamedTuple):
+    """What was drawn for an image and is done to it on the device; a batch stacks them.
 
-    timm's augmentations draw from these two.
+    Arrays, not tensors: they stay on the host, where the device's work is planned.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    seeds = stream.random_raw(2)
-    try:
-        random.seed(int(seeds[0]))
-        np.random.seed(int(seeds[1]) & 0xFFFFFFFF)  # noqa: NPY002  # what timm draws from
-        yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+
+    ops: NDArray[np.float32]
+    """RandAugment's operations, (L, P) as in `randaugment`; L = 0 where they are done already."""
+    erased: NDArray[np.int32]
+    """(6,): box to erase as top, bottom, left, right, and where its noise begins; zeros: none."""
+
+
+NO_CHOICES = Choices(np.zeros((0, 0), dtype=np.float32), np.zeros(6, dtype=np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropBox:
-    """A part of an image, in pixels from its top left corner."""
+class TrainDraw:
+    """Every random choice about one image in one epoch."""
 
-    top: int
-    left: int
-    height: int
-    width: int
+    box: CropBox
+    flipped: bool
+    ops: NDArray[np.float32]
+    jitter: tuple[tuple[int, float], ...]
+    """Colour changes in order: which of brightness, contrast and saturation, and the factor."""
+    erased: NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,47 +113,81 @@ class TrainView:
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """Policy in timm's notation; None: off."""
 
+    augment_on: AugmentPlace = "cpu"
+    """Where RandAugment's operations are done; they are drawn here in any case."""
+
     color_jitter: float | None = None
     """Strength; like timm, ignored where RandAugment is on."""
+
+    erasing: float | None = None
+    """Probability that a box is erased, on the device; None: off. Paper: .25."""
 
     mean: Colour = (0.485, 0.456, 0.406)
     """Mean colour of the data set in 0..1: what RandAugment fills empty corners with."""
 
-    def __call__(self, image_CHW: Tensor, stream: np.random.Philox) -> Tensor:
-        """One random view, uint8 of shape (3, image_px, image_px).
+    def draw(self, height: int, width: int, stream: np.random.Philox) -> TrainDraw:
+        """Every random choice about an image of this size, in pixels.
 
         Args:
-            image_CHW: uint8, any size; not changed.
-            stream: `order.image_rng` of the seed, epoch and sample.
+            height: Of the whole image.
+            width: Of the whole image.
+            stream: `order.image_rng` of the seed, epoch and sample; moved on.
         """
         rng = np.random.Generator(stream)
         flipped = bool(rng.random() < self.hflip)
+        erased = draw_erased(self.image_px, prob=self.erasing or 0.0, rng=rng)
         with seeded_globals(stream):
-            view_CHW = self._crop(image_CHW)
-            if flipped:
-                view_CHW = view_CHW.flip(-1)
-            if self.rand_augment is not None:
-                policy = _rand_augment(
-                    self.rand_augment, self.image_px, self.mean, self.interpolation
-                )
-                return _apply_pillow(view_CHW, policy)
-        if self.color_jitter is not None:
-            return _jitter(view_CHW, strength=self.color_jitter, rng=rng)
-        return view_CHW
+            box = draw_crop(height, width, scale=self.crop_scale, ratio=self.crop_ratio)
+        ops = NO_CHOICES.ops
+        jitter: tuple[tuple[int, float], ...] = ()
+        if self.rand_augment is not None:
+            ops = draw_ops(self._policy(), stream)
+        elif self.color_jitter is not None:
+            jitter = _draw_jitter(self.color_jitter, rng)
+        return TrainDraw(box=box, flipped=flipped, ops=ops, jitter=jitter, erased=erased)
 
-    def _crop(self, image_CHW: Tensor) -> Tensor:
-        box = draw_crop(image_CHW, scale=self.crop_scale, ratio=self.crop_ratio)
-        resized: Tensor = pixels.resized_crop(
-            image_CHW,
-            box.top,
-            box.left,
-            box.height,
-            box.width,
+    def make(self, region_CHW: Tensor, draw: TrainDraw) -> tuple[Tensor, Choices]:
+        """The view of the pixels in the drawn box, and what is left for the device.
+
+        Args:
+            region_CHW: uint8 of shape (3, box.height, box.width); not changed.
+            draw: What `draw` chose for the image.
+        """
+        view_CHW: Tensor = pixels.resize(
+            region_CHW,
             [self.image_px, self.image_px],
             interpolation=_MODES[self.interpolation],
             antialias=True,
         )
-        return resized
+        if draw.flipped:
+            view_CHW = view_CHW.flip(-1)
+        for which, factor in draw.jitter:
+            view_CHW = _JITTERS[which](view_CHW, factor)
+        if self.augment_on == "device":
+            return view_CHW, Choices(draw.ops, draw.erased)
+        if self.rand_augment is not None:
+            view_CHW = apply_ops_pillow(view_CHW, draw.ops, policy=self._policy())
+        return view_CHW, Choices(NO_CHOICES.ops, draw.erased)
+
+    def __call__(self, image_CHW: Tensor, stream: np.random.Philox) -> Tensor:
+        """One random view of a whole image, uint8 of shape (3, image_px, image_px).
+
+        Operations that are left for the device are not in it.
+        """
+        height, width = image_CHW.shape[-2:]
+        draw = self.draw(height, width, stream)
+        box = draw.box
+        region_CHW = image_CHW[:, box.top : box.top + box.height, box.left : box.left + box.width]
+        return self.make(region_CHW, draw)[0]
+
+    def _policy(self) -> RandAugment:
+        assert self.rand_augment is not None
+        return build_policy(
+            self.rand_augment,
+            image_px=self.image_px,
+            mean=self.mean,
+            interpolation=self.interpolation,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +200,8 @@ class EvalView:
     """Share of the resized side that the central crop keeps; unused by warp."""
     interpolation: Interpolation = "bicubic"
 
-    def __call__(self, image_CHW: Tensor, stream: np.random.Philox | None = None) -> Tensor:
-        """The view, uint8 of shape (3, image_px, image_px); the stream is not used."""
-        del stream
+    def __call__(self, image_CHW: Tensor) -> Tensor:
+        """The view of a whole image, uint8 of shape (3, image_px, image_px)."""
         mode = _MODES[self.interpolation]
         match self.crop:
             case "center":
@@ -177,60 +221,71 @@ class EvalView:
 View = TrainView | EvalView
 
 
+def view_bytes(
+    data: bytes, *, view: View, stream: np.random.Philox, key: str
+) -> tuple[Tensor, Choices]:
+    """Decode what a view needs of an image file, and make it; also what is left for the device.
+
+    Args:
+        data: The file's bytes.
+        view: What is made.
+        stream: `order.image_rng` of the seed, epoch and sample; moved on.
+        key: Name of the sample, for messages.
+
+    Raises:
+        BadImage: The image cannot be decoded.
+    """
+    match view:
+        case TrainView():
+            width, height = read_image_size(data, key=key)
+            draw = view.draw(height, width, stream)
+            return view.make(decode_region(data, box=draw.box, key=key), draw)
+        case EvalView():
+            return view(decode_rgb(data, key=key)), NO_CHOICES
+        case _:
+            assert_never(view)
+
+
 def draw_crop(
-    image_CHW: Tensor, *, scale: tuple[float, float], ratio: tuple[float, float]
+    height: int, width: int, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> CropBox:
     """A random crop box, drawn from the global `random` state exactly as timm draws it."""
-    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image_CHW, scale, ratio)
+    size = torch.empty((3, height, width), device="meta")
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(size, scale, ratio)
     return CropBox(top=top, left=left, height=height, width=width)
 
 
-@lru_cache(maxsize=8)
-def _rand_augment(
-    policy: str, image_px: int, mean: Colour, interpolation: Interpolation
-) -> RandAugment:
-    transform: RandAugment = rand_augment_transform(
-        policy,
-        {
-            "translate_const": int(image_px * 0.45),
-            "img_mean": tuple(min(255, round(255 * channel)) for channel in mean),
-            "interpolation": _PILLOW_FILTERS[interpolation],
-        },
-    )
-    for op in transform.ops:
-        if op.name.startswith("Posterize"):
-            op.level_fn = _at_least_one_bit(op.level_fn)
-    return transform
+def draw_erased(image_px: int, *, prob: float, rng: np.random.Generator) -> NDArray[np.int32]:
+    """The box that is erased: top, bottom, left, right, and two places in the noise; or zeros.
 
+    An image for which no box fits in ten attempts is left as it is.
 
-def _at_least_one_bit(
-    level_to_bits: Callable[[float, object], tuple[int]],
-) -> Callable[[float, object], tuple[int]]:
-    """Pillow 13 refuses to keep 0 bits, which the highest magnitude asks for.
-
-    differs: older Pillows made the image black there.
+    Source: huggingface/pytorch-image-models 1.0.31 timm/data/random_erasing.py `RandomErasing`
+    (mode pixel, count 1); ConvNeXt Table 5.
     """
+    erased_6 = np.zeros(6, dtype=np.int32)
+    if rng.random() >= prob:
+        return erased_6
+    low, high = (math.log(aspect) for aspect in ERASED_ASPECT)
+    for _ in range(_ATTEMPTS):
+        area = rng.uniform(*ERASED_AREA) * image_px * image_px
+        aspect = math.exp(rng.uniform(low, high))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < image_px and width < image_px:
+            top = rng.integers(0, image_px - height, endpoint=True)
+            left = rng.integers(0, image_px - width, endpoint=True)
+            noise = rng.integers(0, NOISE_PX, 2)
+            erased_6[:] = (top, top + height, left, left + width, *noise)
+            break
+    return erased_6
 
-    def bits(level: float, settings: object) -> tuple[int]:
-        return (max(1, level_to_bits(level, settings)[0]),)
 
-    return bits
-
-
-def _apply_pillow(view_CHW: Tensor, transform: RandAugment) -> Tensor:
-    """Run a Pillow transform on a tensor; free of copies where memory lies channels last."""
-    picture = Image.fromarray(view_CHW.permute(1, 2, 0).contiguous().numpy())
-    changed = transform(picture)
-    return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
-
-
-def _jitter(view_CHW: Tensor, *, strength: float, rng: np.random.Generator) -> Tensor:
+def _draw_jitter(strength: float, rng: np.random.Generator) -> tuple[tuple[int, float], ...]:
     """Brightness, contrast and saturation by factors in 1 +- strength, in random order."""
     low, high = max(0.0, 1.0 - strength), 1.0 + strength
-    changes = (pixels.adjust_brightness, pixels.adjust_contrast, pixels.adjust_saturation)
-    for which in rng.permutation(len(changes)):
-        view_CHW = changes[which](view_CHW, float(rng.uniform(low, high)))
-    return view_CHW
+    return tuple(
+        (int(which), float(rng.uniform(low, high))) for which in rng.permutation(len(_JITTERS))
+    )
 
 
 def eval_side_px(image_px: int, *, crop_frac: float) -> int:

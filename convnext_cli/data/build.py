@@ -4,18 +4,21 @@ One iteration of the training loader is the whole run, from the first step of th
 last step of the schedule: epochs are a matter of the order, not of the loop.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from convnext_cli.data.augment import EvalView, TrainView
-from convnext_cli.data.card import read_card
-from convnext_cli.data.fetch import Store
+from convnext_cli.data.augment import AugmentPlace, EvalView, TrainView
+from convnext_cli.data.card import DatasetCard, read_card, shards_location
+from convnext_cli.data.fetch import Expected, Store, default_cache_dir, is_url
 from convnext_cli.data.mix import BatchMix
-from convnext_cli.data.order import Order
+from convnext_cli.data.order import ORDER_VERSION, Order
+from convnext_cli.data.prefetch import Prefetcher
+from convnext_cli.data.randaugment import build_policy
 from convnext_cli.data.reader import (
     Batch,
     EvaluationSampler,
@@ -24,7 +27,7 @@ from convnext_cli.data.reader import (
     build_loader,
 )
 from convnext_cli.data.stream import Stream, StreamReader
-from convnext_cli.errors import DataError
+from convnext_cli.errors import CheckpointError, DataError, RecipeError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.schema import Recipe
 
@@ -33,20 +36,39 @@ def build_mix(recipe: Recipe, *, num_classes: int) -> BatchMix:
     """What is done to each training batch on the device."""
     return BatchMix(
         num_classes=num_classes,
+        seed=recipe.seed,
         mean=recipe.data.mean,
         std=recipe.data.std,
-        erasing=recipe.augment.erasing,
+        interpolation=recipe.augment.interpolation,
         mixup=recipe.mix.mixup,
         cutmix=recipe.mix.cutmix,
         prob=recipe.mix.prob,
         switch_prob=recipe.mix.switch_prob,
+        group_images=recipe.mix.group_images,
         label_smoothing=recipe.mix.label_smoothing,
     )
 
 
-def build_train_view(recipe: Recipe) -> TrainView:
-    """What training makes of each image."""
+def build_train_view(recipe: Recipe, *, augment_on: AugmentPlace = "cpu") -> TrainView:
+    """What training makes of each image; RandAugment here, or left for the device.
+
+    Raises:
+        RecipeError: The policy of RandAugment is not understood.
+    """
     augment = recipe.augment
+    if augment.rand_augment is not None:
+        try:
+            build_policy(
+                augment.rand_augment,
+                image_px=recipe.data.image_px,
+                mean=recipe.data.mean,
+                interpolation=augment.interpolation,
+            )
+        except ValueError as error:
+            raise RecipeError(
+                f"augment.rand_augment: {error}",
+                hint="take the paper's: augment.rand_augment=rand-m9-mstd0.5-inc1",
+            ) from error
     return TrainView(
         image_px=recipe.data.image_px,
         crop_scale=augment.crop_scale,
@@ -54,6 +76,8 @@ def build_train_view(recipe: Recipe) -> TrainView:
         interpolation=augment.interpolation,
         hflip=augment.hflip,
         rand_augment=augment.rand_augment,
+        augment_on=augment_on,
+        erasing=augment.erasing,
         color_jitter=augment.color_jitter,
         mean=recipe.data.mean,
     )
@@ -68,12 +92,6 @@ def build_eval_view(recipe: Recipe) -> EvalView:
         crop_frac=evaluate.crop_frac,
         interpolation=recipe.augment.interpolation,
     )
-
-
-def default_cache_dir() -> Path:
-    """Where shards from a URL are kept: `XDG_CACHE_HOME` or ~/.cache, then convnext/shards."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "convnext" / "shards"
 
 
 def build_data(plan: Plan, *, first_step: int) -> "ImageData":
@@ -94,6 +112,21 @@ def build_data(plan: Plan, *, first_step: int) -> "ImageData":
             return StreamedData(plan, plan.recipe.data.path, first_step=first_step)
 
 
+def check_shards(card: DatasetCard, store: Store) -> None:
+    """Look whether all shards of a local data set are there, before anything is spent.
+
+    Raises:
+        DataError: One is missing or has another size.
+    """
+    location = shards_location(card, store.location)
+    if is_url(location):
+        return
+    shards = replace(store, location=location)
+    for split in card.splits.values():
+        for shard in split.shards:
+            shards.path(shard.name, expected=Expected(num_bytes=shard.bytes))
+
+
 class IndexedData(pl.LightningDataModule):
     """Exact order, exact evaluation, exact resume, through the index beside the shards."""
 
@@ -102,10 +135,35 @@ class IndexedData(pl.LightningDataModule):
         self.plan = plan
         self.first_step = first_step
         data = plan.recipe.data
-        cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-        self.store = Store(location=path, cache_dir=cache_dir)
+        self.store = Store(
+            location=path,
+            cache_dir=Path(data.cache_dir) if data.cache_dir else default_cache_dir(),
+            cache_bytes=None if data.cache_gb is None else int(data.cache_gb * 1e9),
+        )
         self.card = read_card(path)
         self.classes: tuple[str, ...] = tuple(self.card.classes)
+        self.prefetcher: Prefetcher | None = None
+        check_shards(self.card, self.store)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the images depends on, but for the recipe."""
+        return {"fingerprint": self.card.fingerprint, "order_version": ORDER_VERSION}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on in another order.
+
+        Raises:
+            CheckpointError: The data set or the order is not that of the checkpoint.
+        """
+        own = self.state_dict()
+        for key, what in (("fingerprint", "data set"), ("order_version", "version of the order")):
+            if state_dict[key] != own[key]:
+                raise CheckpointError(
+                    f"the checkpoint was made with {what} {state_dict[key]}, but"
+                    f" {self.store.location} has {own[key]}: images would come twice or never",
+                    hint="go on with the data set of before, or start a new run from the weights:"
+                    " init.weights=CHECKPOINT --name NAME",
+                )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """This rank's passes of all steps that are left."""
@@ -114,7 +172,7 @@ class IndexedData(pl.LightningDataModule):
             self.card,
             store=self.store,
             split="train",
-            view=build_train_view(plan.recipe),
+            view=build_train_view(plan.recipe, augment_on=plan.augment_on),
             seed=plan.recipe.seed,
             on_bad="replace",
         )
@@ -137,6 +195,7 @@ class IndexedData(pl.LightningDataModule):
             accumulate=plan.accumulate_steps,
             first_step=self.first_step,
             total_steps=plan.total_steps,
+            on_step=self._start_prefetching(reader, order),
         )
         return build_loader(
             reader,
@@ -144,6 +203,30 @@ class IndexedData(pl.LightningDataModule):
             num_workers=plan.workers,
             pin_memory=plan.cluster.device == "cuda",
         )
+
+    def _start_prefetching(self, reader: ImageReader, order: Order) -> Callable[[int], None] | None:
+        """Have one process of this node fetch shards ahead; returns whom to tell of each step."""
+        plan, store = self.plan, reader.shard_store
+        if not is_url(store.location) or _rank(self) % plan.cluster.devices_per_node:
+            return None
+        first = _rank(self)
+        self.prefetcher = Prefetcher(
+            store,
+            shards=reader.shards,
+            order=order,
+            ranks=range(first, first + plan.cluster.devices_per_node),
+            world=plan.world_size,
+            first_step=self.first_step,
+            total_steps=plan.total_steps,
+        )
+        return self.prefetcher.advance
+
+    def teardown(self, stage: str) -> None:
+        """End the process that fetches ahead."""
+        del stage
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+            self.prefetcher = None
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """This rank's share of the validation images, each image on one rank."""
@@ -197,7 +280,7 @@ class StreamedData(pl.LightningDataModule):
                 world=plan.world_size,
                 allow_pipe=plan.recipe.data.allow_pipe,
             ),
-            view=build_train_view(plan.recipe),
+            view=build_train_view(plan.recipe, augment_on=plan.augment_on),
         )
         return EpochChain(
             reader,

@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from convnext_cli.data.augment import TrainView
+from convnext_cli.data.decode import BadImage, decode_rgb
 from convnext_cli.data.mix import BatchMix, denormalise
-from convnext_cli.data.order import Order, batch_rng
-from convnext_cli.data.reader import ImageReader
+from convnext_cli.data.order import Order
+from convnext_cli.data.reader import ImageReader, collate
 
 TILE_PX = 144
 _GAP_PX = 6
@@ -74,8 +75,13 @@ def make_train_rows(
     trained: list[Cell] = []
     rows: list[Row] = []
     for start in range(0, len(ids), _PASS_IMAGES):
+        # Each pass is a group of its own, so that a sheet shows several ways of mixing.
         trained += _trained_cells(
-            reader, ids[start : start + _PASS_IMAGES], classes=classes, mix=mix, micro=start
+            reader,
+            ids[start : start + _PASS_IMAGES],
+            classes=classes,
+            mix=mix,
+            first=start // _PASS_IMAGES * mix.group_images,
         )
     for sample, last in zip(ids, trained, strict=True):
         original = _original_cell(reader, sample, classes=classes)
@@ -111,28 +117,27 @@ def choose_images(reader: ImageReader, *, num_images: int) -> list[int]:
 
 
 def _original_cell(reader: ImageReader, sample: int, *, classes: Sequence[str]) -> Cell:
-    reason = reader.bad_reason(sample)
-    if reason is not None:
+    try:
+        data, label = reader.read(sample)
+        image_CHW = decode_rgb(data, key="")
+    except BadImage as error:
         blank_CHW = torch.full((3, TILE_PX, TILE_PX), 200, dtype=torch.uint8)
-        return Cell(image_CHW=blank_CHW, name="cannot be read", detail=reason)
-    image_CHW, label = reader.read(sample)
+        return Cell(image_CHW=blank_CHW, name="cannot be read", detail=error.reason)
     height, width = image_CHW.shape[-2:]
     return Cell(image_CHW=image_CHW, name=classes[label], detail=f"original {width} x {height}")
 
 
 def _trained_cells(
-    reader: ImageReader, ids: Sequence[int], *, classes: Sequence[str], mix: BatchMix, micro: int
+    reader: ImageReader, ids: Sequence[int], *, classes: Sequence[str], mix: BatchMix, first: int
 ) -> list[Cell]:
-    samples = [reader[0, sample] for sample in ids]
-    x_NCHW, target_NK = mix(
-        torch.stack([sample.image_CHW for sample in samples]),
-        torch.tensor([sample.label for sample in samples]),
-        batch_rng(reader.seed, step=0, micro=micro),
-    )
+    # An odd one finds a partner in the first.
+    pairs = [*ids, *ids[: len(ids) % 2]]
+    batch = collate([reader[0, sample] for sample in pairs])
+    x_NCHW, target_NK = mix(batch.image_NCHW, batch.label_N, batch.choices, step=0, first=first)
     images_NCHW = denormalise(x_NCHW, mean=mix.mean, std=mix.std)
     return [
         _trained_cell(image_CHW, target_K, classes=classes, smoothing=mix.label_smoothing)
-        for image_CHW, target_K in zip(images_NCHW, target_NK, strict=True)
+        for image_CHW, target_K, _ in zip(images_NCHW, target_NK, ids, strict=False)
     ]
 
 

@@ -1,39 +1,46 @@
-"""Per batch, on the device: normalise, erase, mix, and make the targets.
+"""Per batch, on the device: RandAugment, normalise, erase, mix, and make the targets.
 
 ```
-images uint8 --normalise--> float --erase--> --mixup or cutmix--> x
-labels ------------------- smooth ---------------- mix ---------> target
+images uint8 --ops--> --normalise--> float --erase--> --mixup or cutmix--> x
+labels -------------------------------- smooth ---------- mix ----------> target
 ```
 
 Legend: N = images of this pass, K = classes, C = 3 channels, H and W = height and width, E = images
-that are erased. Order and formulas are timm's: erasing comes first, so a mixed image may show its
-partner's erased patch; the partner of image i is image N - 1 - i.
+that are erased, L = layers of operations and P = numbers of each. Order and formulas are timm's:
+erasing comes first, so a mixed image may show its partner's erased patch.
 
-Every choice is drawn on the CPU from the generator that is given, and noise on the device from a
-generator seeded by it: nothing reads or moves a global random state, nothing waits for the device.
+Nothing here depends on ranks or passes. An image's own choices come with it (`augment.Choices`).
+What images share is drawn for groups of neighbours in the global batch, from (seed, step, group):
+`group_images` of them share lambda and box, as the images of one device do in the paper, and the
+partner of image i is its neighbour, i + 1 or i - 1. A pass must hold whole pairs, so it has an even
+number of images, as timm's mixup asks too.
+differs: timm mixes image i of a device's batch with image N - 1 - i.
+
+Every choice is drawn on the CPU, and noise is cut from one sheet of it (`noise_bank`): nothing
+reads or moves a global random state, nothing waits for the device.
 
 Source: huggingface/pytorch-image-models 1.0.31 timm/data/random_erasing.py `RandomErasing` (mode
 pixel, count 1) and timm/data/mixup.py `Mixup` (mode batch); ConvNeXt Table 5.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-ERASED_AREA = (0.02, 1 / 3)
-"""Share of the image that an erased box covers, from and to."""
-
-ERASED_ASPECT = (0.3, 1 / 0.3)
-"""Height over width of an erased box, from and to."""
-
-_ATTEMPTS = 10
+from convnext_cli.data.augment import NOISE_PX, Choices
+from convnext_cli.data.order import mix_rng, philox
+from convnext_cli.data.randaugment import apply_ops, to_device
 
 MixKind = Literal["none", "mixup", "cutmix"]
 Colour = tuple[float, float, float]
+Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +79,8 @@ def normalise(
     # One multiply and one add a pixel; the constants are made on the host and sent without waiting.
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    scale_C11 = _to_device(scale, images_NCHW.device).view(-1, 1, 1)
-    shift_C11 = _to_device(shift, images_NCHW.device).view(-1, 1, 1)
+    scale_C11 = to_device(scale, images_NCHW.device).view(-1, 1, 1)
+    shift_C11 = to_device(shift, images_NCHW.device).view(-1, 1, 1)
     return torch.addcmul(shift_C11, images_NCHW.float(), scale_C11).to(dtype)
 
 
@@ -84,48 +91,36 @@ def denormalise(x_NCHW: Tensor, *, mean: Colour, std: Colour) -> Tensor:
     return ((x_NCHW.float() * std_C11 + mean_C11) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def draw_erasing(
-    num_images: int, *, height: int, width: int, prob: float, rng: np.random.Generator
-) -> dict[int, Box]:
-    """Which images of a batch are erased, and where: {index: box}.
+@lru_cache(maxsize=4)
+def noise_bank(seed: int, device: torch.device) -> Tensor:
+    """Standard normal noise, float32 of shape (3, `NOISE_PX`, `NOISE_PX`): the same everywhere."""
+    generator = torch.Generator()
+    generator.manual_seed(int(philox(seed, purpose="noise").random_raw()) >> 1)
+    return torch.randn((3, NOISE_PX, NOISE_PX), generator=generator).to(device)
 
-    An image for which no box fits in ten attempts is left as it is.
+
+def erase(x_NCHW: Tensor, *, erased_N6: NDArray[np.int32], noise: Tensor) -> Tensor:
+    """Fill the boxes with normal noise, pixel by pixel; changes and returns `x_NCHW`.
+
+    Args:
+        x_NCHW: Normalised images.
+        erased_N6: Boxes on the host, as in `augment.Choices`.
+        noise: `noise_bank`, on the same device.
     """
-    low, high = (math.log(a) for a in ERASED_ASPECT)
-    boxes: dict[int, Box] = {}
-    for index in np.flatnonzero(rng.random(num_images) < prob):
-        for _ in range(_ATTEMPTS):
-            area = rng.uniform(*ERASED_AREA) * height * width
-            aspect = math.exp(rng.uniform(low, high))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h < height and w < width:
-                top = int(rng.integers(0, height - h, endpoint=True))
-                left = int(rng.integers(0, width - w, endpoint=True))
-                boxes[int(index)] = Box(top=top, bottom=top + h, left=left, right=left + w)
-                break
-    return boxes
-
-
-def erase(x_NCHW: Tensor, *, boxes: dict[int, Box], noise_seed: int) -> Tensor:
-    """Fill the boxes with standard normal noise, pixel by pixel; changes and returns `x_NCHW`."""
-    if not boxes:
+    rows = np.flatnonzero(erased_N6[:, 1])
+    if not len(rows):
         return x_NCHW
-    device, (_, channels, height, width) = x_NCHW.device, x_NCHW.shape
-    index_E = _to_device(torch.tensor(list(boxes)), device)
-    edges = [[b.top, b.bottom, b.left, b.right] for b in boxes.values()]
-    top_E, bottom_E, left_E, right_E = _to_device(torch.tensor(edges), device).unbind(1)
+    device, (height, width) = x_NCHW.device, x_NCHW.shape[-2:]
+    index_E = to_device(torch.from_numpy(rows), device)
+    boxes_E6 = to_device(torch.from_numpy(erased_N6[rows].astype(np.int64)), device)
+    top_E1, bottom_E1, left_E1, right_E1, down_E1, across_E1 = boxes_E6[:, :, None].unbind(1)
     y_H, x_W = torch.arange(height, device=device), torch.arange(width, device=device)
-    inside_EH = (y_H >= top_E[:, None]) & (y_H < bottom_E[:, None])
-    inside_EW = (x_W >= left_E[:, None]) & (x_W < right_E[:, None])
+    inside_EH = (y_H >= top_E1) & (y_H < bottom_E1)
+    inside_EW = (x_W >= left_E1) & (x_W < right_E1)
     inside_E1HW = (inside_EH[:, :, None] & inside_EW[:, None, :])[:, None]
-    generator = torch.Generator(device)
-    generator.manual_seed(noise_seed)
-    noise_ECHW = torch.randn(
-        (len(boxes), channels, height, width),
-        generator=generator,
-        device=device,
-        dtype=x_NCHW.dtype,
-    )
+    down_EH1 = ((y_H + down_E1) % NOISE_PX)[:, :, None]
+    across_E1W = ((x_W + across_E1) % NOISE_PX)[:, None, :]
+    noise_ECHW = noise.to(x_NCHW.dtype)[:, down_EH1, across_E1W].transpose(0, 1)
     return x_NCHW.index_copy_(
         0, index_E, torch.where(inside_E1HW, noise_ECHW, x_NCHW.index_select(0, index_E))
     )
@@ -179,25 +174,36 @@ def cutmix_box(lam: float, *, height: int, width: int, center: tuple[int, int]) 
     )
 
 
-def mix_images(x_NCHW: Tensor, draw: MixDraw) -> Tensor:
-    """Mix each image with its partner, the image at the mirrored place of the batch."""
-    match draw.kind:
-        case "none":
-            return x_NCHW
-        case "mixup":
-            return torch.lerp(x_NCHW.flip(0), x_NCHW, draw.lam)
-        case "cutmix":
-            assert draw.box is not None
-            rows = slice(draw.box.top, draw.box.bottom)
-            columns = slice(draw.box.left, draw.box.right)
-            mixed_NCHW = x_NCHW.clone()
-            mixed_NCHW[:, :, rows, columns] = x_NCHW[:, :, rows, columns].flip(0)
-            return mixed_NCHW
-        case _:
-            assert_never(draw.kind)
+def mix_images(x_NCHW: Tensor, draws: Sequence[MixDraw]) -> Tensor:
+    """Mix each image with its partner, as its own draw says."""
+    if all(draw.kind == "none" for draw in draws):
+        return x_NCHW
+    device, (height, width) = x_NCHW.device, x_NCHW.shape[-2:]
+    lam_N = torch.tensor([1.0 if d.box else d.lam for d in draws], dtype=x_NCHW.dtype)
+    weight_N111 = to_device(lam_N, device)[:, None, None, None]
+    if any(draw.box is not None for draw in draws):
+        edges_N4 = [
+            [d.box.top, d.box.bottom, d.box.left, d.box.right] if d.box else [0] * 4 for d in draws
+        ]
+        top_N1, bottom_N1, left_N1, right_N1 = to_device(torch.tensor(edges_N4), device)[
+            :, :, None
+        ].unbind(1)
+        y_H, x_W = torch.arange(height, device=device), torch.arange(width, device=device)
+        inside_NH = (y_H >= top_N1) & (y_H < bottom_N1)
+        inside_NW = (x_W >= left_N1) & (x_W < right_N1)
+        inside_N1HW = (inside_NH[:, :, None] & inside_NW[:, None, :])[:, None]
+        return torch.lerp(_partners(x_NCHW), x_NCHW, weight_N111.masked_fill(inside_N1HW, 0.0))
+    return torch.lerp(_partners(x_NCHW), x_NCHW, weight_N111)
 
 
-def make_target(labels_N: Tensor, *, num_classes: int, smoothing: float, lam: float) -> Tensor:
+def _partners(values: Tensor) -> Tensor:
+    """Every element's neighbour in the first dimension: 1, 0, 3, 2, ..."""
+    return values.view(-1, 2, *values.shape[1:]).flip(1).view(values.shape)
+
+
+def make_target(
+    labels_N: Tensor, *, num_classes: int, smoothing: float, draws: Sequence[MixDraw]
+) -> Tensor:
     """Smoothed one-hot targets, mixed with the partners'; float32 of shape (N, K), rows sum to 1.
 
     The off value is smoothing / K, the on value 1 - smoothing + smoothing / K.
@@ -205,7 +211,10 @@ def make_target(labels_N: Tensor, *, num_classes: int, smoothing: float, lam: fl
     off = smoothing / num_classes
     target_NK = torch.full((len(labels_N), num_classes), off, device=labels_N.device)
     target_NK.scatter_(1, labels_N[:, None], 1 - smoothing + off)
-    return target_NK if lam == 1 else target_NK * lam + target_NK.flip(0) * (1 - lam)
+    if all(draw.kind == "none" for draw in draws):
+        return target_NK
+    lam_N = to_device(torch.tensor([draw.lam for draw in draws]), labels_N.device)
+    return torch.lerp(_partners(target_NK), target_NK, lam_N[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,56 +222,86 @@ class BatchMix:
     """Makes the network's input and target from a batch of pixels and labels."""
 
     num_classes: int
+    seed: int
+    """The run's."""
     mean: Colour
     std: Colour
-    erasing: float | None = None
-    """Probability of erasing a box; None: off. Paper: .25."""
+    interpolation: Interpolation = "bicubic"
+    """Filter of RandAugment's geometric operations."""
     mixup: float | None = None
     """Alpha; None: off. Paper: .8."""
     cutmix: float | None = None
     """Alpha; None: off. Paper: 1."""
     prob: float = 1.0
-    """Probability of mixing a batch at all."""
+    """Probability of mixing a group at all."""
     switch_prob: float = 0.5
     """Probability of cutmix where both are on."""
+    group_images: int = 128
+    """Neighbours in the global batch that share a draw; even. Paper: a device's batch, 128."""
     label_smoothing: float = 0.0
     """Paper: .1."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images have partners at all."""
+        return self.mixup is not None or self.cutmix is not None
+
+    def draw(self, *, step: int, first: int, count: int, px: int) -> list[MixDraw]:
+        """How each image of a pass is mixed; depends on its place in the global batch alone.
+
+        Args:
+            step: Optimizer steps already taken in the run.
+            first: Place of the pass's first image in the global batch.
+            count: Images of the pass.
+            px: Side of the images.
+        """
+        if not self.mixes:
+            return [NOT_MIXED] * count
+        groups = [place // self.group_images for place in range(first, first + count)]
+        draws = {
+            group: draw_mix(
+                height=px,
+                width=px,
+                mixup=self.mixup,
+                cutmix=self.cutmix,
+                prob=self.prob,
+                switch_prob=self.switch_prob,
+                rng=mix_rng(self.seed, step=step, group=group),
+            )
+            for group in dict.fromkeys(groups)
+        }
+        return [draws[group] for group in groups]
+
     def __call__(
-        self, images_NCHW: Tensor, labels_N: Tensor, rng: np.random.Generator
+        self, images_NCHW: Tensor, labels_N: Tensor, choices: Choices, *, step: int, first: int
     ) -> tuple[Tensor, Tensor]:
-        """Normalise, erase and mix; local to this rank.
+        """RandAugment, normalise, erase and mix.
 
         Args:
             images_NCHW: uint8, on any device; not changed.
             labels_N: int64, 0 <= label < num_classes, on the same device.
-            rng: `order.batch_rng` of the seed, step, pass and rank; moved on.
+            choices: What was drawn for each image, stacked; on the host.
+            step: Optimizer steps already taken in the run.
+            first: Place of the pass's first image in the global batch.
 
         Returns:
             Float32 images and float32 targets of shape (N, K).
+
+        Raises:
+            ValueError: The pass does not hold whole pairs, and images are mixed.
         """
-        num_images, _, height, width = images_NCHW.shape
+        if self.mixes and (first % 2 or len(images_NCHW) % 2):
+            raise ValueError(
+                f"images {first} to {first + len(images_NCHW)} of the batch are not whole pairs"
+            )
+        if choices.ops.shape[1]:
+            images_NCHW = apply_ops(
+                images_NCHW, choices.ops, mean=self.mean, interpolation=self.interpolation
+            )
         x_NCHW = normalise(images_NCHW, mean=self.mean, std=self.std)
-        draw = draw_mix(
-            height=height,
-            width=width,
-            mixup=self.mixup,
-            cutmix=self.cutmix,
-            prob=self.prob,
-            switch_prob=self.switch_prob,
-            rng=rng,
-        )
-        if self.erasing is not None:
-            boxes = draw_erasing(num_images, height=height, width=width, prob=self.erasing, rng=rng)
-            x_NCHW = erase(x_NCHW, boxes=boxes, noise_seed=int(rng.integers(2**63)))
+        x_NCHW = erase(x_NCHW, erased_N6=choices.erased, noise=noise_bank(self.seed, x_NCHW.device))
+        draws = self.draw(step=step, first=first, count=len(images_NCHW), px=images_NCHW.shape[-1])
         target_NK = make_target(
-            labels_N, num_classes=self.num_classes, smoothing=self.label_smoothing, lam=draw.lam
+            labels_N, num_classes=self.num_classes, smoothing=self.label_smoothing, draws=draws
         )
-        return mix_images(x_NCHW, draw), target_NK
-
-
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Send a small tensor without waiting for what the device is doing."""
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+        return mix_images(x_NCHW, draws), target_NK

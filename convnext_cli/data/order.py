@@ -1,14 +1,21 @@
 """Which sample is used when, and by whom: pure functions of (seed, epoch, step, rank).
 
 ```
-shards      |aaaaaaaaaaaa|bbbbbbbb|cccccccccccc|        samples in the order of the data set
-chunks      |aaaa aaaa aaaa|bbbb bbbb|cccc cccc cccc|   neighbours, never across two shards
-permuted    |cccc aaaa bbbb cccc aaaa bbbb aaaa cccc|   a new permutation each epoch
+shards      |aaaaaaaaaaaa|bbbbbbbb|cccccccccccc|...     permuted anew each epoch, then cut into
+blocks      |a b c ...               |d e f ...  |      blocks of 16
+chunks      |aaaa aaaa aaaa|bbbb bbbb|cccc cccc cccc|   64 neighbours, never across two shards
+permuted    |cccc aaaa bbbb cccc aaaa bbbb aaaa cccc|   the chunks of each block
 lanes       |cccc aaaa bbbb cccc|aaaa bbbb aaaa cccc|   equal parts, read side by side
 windows     | shuffled | shuffled| shuffled | shuffled|  inside each lane
 batch       the next `global_images / num_lanes` samples of every lane, in lane order
 share       a rank owns whole lanes: an equal, contiguous slice of the batch
 ```
+
+Lanes lie side by side over all blocks, so a batch is drawn from nearly all shards at once
+(`same_shard_rate`), while one lane, and with it the node that owns the lane, sees few of them: of
+eight nodes each reads an eighth of the shards in an epoch. Permuting all chunks at once mixes no
+better (ImageNet-1K, 4096 images a step: 1.21 times the rate of a uniform shuffle, against 1.22)
+and makes every node read every shard.
 
 There is no state: step 3,000 of epoch 7 costs as much as step 0 of epoch 0, so a resume is two
 integers. The order does not depend on the number of ranks, loader processes or passes per step.
@@ -23,6 +30,9 @@ raises it.
 """
 
 import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, assert_never
@@ -30,7 +40,7 @@ from typing import Literal, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 
 CHUNK_IMAGES = 64
 """Neighbours that stay together until the window shuffle: one read of a few MB."""
@@ -38,8 +48,15 @@ CHUNK_IMAGES = 64
 WINDOW_CHUNKS = 16
 """Chunks a lane shuffles at a time. 256 lanes x 16 chunks x 64 images are a pool of 262,144."""
 
+BLOCK_SHARDS = 16
+"""Shards whose chunks are permuted together; fewer than 8 mix measurably worse."""
+
+_PIECE = 1 << 20
+
 OrderKind = Literal["full", "window"]
-Purpose = Literal["chunks", "window", "permutation", "image", "batch", "stream", "init"]
+Purpose = Literal[
+    "chunks", "window", "permutation", "image", "batch", "stream", "init", "shards", "mix", "noise"
+]
 _PURPOSES: dict[Purpose, int] = {
     "chunks": 1,
     "window": 2,
@@ -48,6 +65,9 @@ _PURPOSES: dict[Purpose, int] = {
     "batch": 5,
     "stream": 6,
     "init": 7,
+    "shards": 8,
+    "mix": 9,
+    "noise": 10,
 }
 
 Ids = NDArray[np.int64]
@@ -73,48 +93,84 @@ def image_rng(seed: int, *, epoch: int, sample: int) -> np.random.Philox:
     return philox(seed, purpose="image", major=epoch, minor=sample)
 
 
-def batch_rng(seed: int, *, step: int, micro: int = 0, rank: int = 0) -> np.random.Generator:
-    """The generator for the random choices of one pass (micro-batch) of one step on one rank.
+def mix_rng(seed: int, *, step: int, group: int) -> np.random.Generator:
+    """The generator for what a group of images of one step shares, on any rank.
 
     Args:
         seed: The run's seed.
         step: Optimizer steps already taken in the run, not in the epoch.
-        micro: Pass within the step.
-        rank: Local to this rank; leave out for choices that all ranks share.
+        group: Counts through the global batch.
     """
+    return np.random.Generator(philox(seed, purpose="mix", major=step, minor=group))
+
+
+def pass_rng(seed: int, *, step: int, micro: int, rank: int) -> np.random.Generator:
+    """The generator for the network's own choices (drop path) in one pass on one rank."""
     return np.random.Generator(
         philox(seed, purpose="batch", major=step, minor=(micro << 32) | rank)
     )
 
 
+@contextmanager
+def seeded_globals(stream: np.random.Philox) -> Iterator[None]:
+    """Inside, `random` and `numpy.random` are seeded from the stream; after it, as they were.
+
+    timm's augmentations draw from these two.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    seeds = stream.random_raw(2)
+    try:
+        random.seed(int(seeds[0]))
+        np.random.seed(int(seeds[1]) & 0xFFFFFFFF)  # noqa: NPY002  # what timm draws from
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
 def _shuffled(count: int, stream: np.random.Philox) -> Ids:
-    """A permutation of range(count) from raw bits alone."""
-    raw = np.asarray(stream.random_raw(count), dtype=np.uint64)
-    # "stable" decides ties by position: the same on every CPU, unlike the vectorised quicksort.
-    return np.argsort(raw, kind="stable")
+    """A permutation of range(count) from raw bits alone.
+
+    Each number is sorted by random bits above its own: no two keys are equal, so every sorting
+    algorithm gives the same, and the fastest may be used, in place.
+    """
+    bits = np.uint64((count - 1).bit_length())
+    keys = np.asarray(stream.random_raw(count), dtype=np.uint64)
+    keys >>= bits
+    keys <<= bits
+    for start in range(0, count, _PIECE):
+        stop = min(count, start + _PIECE)
+        keys[start:stop] |= np.arange(start, stop, dtype=np.uint64)
+    keys.sort()
+    keys &= (np.uint64(1) << bits) - np.uint64(1)
+    return keys.view(np.int64)
 
 
 @lru_cache(maxsize=4)
 def _permuted_chunks(shard_images: tuple[int, ...], seed: int, epoch: int) -> tuple[Ids, Ids]:
     """First samples of all chunks in the epoch's order, and the positions where each begins."""
-    first = np.concatenate(([0], np.cumsum(shard_images)[:-1])).astype(np.int64)
-    starts = np.concatenate(
-        [np.arange(f, f + n, CHUNK_IMAGES) for f, n in zip(first, shard_images, strict=True)]
-    ).astype(np.int64)
-    ends = np.concatenate(
-        [
-            np.minimum(np.arange(f, f + n, CHUNK_IMAGES) + CHUNK_IMAGES, f + n)
-            for f, n in zip(first, shard_images, strict=True)
-        ]
-    ).astype(np.int64)
-    chosen = _shuffled(len(starts), philox(seed, purpose="chunks", major=epoch))
-    lengths = (ends - starts)[chosen]
-    return starts[chosen], np.cumsum(lengths) - lengths
+    images = np.array(shard_images, dtype=np.int64)
+    shard_begins = np.cumsum(images) - images
+    chunks = -(-images // CHUNK_IMAGES)
+    shard = np.repeat(np.arange(len(images)), chunks)
+    within = np.arange(len(shard)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+    starts = shard_begins[shard] + within * CHUNK_IMAGES
+    lengths = np.minimum(CHUNK_IMAGES, images[shard] - within * CHUNK_IMAGES)
+    place = np.empty_like(images)
+    place[_shuffled(len(images), philox(seed, purpose="shards", major=epoch))] = np.arange(
+        len(images)
+    )
+    raw = np.asarray(
+        philox(seed, purpose="chunks", major=epoch).random_raw(len(shard)), dtype=np.uint64
+    )
+    chosen = np.lexsort((raw, place[shard] // BLOCK_SHARDS))
+    return starts[chosen], np.cumsum(lengths[chosen]) - lengths[chosen]
 
 
 @lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> Ids:
-    return _shuffled(count, philox(seed, purpose="permutation", major=epoch))
+def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64 | np.uint32]:
+    shuffled = _shuffled(count, philox(seed, purpose="permutation", major=epoch))
+    return shuffled.astype(np.uint32) if count < 1 << 32 else shuffled
 
 
 @lru_cache(maxsize=1024)
@@ -235,7 +291,8 @@ class Order:
         match self.kind:
             case "full":
                 at = step * self.global_images + first
-                return _permutation(self.num_images, self.seed, epoch)[at : at + count].copy()
+                ids = _permutation(self.num_images, self.seed, epoch)[at : at + count]
+                return ids.astype(np.int64)
             case "window":
                 lane_step = self.global_images // self.num_lanes
                 lanes = range(first // lane_step, (first + count) // lane_step)
@@ -264,6 +321,26 @@ class Order:
         chunk = np.searchsorted(begins, positions, side="right") - 1
         ids: Ids = first_ids[chunk] + (positions - begins[chunk])
         return ids
+
+
+def same_shard_rate(order: Order, *, epoch: int, steps: Sequence[int]) -> float:
+    """How often two images of a batch share a shard, against a uniform shuffle (1.0).
+
+    What it measures matters where shards are sorted, by class or by place: a stream that fills a
+    buffer from a few shards at a time has 12 to 66 in its place.
+    """
+    ends = np.cumsum(order.shard_images)
+    pairs = order.global_images * (order.global_images - 1)
+    images = np.array(order.shard_images, dtype=np.float64)
+    uniform = float((images * (images - 1)).sum()) / (order.num_images * (order.num_images - 1))
+    if not pairs or not uniform:
+        return 1.0
+    rates = []
+    for step in steps:
+        shard = np.searchsorted(ends, order.batch(epoch, step), side="right")
+        counts = np.bincount(shard)
+        rates.append(float((counts * (counts - 1)).sum()) / pairs)
+    return float(np.mean(rates)) / uniform
 
 
 def evaluation_share(num_images: int, *, rank: int, world: int, batch: int) -> Ids:

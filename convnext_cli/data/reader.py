@@ -2,7 +2,7 @@
 
 ```
 StepSampler        (epoch, sample) lists: one list a pass, in the run's order
-ImageReader        (epoch, sample) -> pread -> decode -> view -> Sample      in worker processes
+ImageReader        (epoch, sample) -> pread -> digest -> decode -> view      in worker processes
 collate            Samples -> Batch
 ```
 
@@ -11,6 +11,10 @@ Legend: N = images of a pass, C = 3 channels, H and W = height and width.
 Nothing depends on a worker's state: the epoch travels with the sample's id, and random choices
 are drawn from (seed, epoch, sample). So any number of workers, started at any step, gives the same
 batches bit for bit.
+
+An image that cannot be used (its bytes are not those that were indexed, it cannot be decoded, its
+shard is damaged) is quarantined: in training a neighbour stands in for it, the same one everywhere,
+and the batch names it with the reason; in evaluation it ends the run.
 """
 
 import atexit
@@ -18,11 +22,12 @@ import os
 import signal
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_bool
+from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 from multiprocessing.sharedctypes import RawValue, Synchronized
-from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple, assert_never, cast
 
@@ -31,10 +36,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from xxhash import xxh3_64_intdigest
 
-from convnext_cli.data.augment import View
-from convnext_cli.data.card import DatasetCard, Shard, index_name
-from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.augment import NO_CHOICES, Choices, View, view_bytes
+from convnext_cli.data.card import DatasetCard, Shard, index_name, shards_location
+from convnext_cli.data.decode import BadImage
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.index import ShardIndex, read_index
 from convnext_cli.data.order import Order, evaluation_share, image_rng
@@ -46,12 +52,24 @@ PADDING = -1
 MAX_OPEN_SHARDS = 128
 """Shards that one process keeps open."""
 
-_NEIGHBOURS = 64
-"""Samples that are tried in place of a bad one."""
+MAX_READ_INDEXES = 512
+"""Shards whose offsets, labels and digests one process keeps: 120 MB at 10,000 images each."""
+
+_NEIGHBOURS, _SHARDS_AFTER = 8, 64
+"""Samples next to a bad one, and shards after its own, that are tried in its place."""
 
 BadImageRule = Literal["replace", "raise"]
 Place = tuple[int, int]
 """(epoch, sample id)."""
+
+
+class Unusable(NamedTuple):
+    """An image that could not be used, and why."""
+
+    sample: int
+    """Its id; -1 in a stream, where images have only keys."""
+    key: str
+    reason: str
 
 
 class Sample(NamedTuple):
@@ -60,7 +78,8 @@ class Sample(NamedTuple):
     image_CHW: Tensor  # noqa: N815  # shape suffix
     label: int
     sample: int
-    replaced: bool
+    choices: Choices = NO_CHOICES
+    bad: "tuple[Unusable, ...]" = ()
 
 
 class Batch(NamedTuple):
@@ -72,23 +91,30 @@ class Batch(NamedTuple):
     """int64; -1 where there is no image."""
     sample_N: Tensor  # noqa: N815  # shape suffix
     """int64 sample ids; -1 where there is no image."""
-    replaced_N: Tensor  # noqa: N815  # shape suffix
-    """bool: this sample could not be read, and a neighbour stands in for it, image and label."""
+    choices: Choices
+    """What is left to do to each image on the device, stacked; stays on the host."""
+    bad: tuple[Unusable, ...]
+    """Images that could not be used, for which neighbours stand in, image and label."""
 
 
 class _OpenShard:
-    """An open file and the columns of its index that reading needs."""
+    """A file that is closed when nobody needs it any more."""
 
-    def __init__(self, path: Path, index: ShardIndex) -> None:
-        self.path = path
-        self.labels: NDArray[np.integer] = np.asarray(index.labels)
-        self.offsets: NDArray[np.integer] = np.asarray(index.image_offset)
-        self.sizes: NDArray[np.integer] = np.asarray(index.image_bytes)
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._file)
+    def __init__(self, file: int) -> None:
+        self._file = file
+        weakref.finalize(self, os.close, file)
 
-    def read(self, row: int) -> bytes:
-        return os.pread(self._file, int(self.sizes[row]), int(self.offsets[row]))
+    def read(self, *, offset: int, size: int) -> bytes:
+        return os.pread(self._file, size, offset)
+
+
+class _Columns(NamedTuple):
+    """What reading needs of a shard's index: 24 bytes an image."""
+
+    labels: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    digests: NDArray[np.uint64]
 
 
 class ImageReader(Dataset[Sample]):
@@ -123,6 +149,7 @@ class ImageReader(Dataset[Sample]):
                 hint="pack the data set with this split, or name another",
             )
         self.store = store
+        self.shard_store = replace(store, location=shards_location(card, store.location))
         self.view = view
         self.seed = seed
         self.on_bad: BadImageRule = on_bad
@@ -130,6 +157,7 @@ class ImageReader(Dataset[Sample]):
         self.num_classes = len(card.classes)
         self._ends = np.cumsum([shard.images for shard in self.shards])
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._read: OrderedDict[int, _Columns] = OrderedDict()
 
     @property
     def shard_images(self) -> tuple[int, ...]:
@@ -141,85 +169,106 @@ class ImageReader(Dataset[Sample]):
 
     def __getstate__(self) -> dict[str, object]:
         """Open files stay in the process that opened them."""
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_read": OrderedDict()}
 
     def __getitem__(self, place: Place) -> Sample:
-        """Read, decode and view one image.
+        """Read, check, decode and view one image.
 
         Raises:
             DataError: The shard cannot be read or a label is not a class; with `raise`, a bad
-                image; with `replace`, no readable one among the next 64.
+                image; with `replace`, no usable one near it or in the shards that follow.
         """
         epoch, sample = place
         if sample == PADDING:
             image_px = self.view.image_px
             blank_CHW = torch.zeros((3, image_px, image_px), dtype=torch.uint8)
-            return Sample(blank_CHW, PADDING, PADDING, replaced=False)
-        candidates = [sample]
-        if self.on_bad == "replace":
-            candidates = [(sample + k) % len(self) for k in range(min(_NEIGHBOURS, len(self)))]
-        for candidate in candidates:
+            return Sample(blank_CHW, PADDING, PADDING)
+        bad: list[Unusable] = []
+        for candidate in self._candidates(sample):
+            # Keyed by the sample that was asked for: a stand-in does not repeat its own view.
+            stream = image_rng(self.seed, epoch=epoch, sample=sample)
             try:
-                image_CHW, label = self.read(candidate)
+                data, label = self.read(candidate)
+                image_CHW, choices = view_bytes(data, view=self.view, stream=stream, key="")
             except BadImage as error:
+                key = self.key(candidate)
                 match self.on_bad:
                     case "replace":
-                        continue
+                        bad.append(Unusable(candidate, key, error.reason))
                     case "raise":
                         raise DataError(
-                            f"{self.store.location}: sample {error}",
-                            hint="see all bad images: convnext data check DIR",
+                            f"{self.store.location}: sample {key}: {error.reason}",
+                            hint="see all bad images: convnext data check DIR --deep",
                         ) from error
                     case _:
                         assert_never(self.on_bad)
-            # Keyed by the sample that was asked for: a stand-in does not repeat its own view.
-            view_CHW = self.view(image_CHW, image_rng(self.seed, epoch=epoch, sample=sample))
-            return Sample(view_CHW, label, sample, replaced=candidate != sample)
+            else:
+                return Sample(image_CHW, label, sample, choices, tuple(bad))
         raise DataError(
-            f"{self.store.location}: none of {len(candidates)} samples from {self.key(sample)} "
-            "on can be read",
-            hint="see what is wrong: convnext data check DIR",
+            f"{self.store.location}: {len(bad)} samples from {self.key(sample)} on cannot be used: "
+            f"{bad[0].reason}",
+            hint="see what is wrong: convnext data check DIR --deep",
         )
 
-    def read(self, sample: int) -> tuple[Tensor, int]:
-        """Pixels, uint8 of shape (3, H, W), and label of one sample; no view is taken.
+    def _candidates(self, sample: int) -> Iterator[int]:
+        """The sample, its neighbours, then one of each shard that follows: its own may be lost."""
+        yield sample
+        if self.on_bad == "raise":
+            return
+        for near in range(1, min(_NEIGHBOURS, len(self))):
+            yield (sample + near) % len(self)
+        number, row = self._locate(sample)
+        for after in range(1, min(_SHARDS_AFTER, len(self.shards))):
+            other = (number + after) % len(self.shards)
+            images = self.shards[other].images
+            yield int(self._ends[other]) - images + row % images
+
+    def read(self, sample: int) -> tuple[bytes, int]:
+        """The bytes of one image, as they were indexed, and its label.
 
         Raises:
-            BadImage: The image cannot be decoded.
+            BadImage: The bytes are not those that were indexed.
             DataError: The shard cannot be read or the label is not a class.
         """
         number, row = self._locate(sample)
-        shard = self._shard(number)
-        label = int(shard.labels[row])
+        columns = self._columns(number)
+        label, size = int(columns.labels[row]), int(columns.sizes[row])
         if not 0 <= label < self.num_classes:
             raise DataError(
-                f"{shard.path}: sample {self.key(sample)} has label {label}, but the data set has "
-                f"{self.num_classes} classes",
+                f"{self.shards[number].name}: sample {self.key(sample)} has label {label}, but the"
+                f" data set has {self.num_classes} classes",
                 hint="pack the data set again, or repair its labels",
             )
         try:
-            data = shard.read(row)
+            data = self._shard(number).read(offset=int(columns.offsets[row]), size=size)
         except OSError as error:
-            raise DataError(f"{shard.path}: {error.strerror or error}") from error
-        if len(data) != shard.sizes[row]:
-            raise BadImage(self.key(sample), "the shard ends inside it")
-        try:
-            return decode_rgb(data, key=""), label
-        except BadImage as error:
-            raise BadImage(self.key(sample), error.reason) from error
+            raise DataError(
+                f"{self.shards[number].name}: {error.strerror or error}",
+                hint="check the disk, then start the same command again: it goes on",
+            ) from error
+        if len(data) != size:
+            raise BadImage("", "the shard ends inside it")
+        digest = int(columns.digests[row])
+        if digest and xxh3_64_intdigest(data) != digest:
+            raise BadImage("", "its bytes are not those that were indexed (xxh3)")
+        return data, label
 
     def key(self, sample: int) -> str:
         """The sample's name, as `shard/key`."""
-        number, row = self._locate(sample)
-        return f"{self.shards[number].name}/{self._index(number).keys[row]}"
+        return self.names([sample])[0][0]
 
-    def bad_reason(self, sample: int) -> str | None:
-        """Why a sample cannot be used, for a report; None if it can."""
-        try:
-            self.read(sample)
-        except BadImage as error:
-            return error.reason
-        return None
+    def names(self, samples: Sequence[int]) -> list[tuple[str, int]]:
+        """Key, as `shard/key`, and label of each sample; reads each index once."""
+        indexes: dict[int, ShardIndex] = {}
+        found = []
+        for sample in samples:
+            number, row = self._locate(sample)
+            if number not in indexes:
+                indexes[number] = self._index(number)
+            index = indexes[number]
+            name = f"{self.shards[number].name}/{index.key(row)}"
+            found.append((name, int(index.labels[row])))
+        return found
 
     def _locate(self, sample: int) -> tuple[int, int]:
         if not 0 <= sample < len(self):
@@ -238,13 +287,29 @@ class ImageReader(Dataset[Sample]):
             )
         return index
 
+    def _columns(self, number: int) -> _Columns:
+        if number in self._read:
+            self._read.move_to_end(number)
+            return self._read[number]
+        index = self._index(number)
+        columns = _Columns(
+            labels=index.labels,
+            offsets=index.image_offset,
+            sizes=index.image_bytes.astype(np.int32),
+            digests=index.digest,
+        )
+        self._read[number] = columns
+        if len(self._read) > MAX_READ_INDEXES:
+            self._read.popitem(last=False)
+        return columns
+
     def _shard(self, number: int) -> _OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self.shards[number]
         expected = Expected(num_bytes=shard.bytes, sha256=shard.sha256)
-        opened = _OpenShard(self.store.path(shard.name, expected=expected), self._index(number))
+        opened = _OpenShard(self.shard_store.open(shard.name, expected=expected))
         self._open[number] = opened
         if len(self._open) > MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
@@ -264,6 +329,7 @@ class StepSampler(Sampler[list[Place]]):
         accumulate: Passes (micro-batches) in a step.
         first_step: Steps of the run that are taken already.
         total_steps: Steps of the whole run.
+        on_step: Called with each step of the run before its passes are handed out.
 
     Raises:
         ValueError: The share does not divide into the passes, or the batch into the ranks.
@@ -278,6 +344,7 @@ class StepSampler(Sampler[list[Place]]):
         accumulate: int,
         first_step: int,
         total_steps: int,
+        on_step: Callable[[int], None] | None = None,
     ) -> None:
         share = len(order.share(0, 0, rank=rank, world=world))
         if share % accumulate:
@@ -287,6 +354,7 @@ class StepSampler(Sampler[list[Place]]):
         self.world = world
         self.accumulate = accumulate
         self.steps = range(first_step, total_steps)
+        self.on_step = on_step
 
     def __len__(self) -> int:
         """Passes that are left."""
@@ -294,6 +362,8 @@ class StepSampler(Sampler[list[Place]]):
 
     def __iter__(self) -> Iterator[list[Place]]:
         for run_step in self.steps:
+            if self.on_step is not None:
+                self.on_step(run_step)
             epoch, step = divmod(run_step, self.order.steps_per_epoch)
             share = self.order.share(epoch, step, rank=self.rank, world=self.world)
             for ids in share.reshape(self.accumulate, -1):
@@ -316,7 +386,19 @@ class EvaluationSampler(Sampler[list[Place]]):
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch; in a worker, straight into shared memory."""
-    return Batch(*default_collate(samples))
+    return Batch(
+        image_NCHW=default_collate([sample.image_CHW for sample in samples]),
+        label_N=torch.tensor([sample.label for sample in samples]),
+        sample_N=torch.tensor([sample.sample for sample in samples]),
+        choices=Choices(
+            *(np.stack(rows) for rows in zip(*(s.choices for s in samples), strict=True))
+        ),
+        bad=tuple(chain.from_iterable(sample.bad for sample in samples)),
+    )
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
 
 
 @cache
@@ -352,7 +434,12 @@ def from_worker(error: DataError) -> DataError:
     text, mark, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
     if not mark or not text.startswith("Caught "):
         return error
-    return DataError(message.strip(), hint="see all bad images: convnext data check DIR")
+    return DataError(message.strip(), hint="see all bad images: convnext data check DIR --deep")
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether a loader tells that one of its processes was killed."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def build_loader(
@@ -378,7 +465,8 @@ def build_loader(
         dataset,  # type: ignore[arg-type]  # collate turns its samples into batches
         batch_sampler=sampler,
         batch_size=1 if sampler else None,
-        collate_fn=collate if sampler else None,
+        # A stream's batches are left as they are; the default would turn its arrays into tensors.
+        collate_fn=collate if sampler else _unchanged,  # type: ignore[arg-type]  # as above
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent and num_workers > 0,

@@ -15,8 +15,8 @@ The promise is weaker than the indexed reader's:
 - damage inside a shard is noticed only where the tar format shows it.
 
 What stays: shard order and random choices change every epoch and follow from the seed; nothing is
-unpickled and only images and class numbers are read; a bad image is left out in training and marked
-on the one that takes its place, and is fatal in evaluation.
+unpickled and only images and class numbers are read; a bad image is left out in training and named
+with the one that takes its place, and is fatal in evaluation.
 """
 
 import random
@@ -36,14 +36,19 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from convnext_cli.data.augment import View
-from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.augment import View, view_bytes
+from convnext_cli.data.decode import BadImage
 from convnext_cli.data.index import IMAGE_EXTENSIONS
 from convnext_cli.data.order import image_rng, philox
-from convnext_cli.data.reader import PADDING, Batch, Sample, collate
+from convnext_cli.data.reader import PADDING, Batch, Sample, Unusable, collate
 from convnext_cli.errors import DataError
 
 LABEL_EXTENSION = "cls"
+
+WEAKER_PROMISE = (
+    "data.mode=stream: the order depends on devices and workers, an epoch may repeat or miss images,"
+    " and a resume begins its epoch again; convnext data index makes the same shards exact"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ class StreamReader(IterableDataset[Batch]):
         if waiting:
             px = self.view.image_px
             blank_CHW = torch.zeros((3, px, px), dtype=torch.uint8)
-            padding = Sample(blank_CHW, PADDING, PADDING, replaced=False)
+            padding = Sample(blank_CHW, PADDING, PADDING)
             yield collate(waiting + [padding] * (self.stream.batch - len(waiting)))
 
     def _samples(self, epoch: int, *, worker: int, num_workers: int) -> Iterator[Sample]:
@@ -142,7 +147,7 @@ class StreamReader(IterableDataset[Batch]):
             random.Random(seed).shuffle(urls)
         own = urls[stream.rank :: stream.world]
         own = own[worker % len(own) :: num_workers] if training else own[worker::num_workers]
-        replaced = False
+        bad: list[Unusable] = []
         for lap in range(1 << 62 if training else 1):
             address = (lap << 48) | (stream.rank << 24) | (worker + 1)
             raw = philox(stream.seed, purpose="stream", major=epoch, minor=address)
@@ -155,31 +160,35 @@ class StreamReader(IterableDataset[Batch]):
             for member in members:
                 seen += 1
                 try:
-                    sample = self._sample(member, epoch=epoch, lap=lap, replaced=replaced)
+                    sample = self._sample(member, epoch=epoch, lap=lap)
                 except BadImage as error:
+                    name = f"{member['__url__']}/{error.key}"
                     if not training:
-                        raise DataError(f"{member['__url__']}: sample {error}") from error
-                    replaced = True
+                        raise DataError(
+                            f"sample {name}: {error.reason}",
+                            hint="repair the shard, or leave the image out of it",
+                        ) from error
+                    bad.append(Unusable(PADDING, name, error.reason))
                 else:
-                    replaced = False
-                    yield sample
+                    yield sample._replace(bad=tuple(bad))
+                    bad = []
             if training and not seen:
                 raise DataError(
                     f"{', '.join(own[:3])}: no samples with an image and a .cls",
                     hint="look inside: tar tf SHARD",
                 )
 
-    def _sample(self, member: dict[str, Any], *, epoch: int, lap: int, replaced: bool) -> Sample:
+    def _sample(self, member: dict[str, Any], *, epoch: int, lap: int) -> Sample:
         key = str(member["__key__"])
         data = next((member[ext] for ext in IMAGE_EXTENSIONS if ext in member), None)
         if data is None or LABEL_EXTENSION not in member:
             raise BadImage(key, "no image" if data is None else "no .cls")
         number = _number(f"{member['__url__']}/{key}")
         label = _label(member[LABEL_EXTENSION], key=key, num_classes=self.stream.num_classes)
-        image_CHW = decode_rgb(data, key=key)
         # A second lap over the shards counts as another epoch: other crops.
         rng = image_rng(self.stream.seed, epoch=(lap << 32) | epoch, sample=number)
-        return Sample(self.view(image_CHW, rng), label, number, replaced)
+        image_CHW, choices = view_bytes(data, view=self.view, stream=rng, key=key)
+        return Sample(image_CHW, label, number, choices)
 
 
 def list_shards(urls: str | Sequence[str], *, allow_pipe: bool) -> list[str]:

@@ -12,7 +12,7 @@ Pure: depends on the arguments alone, imports no torch.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 from convnext_cli.catalog.datasets import DATASETS
 from convnext_cli.catalog.models import Variant, count_parameters, estimate_macs, find_variant
@@ -20,6 +20,14 @@ from convnext_cli.errors import PlanError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.durations import Duration
 from convnext_cli.recipe.schema import Optim, Precision, Recipe
+
+SUSTAINED_FLOPS = 1e14
+"""What a device is assumed to sustain, in floating-point operations a second: said beside every
+number that depends on it."""
+
+CORE_IMAGES, CORE_IMAGES_AUGMENTED = 500, 300
+"""Images that a core loads in a second at 224 px, without and with RandAugment by Pillow.
+Source: benchmarks/README.md."""
 
 _MOST_PASSES_OVER_FEWEST = 4
 """A batch that splits into still smaller passes, as a prime number does, would crawl."""
@@ -66,6 +74,12 @@ class Plan:
     compile: bool
     channels_last: bool
     workers: int
+    augment_on: Literal["cpu", "device"]
+    """Where RandAugment is done."""
+    loader_images_per_second: float
+    """What the loader processes of a node give, estimated from cores of the benchmark."""
+    device_images_per_second: float | None
+    """What the devices of a node take, at `SUSTAINED_FLOPS` each; None on a CPU."""
     eval_per_device_images: int
     eval_every_steps: int | None
     checkpoint_every_steps: int | None
@@ -177,6 +191,10 @@ def make_plan(
     precision: Precision = "bf16" if on_gpu else "fp32"
     if compute.precision != "auto":
         precision = compute.precision
+    workers = _workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers
+    augment_on: Literal["cpu", "device"] = "device" if on_gpu else "cpu"
+    if recipe.augment.augment_on != "auto":
+        augment_on = recipe.augment.augment_on
     images_read = total_steps * global_images
     every = recipe.evaluate.every
     save = recipe.checkpoint.every
@@ -204,7 +222,16 @@ def make_plan(
         precision=precision,
         compile=on_gpu if compute.compile == "auto" else compute.compile,
         channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
-        workers=_workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers,
+        workers=workers,
+        augment_on=augment_on,
+        loader_images_per_second=estimate_loader_rate(
+            cluster,
+            workers=workers,
+            augments=recipe.augment.rand_augment is not None and augment_on == "cpu",
+        ),
+        device_images_per_second=SUSTAINED_FLOPS / (6 * macs) * cluster.devices_per_node
+        if on_gpu
+        else None,
         eval_per_device_images=recipe.batch.per_device_images * 3 // 2
         if recipe.evaluate.per_device_images == "auto"
         else recipe.evaluate.per_device_images,
@@ -276,19 +303,29 @@ def _resolve_classes(recipe: Recipe, facts: DataFacts) -> int:
 def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
     """(images a device and pass, passes a step): as few passes as the device's limit allows."""
     global_images, world = recipe.batch.global_images, cluster.world_size
+    limit, unit = recipe.batch.per_device_images, _unit(recipe)
     per_step, rest = divmod(global_images, world)
     if rest:
-        most = min(world, global_images)
-        fewer = next(count for count in range(most, 0, -1) if global_images % count == 0)
+        whole = max(1, global_images // unit)
+        fewer = next(count for count in range(min(world, whole), 0, -1) if whole % count == 0)
         raise PlanError(
             f"batch.global_images: {global_images} images per step do not split over"
             f" {world} devices",
             hint=f"use a number of devices that divides {global_images}, such as {fewer}",
         )
-    limit = recipe.batch.per_device_images
+    if limit < unit or per_step % unit:
+        few = limit < unit
+        raise PlanError(
+            f"{'batch.per_device_images' if few else 'batch.global_images'}: mixup and cutmix pair"
+            f" neighbours, but a device takes {limit if few else per_step} images"
+            f" {'a pass' if few else 'a step'}",
+            hint="take an even number: batch.per_device_images=2"
+            if few
+            else _hint_for_batch(recipe, _even_batch(global_images, recipe, cluster)),
+        )
     fewest = math.ceil(per_step / limit)
     most = min(per_step, _MOST_PASSES_OVER_FEWEST * fewest)
-    passes = next((n for n in range(fewest, most + 1) if per_step % n == 0), None)
+    passes = next((n for n in range(fewest, most + 1) if per_step % (n * unit) == 0), None)
     if passes is None:
         raise PlanError(
             f"batch.global_images: {global_images} images, {per_step} a device, do not split into"
@@ -299,10 +336,16 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
 
 
 def _even_batch(images: int, recipe: Recipe, cluster: Cluster) -> int:
-    """At most so many images per step, in even passes; one a device at least."""
-    per_step = max(1, images // cluster.world_size)
-    passes = math.ceil(per_step / recipe.batch.per_device_images)
+    """At most so many images per step, in even passes; the fewest a pass can have at least."""
+    unit = _unit(recipe)
+    per_step = max(unit, images // cluster.world_size)
+    passes = math.ceil(per_step / recipe.batch.per_device_images) * unit
     return per_step // passes * passes * cluster.world_size
+
+
+def _unit(recipe: Recipe) -> int:
+    """What the images of a pass are a multiple of: mixing pairs neighbours within a pass."""
+    return 1 if recipe.mix.mixup is None and recipe.mix.cutmix is None else 2
 
 
 def _hint_for_batch(recipe: Recipe, global_images: int) -> str:
@@ -337,6 +380,18 @@ def _resolve_lr(optim: Optim, global_images: int) -> tuple[float, str]:
         f"{optim.lr:g} at {optim.lr_images} images becomes {lr:.4g} at {global_images}"
         f" (lr_rule: {optim.lr_rule})"
     )
+
+
+def estimate_loader_rate(cluster: Cluster, *, workers: int, augments: bool) -> float:
+    """Images per second that the loader processes of a node give.
+
+    Args:
+        cluster: What there is.
+        workers: Loader processes a device; with none the training process loads.
+        augments: Whether they do RandAugment, too.
+    """
+    processes = min(max(1, workers) * cluster.devices_per_node, cluster.cpus_per_node)
+    return processes * (CORE_IMAGES_AUGMENTED if augments else CORE_IMAGES)
 
 
 def _workers(cluster: Cluster) -> int:

@@ -127,6 +127,14 @@ class Data(Section):
     cache_dir: str | None = None
     """Node-local folder for shards that come from a URL; null: the user's cache folder."""
 
+    cache_gb: Positive | None = None
+    """Largest size of that folder, in 1e9 bytes: the shards used longest ago make room; null: the
+    disk, but for 10 GB."""
+
+    bad_frac: Fraction = 1e-4
+    """Share of the training images that may turn out unusable, one image at least, before the run
+    stops; 0: none."""
+
     mean: Triple = IMAGENET_MEAN
     """Mean of the normalisation, per channel, for pixels in 0..1."""
 
@@ -167,6 +175,10 @@ class Augment(Section):
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment policy in timm's notation; null: off."""
 
+    augment_on: Literal["auto", "cpu", "device"] = "auto"
+    """Where RandAugment is done: cpu: in the loader, by Pillow. device: for whole batches there,
+    with the same choices. auto: device on a GPU."""
+
     color_jitter: Positive | None = None
     """Strength of colour jitter, used only without RandAugment. Paper: .4, unused for that
     reason."""
@@ -203,6 +215,10 @@ class Mix(Section):
 
     switch_prob: Fraction = 0.5
     """Probability of cutmix where both are on."""
+
+    group_images: Annotated[int, Field(ge=2, multiple_of=2)] = 128
+    """Images of the global batch that share a draw (mixup or cutmix, its lambda and box), whatever
+    the number of devices. Paper: those of a device, 128 (T/S/B), 64 (L)."""
 
     label_smoothing: BelowOne = 0.1
     """Share of the target that is spread over all classes."""

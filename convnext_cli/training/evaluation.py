@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convnext_cli.data.augment import EvalView
-from convnext_cli.data.build import default_cache_dir
 from convnext_cli.data.card import DatasetCard, read_card
-from convnext_cli.data.fetch import Store
+from convnext_cli.data.fetch import Store, default_cache_dir
 from convnext_cli.data.mix import normalise
 from convnext_cli.data.reader import (
     PADDING,

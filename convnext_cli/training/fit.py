@@ -15,7 +15,8 @@ from torch import nn
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_data, build_mix
-from convnext_cli.data.reader import from_worker
+from convnext_cli.data.reader import from_worker, is_lost_worker
+from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError
 from convnext_cli.models.build import build_model
 from convnext_cli.models.weights import LoadReport, ModelCard, load_into, read_weights
@@ -36,6 +37,7 @@ from convnext_cli.training.checkpoint import Checkpoints, read_step
 from convnext_cli.training.devices import check_devices, quiet_lightning
 from convnext_cli.training.preempt import StopOnSignal
 from convnext_cli.training.progress import ProgressDisplay
+from convnext_cli.training.quarantine import Quarantine
 from convnext_cli.training.recorder import Recorder
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
@@ -48,7 +50,9 @@ CHANGEABLE = (
     "data.path",
     "data.val_path",
     "data.workers",
+    "data.bad_frac",
     "data.cache_dir",
+    "data.cache_gb",
     "batch.per_device_images",
     "compute.",
     "evaluate.every",
@@ -146,6 +150,8 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
     if plan.cluster.rank == 0:
         _write_run(plan, run)
         display.say(told)
+        if plan.recipe.data.mode == "stream":
+            display.say(WEAKER_PROMISE)
     task = Classifier(
         model,
         averaged=None if plan.recipe.ema.decay is None else make_averaged(model),
@@ -157,8 +163,9 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
         task.to_channels_last()
     checkpoints = Checkpoints(run, plan)
     clock = DataClock()
-    recorder = Recorder(run, plan, clock=clock, listeners=[display.show])
-    callbacks = [recorder, checkpoints, StopOnSignal(checkpoints, plan), display]
+    quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
+    recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, listeners=[display.show])
+    callbacks = [recorder, quarantine, checkpoints, StopOnSignal(checkpoints, plan), display]
     trainer = build_trainer(
         plan,
         callbacks=callbacks,
@@ -188,6 +195,13 @@ def _run_trainer(
         _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
         if isinstance(error, DataError):
             raise from_worker(error) from error
+        if is_lost_worker(error):
+            raise RunError(
+                f"a loader process ended unasked after step {task.step}, as the system kills one"
+                f" where memory runs out ({error})",
+                hint="the same command goes on from the last checkpoint; if it happens again, use"
+                f" fewer: data.workers={max(0, plan.workers // 2)}",
+            ) from error
         raise
     _record(run, plan, event="finished", step=task.step)
 

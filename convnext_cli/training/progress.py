@@ -27,9 +27,7 @@ def render_row(row: Row, *, plan: Plan) -> str:
             parts.append(f"waiting for data {row['speed/data_wait_frac']:.0%}")
         parts.append(f"{row['memory/gib']:.1f} GiB")
         if "data/replaced_images" in row:
-            parts.append(
-                f"{row['data/replaced_images']} unreadable images: convnext data check DIR"
-            )
+            parts.append(f"{row['data/replaced_images']} unusable images: see events.jsonl")
     else:
         parts = [f"val top-1 {row['val/top1']:.2f}%", f"loss {row['val/loss']:.4f}"]
         if "val_ema/top1" in row:

@@ -15,6 +15,7 @@ from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, utc_now, write_csv
 from convnext_cli.training.build import chosen_trackers
+from convnext_cli.training.quarantine import Quarantine
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock, Meter, read_memory_gib
 
@@ -29,10 +30,17 @@ class Recorder(pl.Callback):
     """
 
     def __init__(
-        self, run: RunDir, plan: Plan, *, clock: DataClock, listeners: Sequence[Listener] = ()
+        self,
+        run: RunDir,
+        plan: Plan,
+        *,
+        clock: DataClock,
+        quarantine: Quarantine,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.run = run
         self.plan = plan
+        self.quarantine = quarantine
         self.listeners = list(listeners)
         self._file: JsonLines | None = None
         self._meter = Meter(plan.per_device_images * plan.world_size, clock)
@@ -74,11 +82,10 @@ class Recorder(pl.Callback):
         }
         if pl_module.grad_norm is not None:
             row["train/grad_norm"] = float(pl_module.grad_norm)
-        replaced = trainer.strategy.reduce(pl_module.replaced_images, reduce_op="sum")
-        if int(replaced):
-            row["data/replaced_images"] = int(replaced)
+        replaced = self.quarantine.collect(trainer, pl_module)
+        if replaced:
+            row["data/replaced_images"] = replaced
         pl_module.loss_sum = torch.zeros_like(pl_module.loss_sum)
-        pl_module.replaced_images = torch.zeros_like(pl_module.replaced_images)
         self._rows_since = pl_module.step
         self._write(trainer, pl_module.step, row)
         if not math.isfinite(row["train/loss"]):

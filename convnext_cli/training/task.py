@@ -16,7 +16,7 @@ Metric names, as they appear in metrics.jsonl and every tracker:
 | `val/loss`, `val/top1`, `val/top5` | raw weights; accuracies in percent |
 | `val_ema/loss`, `val_ema/top1`, `val_ema/top5` | averaged weights |
 | `speed/images_per_second`, `speed/data_wait_frac` | over all devices; share of time without data |
-| `data/replaced_images` | unreadable images since the row before, for which neighbours stood in |
+| `data/replaced_images` | unusable images since the row before, for which neighbours stood in |
 | `memory/gib` | peak of the device (GPU) or of the process (CPU) |
 """
 
@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convnext_cli.data.mix import BatchMix, normalise
-from convnext_cli.data.order import batch_rng
-from convnext_cli.data.reader import Batch
+from convnext_cli.data.order import pass_rng
+from convnext_cli.data.reader import Batch, Unusable
 from convnext_cli.errors import DataError
 from convnext_cli.models.weights import ModelCard
 from convnext_cli.optim.build import apply_lr, build_optimizer
@@ -78,8 +78,8 @@ class Classifier(pl.LightningModule):
         """Set by whoever writes the next row: measuring costs a pass over the gradients."""
         self.loss_sum = torch.zeros(())
         """Sum of the losses since the row before; stays on the device."""
-        self.replaced_images = torch.zeros((), dtype=torch.int64)
-        """Unreadable images since the row before; stays on the device."""
+        self.bad: list[Unusable] = []
+        """Images that this rank could not use since the row before."""
         self.at_step_end = False
         """Whether the newest pass ended an optimizer step."""
         self.validation: dict[str, float] = {}
@@ -101,13 +101,21 @@ class Classifier(pl.LightningModule):
         """Loss of one pass; Lightning divides it by the passes of a step."""
         micro = batch_idx % self.plan.accumulate_steps
         self.at_step_end = micro == self.plan.accumulate_steps - 1
-        rng = batch_rng(self.plan.recipe.seed, step=self.step, micro=micro, rank=self.global_rank)
+        seed, rank = self.plan.recipe.seed, self.global_rank
+        rng = pass_rng(seed, step=self.step, micro=micro, rank=rank)
         torch.manual_seed(int(rng.integers(2**63)))  # drop path
-        x_NCHW, target_NK = self.mix(batch.image_NCHW, batch.label_N, rng)
+        passes_before = rank * self.plan.accumulate_steps + micro
+        x_NCHW, target_NK = self.mix(
+            batch.image_NCHW,
+            batch.label_N,
+            batch.choices,
+            step=self.step,
+            first=passes_before * self.plan.per_device_images,
+        )
         logits_NK = self.model(self.prepare_images(x_NCHW))
         loss: Tensor = functional.cross_entropy(logits_NK.float(), target_NK)
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
-        self.replaced_images = self.replaced_images.to(loss.device) + batch.replaced_N.sum()
+        self.bad += batch.bad
         return loss
 
     def optimizer_step(

@@ -10,10 +10,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from convnext_cli.data.index import read_index
+from convnext_cli.runs.record import read_jsonl
 
 RECIPE = """
 about: A few steps of the smallest model, for tests.
@@ -182,23 +184,122 @@ def test_a_run_works_in_this_setting(recipe, tiny_shards, more):
     assert all(row["train/grad_norm"] > 0 for row in rows(run_dir(recipe)) if "train/loss" in row)
 
 
-def test_unreadable_images_are_replaced_and_told(recipe, tiny_shards, tmp_path):
-    damaged = tmp_path / "damaged"
-    shutil.copytree(tiny_shards, damaged)
-    for index_path in sorted(damaged.glob("train-*.index.npz")):
+@pytest.fixture
+def damaged(tiny_shards, tmp_path):
+    """A copy of the shards in which every third training image is no image any more."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_shards, folder)
+    for index_path in sorted(folder.glob("train-*.index.npz")):
         index = read_index(index_path)
-        shard = damaged / index_path.name.replace(".index.npz", ".tar")
+        shard = folder / index_path.name.replace(".index.npz", ".tar")
         content = bytearray(shard.read_bytes())
         for offset in index.image_offset[::3]:
             content[offset : offset + 64] = bytes(64)
         shard.write_bytes(content)
+    return folder
 
-    done = train(recipe, damaged)
+
+def test_damaged_images_are_replaced_named_once_and_told(recipe, damaged):
+    done = train(recipe, damaged, "data.bad_frac=1.0")
 
     assert done.returncode == 0, done.stderr
+    events = read_jsonl(run_dir(recipe) / "events.jsonl")
+    keys = [row["key"] for row in events if row["event"] == "quarantined"]
+    reasons = {row["reason"] for row in events if row["event"] == "quarantined"}
+    assert 10 <= len(keys) == len(set(keys)) <= 15
+    assert reasons == {"its bytes are not those that were indexed (xxh3)"}
     told = sum(row.get("data/replaced_images", 0) for row in rows(run_dir(recipe)))
-    assert 5 <= told <= 30
-    assert "unreadable images: convnext data check DIR" in done.stderr
+    assert told >= len(keys)
+    assert f"{len(keys)} images could not be used, and neighbours stood in" in done.stderr
+
+
+def test_more_damage_than_the_budget_allows_ends_the_run_with_a_checkpoint(recipe, damaged):
+    stopped = train(recipe, damaged)
+
+    assert stopped.returncode == 2
+    assert "of 39 training images cannot be used, and data.bad_frac=0.0001 allows 1;" in (
+        stopped.stderr
+    )
+    assert "Traceback" not in stopped.stderr
+    assert (run_dir(recipe) / "checkpoints" / "last.ckpt").exists()
+
+    allowed = train(recipe, damaged, "data.bad_frac=1.0")
+
+    assert allowed.returncode == 0, allowed.stderr
+    assert "going on from" in allowed.stderr
+
+
+def test_damage_in_evaluation_ends_the_run(recipe, tiny_shards, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_shards, folder)
+    index = read_index(folder / "val-000000.index.npz")
+    with (folder / "val-000000.tar").open("r+b") as shard:
+        shard.seek(int(index.image_offset[5]) + 200)
+        shard.write(b"x")
+
+    done = train(recipe, folder)
+
+    assert done.returncode == 2
+    assert "its bytes are not those that were indexed (xxh3)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_shard_that_is_missing_is_told_before_anything_is_spent(recipe, tiny_shards, tmp_path):
+    folder = tmp_path / "lost"
+    shutil.copytree(tiny_shards, folder)
+    lost = sorted(folder.glob("train-*.tar"))[1]
+    lost.unlink()
+
+    done = train(recipe, folder)
+
+    assert done.returncode == 2
+    assert f"{lost}: No such file or directory" in done.stderr
+    assert not run_dir(recipe).exists()
+
+
+def test_a_checkpoint_goes_on_only_with_the_data_it_was_made_with(
+    recipe, finished, image_folder, tmp_path
+):
+    from convnext_cli.data.pack import PackOptions, pack
+
+    checkpoints = run_dir(recipe) / "checkpoints"
+    shutil.copytree(finished.root, run_dir(recipe), symlinks=True)
+    (checkpoints / "last.ckpt").unlink()
+    (checkpoints / "last.ckpt").symlink_to("step=00000002.ckpt")
+    pack(image_folder, tmp_path / "other", options=PackOptions(images_per_shard=16))
+
+    other = train(recipe, tmp_path / "other")
+
+    assert other.returncode == 2
+    assert "the checkpoint was made with data set" in other.stderr
+    assert "images would come twice or never" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_loader_process_that_is_killed_is_told_and_the_next_start_goes_on(
+    recipe, tiny_shards, finished
+):
+    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data"]
+    command += [str(tiny_shards), "--name", "run", "--runs-dir", str(recipe.parent / "runs")]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (run_dir(recipe) / "checkpoints" / "step=00000002.ckpt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    for worker in psutil.Process(process.pid).children():
+        worker.kill()
+    _, told = process.communicate(timeout=60)
+
+    assert process.returncode == 2
+    assert "a loader process ended unasked" in told
+    assert "Traceback" not in told
+
+    again = train(recipe, tiny_shards)
+
+    assert again.returncode == 0, again.stderr
+    last = "checkpoints/last.ckpt"
+    assert_same_weights(finished.root / last, run_dir(recipe) / last)
 
 
 def test_the_same_command_after_the_end_says_what_came_out(tiny_shards, finished):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from convnext_cli.data.build import build_mix
-from convnext_cli.data.reader import Batch
+from convnext_cli.data.reader import Batch, Sample, collate
 from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.cluster import Cluster
@@ -196,8 +196,9 @@ def train_ours(case, batches):
     seen = LossOfEachPass()
     quiet_lightning()
     trainer = build_trainer(plan, callbacks=[seen], loggers=[], clock=DataClock())
-    none, good = torch.full((IMAGES,), -1), torch.zeros(IMAGES, dtype=torch.bool)
-    passes = [Batch(pixels, labels, none, good) for pixels, labels in batches]
+    none = torch.full((IMAGES,), -1)
+    choices = collate([Sample(pixels, 0, 0) for pixels in batches[0][0]]).choices
+    passes = [Batch(pixels, labels, none, choices, ()) for pixels, labels in batches]
     loader = DataLoader(passes, batch_size=None)
     trainer.fit(task, train_dataloaders=loader, val_dataloaders=[])
     assert task.step == STEPS

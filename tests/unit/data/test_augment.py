@@ -1,5 +1,6 @@
 # ruff: noqa: NPY002  # the global state is what these tests are about
 
+import io
 import pickle
 import random
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from convnext_cli.data.augment import EvalView, TrainView, draw_crop, eval_side_px
+from convnext_cli.data.augment import (
+    EvalView,
+    TrainView,
+    draw_crop,
+    draw_erased,
+    eval_side_px,
+    view_bytes,
+)
+from convnext_cli.data.decode import decode_rgb
 from convnext_cli.data.order import image_rng
 
 
@@ -29,13 +38,24 @@ PHOTO = smooth_image(75, 100)
         TrainView(image_px=32),
         TrainView(image_px=32, rand_augment=None, color_jitter=0.4),
         TrainView(image_px=32, rand_augment=None, interpolation="bilinear"),
-        EvalView(image_px=32),
-        EvalView(image_px=32, crop="warp", interpolation="bilinear"),
     ],
-    ids=["train", "jitter", "bilinear", "center", "warp"],
+    ids=["train", "jitter", "bilinear"],
 )
-def test_any_image_becomes_a_square_of_pixels(view, size):
+def test_any_image_becomes_a_square_of_pixels_for_training(view, size):
     result = view(smooth_image(*size), image_rng(0, epoch=0, sample=0))
+
+    assert tuple(result.shape) == (3, 32, 32)
+    assert result.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("size", [(75, 100), (8, 8), (1, 1), (32, 300), (400, 3)])
+@pytest.mark.parametrize(
+    "view",
+    [EvalView(image_px=32), EvalView(image_px=32, crop="warp", interpolation="bilinear")],
+    ids=["center", "warp"],
+)
+def test_any_image_becomes_a_square_of_pixels_for_evaluation(view, size):
+    result = view(smooth_image(*size))
 
     assert tuple(result.shape) == (3, 32, 32)
     assert result.dtype == torch.uint8
@@ -86,10 +106,9 @@ def test_half_of_the_views_are_flipped():
 
 
 def test_crops_keep_the_asked_share_of_the_area_and_aspect_ratio():
-    image = torch.zeros(3, 400, 600, dtype=torch.uint8)
     random.seed(0)
 
-    boxes = [draw_crop(image, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)) for _ in range(500)]
+    boxes = [draw_crop(400, 600, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)) for _ in range(500)]
 
     areas = np.array([box.height * box.width for box in boxes]) / (400 * 600)
     ratios = np.array([box.width / box.height for box in boxes])
@@ -180,3 +199,60 @@ def test_the_fill_of_empty_corners_is_the_mean_colour():
     reds = [r for r in results if (r[0] == 255).any() and r[1:].max() == 0]
     assert len(reds) > 20  # rotated, sheared or shifted ones
     assert Image.fromarray(reds[0].permute(1, 2, 0).numpy()).getpixel((16, 16)) == (0, 0, 0)
+
+
+def jpeg_of(image: torch.Tensor) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(sink, "JPEG", quality=95, subsampling=0)
+    return sink.getvalue()
+
+
+def test_decoding_only_the_crop_gives_the_view_of_the_whole_image():
+    data = jpeg_of(smooth_image(300, 400))
+    view = TrainView(image_px=64)
+
+    for sample in range(20):
+        rng = [image_rng(0, epoch=0, sample=sample) for _ in range(2)]
+        ours, _ = view_bytes(data, view=view, stream=rng[0], key="x")
+
+        assert torch.equal(ours, view(decode_rgb(data, key="x"), rng[1]))
+
+
+def test_what_is_left_for_the_device_is_what_the_cpu_would_have_done():
+    here, there = TrainView(image_px=32), TrainView(image_px=32, augment_on="device")
+
+    for sample in range(20):
+        rng = [image_rng(0, epoch=0, sample=sample) for _ in range(2)]
+        draws = [
+            view.draw(75, 100, stream) for view, stream in zip((here, there), rng, strict=True)
+        ]
+        _, done = here.make(PHOTO[:, :40, :40], draws[0])
+        _, left = there.make(PHOTO[:, :40, :40], draws[1])
+
+        assert np.array_equal(draws[0].ops, draws[1].ops)
+        assert draws[0].box == draws[1].box
+        assert len(done.ops) == 0
+        assert np.array_equal(left.ops, draws[1].ops)
+
+
+def test_a_quarter_of_the_images_is_erased_in_boxes_of_the_published_sizes():
+    rng = np.random.default_rng(0)
+    erased = np.array([draw_erased(224, prob=0.25, rng=rng) for _ in range(4000)])
+
+    top, bottom, left, right = erased[:, :4].T
+    areas = ((bottom - top) * (right - left) / 224**2)[bottom > 0]
+    assert 900 < len(areas) < 1100
+    assert 0.018 < areas.min() < 0.03
+    assert 0.3 < areas.max() < 0.35
+    assert erased.min() >= 0
+    assert max(bottom.max(), right.max()) <= 224
+
+
+def test_an_image_is_erased_alike_whatever_else_is_drawn_for_it():
+    plain = TrainView(image_px=32, erasing=1.0, rand_augment=None)
+    full = TrainView(image_px=32, erasing=1.0, augment_on="device")
+
+    draws = [view.draw(75, 100, image_rng(0, epoch=0, sample=4)) for view in (plain, full)]
+
+    assert draws[0].box == draws[1].box
+    assert np.array_equal(draws[0].erased, draws[1].erased)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from convnext_cli.data.augment import Choices
 from convnext_cli.data.mix import (
     NOT_MIXED,
     BatchMix,
@@ -11,14 +12,13 @@ from convnext_cli.data.mix import (
     MixDraw,
     cutmix_box,
     denormalise,
-    draw_erasing,
     draw_mix,
     erase,
     make_target,
     mix_images,
+    noise_bank,
     normalise,
 )
-from convnext_cli.data.order import batch_rng
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -53,42 +53,33 @@ def test_normalising_keeps_channels_last():
     assert x.dtype == torch.bfloat16
 
 
-def test_a_quarter_of_the_images_is_erased_in_boxes_of_the_published_sizes():
-    boxes = draw_erasing(4000, height=224, width=224, prob=0.25, rng=np.random.default_rng(0))
-
-    assert 900 < len(boxes) < 1100
-    areas = np.array([box.area_px for box in boxes.values()]) / 224**2
-    assert 0.019 < areas.min() < 0.03
-    assert 0.30 < areas.max() < 0.335
-    aspects = [(b.bottom - b.top) / (b.right - b.left) for b in boxes.values()]
-    assert 0.29 < min(aspects) < 0.35
-    assert 2.9 < max(aspects) < 3.45
-    assert all(
-        0 <= b.top < b.bottom <= 224 and 0 <= b.left < b.right <= 224 for b in boxes.values()
-    )
+def erased_boxes(*rows: tuple[int, ...]) -> np.ndarray:
+    return np.array(rows, dtype=np.int32)
 
 
 def test_erasing_changes_only_the_pixels_in_the_boxes():
     x = torch.full((3, 3, 10, 12), 5.0)
-    box = Box(top=2, bottom=7, left=1, right=11)
+    boxes = erased_boxes((0,) * 6, (2, 7, 1, 11, 3, 4), (0,) * 6)
 
-    erased = erase(x.clone(), boxes={1: box}, noise_seed=0)
+    erased = erase(x.clone(), erased_N6=boxes, noise=noise_bank(0, x.device))
 
     changed = erased != 5.0
     assert changed[1, :, 2:7, 1:11].all()
-    assert int(changed.sum()) == 3 * box.area_px
+    assert int(changed.sum()) == 3 * 5 * 10
 
 
-def test_erased_pixels_are_standard_normal_noise_that_follows_from_the_seed():
-    boxes = {i: Box(top=0, bottom=64, left=0, right=64) for i in range(4)}
+def test_erased_pixels_are_standard_normal_noise_cut_from_their_own_place():
+    bank = noise_bank(7, torch.device("cpu"))
+    boxes = erased_boxes(*((0, 64, 0, 64, 300 * n, 1000) for n in range(4)))
 
-    noise = erase(torch.zeros(4, 3, 64, 64), boxes=boxes, noise_seed=7)
-    again = erase(torch.zeros(4, 3, 64, 64), boxes=boxes, noise_seed=7)
+    noise = erase(torch.zeros(4, 3, 64, 64), erased_N6=boxes, noise=bank)
 
-    assert torch.equal(noise, again)
     assert abs(float(noise.mean())) < 0.02
     assert abs(float(noise.std()) - 1) < 0.02
+    assert torch.equal(noise[1, :, :, :24], bank[:, 300:364, 1000:])
+    assert torch.equal(noise[1, :, :, 24:], bank[:, 300:364, :40])
     assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(bank, noise_bank(8, torch.device("cpu")))
 
 
 def test_half_of_the_batches_are_mixed_by_cutmix_and_half_by_mixup():
@@ -135,28 +126,35 @@ def test_a_cutmix_box_is_cut_at_the_border():
     )
 
 
-def test_mixup_blends_each_image_with_its_mirror_partner():
+def test_mixup_blends_each_image_with_its_neighbour_by_its_own_lambda():
     x = some_images().float()
+    lams = (0.3, 0.3, 0.6, 0.6, 1.0, 1.0)
 
-    mixed = mix_images(x, MixDraw(kind="mixup", lam=0.3))
+    mixed = mix_images(x, [MixDraw(kind="mixup", lam=lam) for lam in lams])
 
-    torch.testing.assert_close(mixed[0], 0.3 * x[0] + 0.7 * x[5])
-    torch.testing.assert_close(mixed[4], 0.3 * x[4] + 0.7 * x[1])
+    torch.testing.assert_close(mixed[0], 0.3 * x[0] + 0.7 * x[1])
+    torch.testing.assert_close(mixed[3], 0.6 * x[3] + 0.4 * x[2])
+    assert torch.equal(mixed[4], x[4])
 
 
 def test_cutmix_takes_the_patch_of_the_partner_and_nothing_else():
     x = some_images().float()
     box = Box(top=2, bottom=5, left=3, right=9)
+    patched, plain = MixDraw(kind="cutmix", lam=0.9, box=box), MixDraw(kind="mixup", lam=0.5)
 
-    mixed = mix_images(x, MixDraw(kind="cutmix", lam=0.9, box=box))
+    mixed = mix_images(x, [patched, patched, plain, plain, NOT_MIXED, NOT_MIXED])
 
-    assert torch.equal(mixed[1, :, 2:5, 3:9], x[4, :, 2:5, 3:9])
+    assert torch.equal(mixed[1, :, 2:5, 3:9], x[0, :, 2:5, 3:9])
     mixed[1, :, 2:5, 3:9] = x[1, :, 2:5, 3:9]
     assert torch.equal(mixed[1], x[1])
+    torch.testing.assert_close(mixed[2], (x[2] + x[3]) / 2)
+    assert torch.equal(mixed[5], x[5])
 
 
 def test_targets_are_smoothed_and_mixed_and_sum_to_one():
-    target = make_target(torch.tensor([0, 3]), num_classes=4, smoothing=0.1, lam=0.7)
+    draw = MixDraw(kind="mixup", lam=0.7)
+
+    target = make_target(torch.tensor([0, 3]), num_classes=4, smoothing=0.1, draws=[draw] * 2)
 
     on, off = 0.9 + 0.1 / 4, 0.1 / 4
     expected = 0.7 * torch.tensor([on, off, off, off]) + 0.3 * torch.tensor([off, off, off, on])
@@ -165,21 +163,21 @@ def test_targets_are_smoothed_and_mixed_and_sum_to_one():
 
 
 def test_without_smoothing_and_mixing_targets_are_one_hot():
-    target = make_target(torch.tensor([2, 0]), num_classes=3, smoothing=0.0, lam=1.0)
+    labels = torch.tensor([2, 0])
+
+    target = make_target(labels, num_classes=3, smoothing=0.0, draws=[NOT_MIXED] * 2)
 
     assert target.tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
-def paper_mix() -> BatchMix:
-    return BatchMix(
-        num_classes=10,
-        mean=MEAN,
-        std=STD,
-        erasing=0.25,
-        mixup=0.8,
-        cutmix=1.0,
-        label_smoothing=0.1,
-    )
+def choices_of(count: int, *, erased: bool = False) -> Choices:
+    box = (1, 9, 2, 12, 5, 6) if erased else (0,) * 6
+    return Choices(np.zeros((count, 0, 0), dtype=np.float32), erased_boxes(*[box] * count))
+
+
+def paper_mix(**changes) -> BatchMix:
+    settings = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "group_images": 4}
+    return BatchMix(num_classes=10, seed=0, mean=MEAN, std=STD, **(settings | changes))
 
 
 def test_a_batch_depends_on_its_address_alone_and_touches_no_global_state():
@@ -190,9 +188,9 @@ def test_a_batch_depends_on_its_address_alone_and_touches_no_global_state():
     torch.manual_seed(1)
     np.random.seed(1)
 
-    x, target = paper_mix()(images, labels, batch_rng(0, step=3, micro=1, rank=2))
-    again = paper_mix()(images, labels, batch_rng(0, step=3, micro=1, rank=2))
-    other, _ = paper_mix()(images, labels, batch_rng(0, step=4, micro=1, rank=2))
+    x, target = paper_mix()(images, labels, choices_of(6, erased=True), step=3, first=8)
+    again = paper_mix()(images, labels, choices_of(6, erased=True), step=3, first=8)
+    other, _ = paper_mix()(images, labels, choices_of(6, erased=True), step=4, first=8)
 
     assert (torch.rand(1).item(), np.random.rand()) == expected_global
     assert torch.equal(x, again[0])
@@ -201,18 +199,44 @@ def test_a_batch_depends_on_its_address_alone_and_touches_no_global_state():
     assert torch.equal(images, some_images())
 
 
+def test_images_of_a_group_share_a_draw_and_groups_have_their_own():
+    draws = paper_mix().draw(step=0, first=2, count=400, px=32)
+
+    assert draws[0] == draws[1]
+    assert draws[2] == draws[5]
+    assert draws[1] != draws[2]
+    assert len(set(draws)) == 101
+
+
+def test_how_a_batch_is_cut_into_passes_changes_nothing():
+    images, labels = some_images(12), torch.arange(12) % 10
+    whole = paper_mix()(images, labels, choices_of(12, erased=True), step=1, first=0)
+
+    parts = [
+        paper_mix()(
+            images[at : at + size],
+            labels[at : at + size],
+            choices_of(size, erased=True),
+            step=1,
+            first=at,
+        )
+        for at, size in ((0, 2), (2, 6), (8, 4))
+    ]
+
+    for field, expected in zip(zip(*parts, strict=True), whole, strict=True):
+        assert torch.equal(torch.cat(field), expected)
+
+
+@pytest.mark.parametrize(("first", "count"), [(1, 4), (0, 5)])
+def test_a_pass_that_parts_a_pair_is_refused(first, count):
+    with pytest.raises(ValueError, match="are not whole pairs"):
+        paper_mix()(some_images(count), torch.arange(count), choices_of(count), step=0, first=first)
+
+
 def test_with_everything_off_a_batch_is_only_normalised():
-    plain = BatchMix(num_classes=10, mean=MEAN, std=STD)
+    plain = paper_mix(mixup=None, cutmix=None, label_smoothing=0.0)
 
-    x, target = plain(some_images(), torch.arange(6), batch_rng(0, step=0))
+    x, target = plain(some_images(5), torch.arange(5), choices_of(5), step=0, first=0)
 
-    assert torch.equal(x, normalise(some_images(), mean=MEAN, std=STD))
-    assert torch.equal(target, torch.eye(10)[:6])
-
-
-def test_an_odd_batch_mixes_its_middle_image_with_itself():
-    x = some_images(5).float()
-
-    mixed = mix_images(x, MixDraw(kind="mixup", lam=0.5))
-
-    torch.testing.assert_close(mixed[2], x[2])
+    assert torch.equal(x, normalise(some_images(5), mean=MEAN, std=STD))
+    assert torch.equal(target, torch.eye(10)[:5])

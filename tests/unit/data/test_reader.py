@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from convnext_cli.data.augment import EvalView, TrainView
+from convnext_cli.data.augment import Choices, EvalView, TrainView
 from convnext_cli.data.card import DatasetCard, Shard, Split, index_name
 from convnext_cli.data.fetch import Store
-from convnext_cli.data.index import scan_shard, write_index
+from convnext_cli.data.index import read_index, scan_shard, write_index
 from convnext_cli.data.order import Order
 from convnext_cli.data.reader import (
     Batch,
@@ -117,12 +117,20 @@ def train_batches(dataset, *, num_workers, rank=0, world=1, accumulate=1, steps=
 def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
-        for field, expected in zip(one, other, strict=True):
+        for field, expected in zip(one[:3], other[:3], strict=True):
             assert torch.equal(field, expected)
+        for array, known in zip(one.choices, other.choices, strict=True):
+            assert np.array_equal(array, known)
+        assert one.bad == other.bad
 
 
 def joined(batches: list[Batch]) -> Batch:
-    return Batch(*(torch.cat(fields) for fields in zip(*batches, strict=True)))
+    fields = list(zip(*batches, strict=True))
+    return Batch(
+        *(torch.cat(tensors) for tensors in fields[:3]),
+        Choices(*(np.concatenate(arrays) for arrays in zip(*fields[3], strict=True))),
+        sum(fields[4], ()),
+    )
 
 
 def test_a_batch_holds_pixels_labels_and_ids(dataset):
@@ -130,7 +138,7 @@ def test_a_batch_holds_pixels_labels_and_ids(dataset):
 
     assert (tuple(batch.image_NCHW.shape), batch.image_NCHW.dtype) == ((8, 3, 16, 16), torch.uint8)
     assert batch.label_N.tolist() == [n % NUM_CLASSES for n in batch.sample_N.tolist()]
-    assert batch.replaced_N.tolist() == [False] * 8
+    assert batch.bad == ()
 
 
 def test_pixels_are_the_shards_own(dataset):
@@ -207,16 +215,60 @@ def damaged(tmp_path):
     return tmp_path, write_dataset(tmp_path, [images])
 
 
-def test_a_bad_image_in_training_is_replaced_by_the_next_good_one_and_marked(damaged):
+def test_a_bad_image_in_training_is_replaced_by_the_next_good_one_and_named(damaged):
     reader = reader_of(*damaged)
 
     sample = reader[0, 4]
 
-    assert (sample.sample, sample.label, sample.replaced) == (4, 6 % NUM_CLASSES, True)
+    assert (sample.sample, sample.label) == (4, 6 % NUM_CLASSES)
     assert not torch.equal(sample.image_CHW, reader[0, 6].image_CHW)  # a view of its own
-    assert reader.key(4) == "train-000000.tar/0004"
-    assert reader.bad_reason(4) == "PostScript, not JPEG, PNG or WEBP"
-    assert reader.bad_reason(6) is None
+    assert [(bad.sample, bad.key) for bad in sample.bad] == [
+        (4, "train-000000.tar/0004"),
+        (5, "train-000000.tar/0005"),
+    ]
+    assert sample.bad[0].reason == "PostScript, not JPEG, PNG or WEBP"
+    assert reader[0, 6].bad == ()
+
+
+def test_a_flipped_bit_that_decodes_is_noticed_by_the_digest(tmp_path):
+    card = write_dataset(tmp_path, [good_images(0, 6)])
+    index = read_index(tmp_path / index_name("train-000000.tar"))
+    with (tmp_path / "train-000000.tar").open("r+b") as shard:
+        shard.seek(int(index.image_offset[2] + index.image_bytes[2] // 2))
+        byte = shard.read(1)[0]
+        shard.seek(-1, 1)
+        shard.write(bytes([byte ^ 4]))
+
+    sample = reader_of(tmp_path, card)[0, 2]
+
+    assert [(bad.key, bad.reason) for bad in sample.bad] == [
+        ("train-000000.tar/0002", "its bytes are not those that were indexed (xxh3)")
+    ]
+    assert sample.label == 3
+
+
+def test_a_shard_that_is_cut_under_way_lends_images_of_other_shards(tmp_path):
+    card = write_dataset(tmp_path, [good_images(0, 20), good_images(20, 20)])
+    reader = reader_of(tmp_path, card)
+    assert reader[0, 0].bad == ()
+    with (tmp_path / "train-000000.tar").open("r+b") as shard:
+        shard.truncate(1024)
+
+    sample = reader[0, 3]
+
+    assert len(sample.bad) == 8
+    assert {bad.reason for bad in sample.bad} == {"the shard ends inside it"}
+    assert sample.label == 23 % NUM_CLASSES
+
+
+def test_keys_and_labels_of_samples_are_told_without_reading_the_images(dataset):
+    reader = reader_of(*dataset)
+
+    assert reader.names([21, 0, 40]) == [
+        ("train-000001.tar/0021", 1),
+        ("train-000000.tar/0000", 0),
+        ("train-000002.tar/0040", 0),
+    ]
 
 
 def test_a_bad_image_in_evaluation_is_fatal_and_named(damaged):
@@ -229,7 +281,7 @@ def test_a_bad_image_in_evaluation_is_fatal_and_named(damaged):
 def test_a_split_without_any_readable_image_is_refused(tmp_path):
     card = write_dataset(tmp_path, [[("a", b"", 0), ("b", b"", 1)]])
 
-    with pytest.raises(DataError, match="none of 2 samples"):
+    with pytest.raises(DataError, match="2 samples from .* on cannot be used: empty"):
         reader_of(tmp_path, card)[0, 0]
 
 

@@ -68,7 +68,7 @@ def test_batches_are_those_of_the_indexed_reader(shards):
 
     assert (tuple(batch.image_NCHW.shape), batch.image_NCHW.dtype) == ((4, 3, 16, 16), torch.uint8)
     assert batch.label_N.dtype == torch.int64
-    assert batch.replaced_N.tolist() == [False] * 4
+    assert batch.bad == ()
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -115,20 +115,23 @@ def test_a_second_lap_over_the_shards_makes_other_views(shards):
     assert not torch.equal(first.image_NCHW[order[0]], second.image_NCHW[order[1]])
 
 
-def test_a_bad_image_is_left_out_and_the_next_one_marked(tmp_path):
+def test_a_bad_image_is_left_out_and_named_with_the_next_one(tmp_path):
     members = {f"{n}.{e}": d for n in range(4) for e, d in (("jpg", jpeg(n)), ("cls", b"1"))}
     members["1.jpg"] = b"<html>"
     write_tar(tmp_path / "a.tar", members)
 
     reader = stream_of(str(tmp_path / "a.tar"), batch=3, num_batches=1, shuffle_images=0)
 
-    assert next(iter(reader)).replaced_N.tolist() == [False, True, False]
+    bad = next(iter(reader)).bad
+    assert [(one.key, one.reason) for one in bad] == [
+        (f"{tmp_path}/a.tar/1", "text, not JPEG, PNG or WEBP")
+    ]
 
 
 def test_a_bad_image_in_evaluation_is_fatal_and_named(tmp_path):
     write_tar(tmp_path / "a.tar", {"x.jpg": b"", "x.cls": b"0"})
 
-    with pytest.raises(DataError, match=r"a\.tar: sample x: empty"):
+    with pytest.raises(DataError, match=r"a\.tar/x: empty"):
         labels(stream_of(str(tmp_path / "a.tar"), num_batches=None))
 
 

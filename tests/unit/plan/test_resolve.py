@@ -77,14 +77,15 @@ def test_the_batch_equation_holds_or_the_batch_is_refused(world, images, limit):
         refusal = str(error)
 
     if plan is None:
-        assert "batch.global_images" in refusal
+        assert "batch.global_images" in refusal or "batch.per_device_images" in refusal
         return
     assert plan.per_device_images * world * plan.accumulate_steps == images
     assert plan.per_device_images <= limit
+    assert plan.per_device_images % 2 == 0  # mixing pairs neighbours
 
 
 @pytest.mark.parametrize(
-    ("nodes", "devices", "fewer"), [(3, 8, 16), (1, 5, 4), (1, 7, 4), (10**9, 8, 4096)]
+    ("nodes", "devices", "fewer"), [(3, 8, 16), (1, 5, 4), (1, 7, 4), (10**9, 8, 2048)]
 )
 def test_a_batch_that_does_not_split_names_a_number_of_devices_that_works(nodes, devices, fewer):
     with pytest.raises(PlanError, match=f"do not split over {nodes * devices} devices") as caught:
@@ -97,7 +98,7 @@ def test_a_batch_that_does_not_split_names_a_number_of_devices_that_works(nodes,
 
 @pytest.mark.parametrize("rule", ["null", "none"])
 def test_a_batch_that_splits_into_crumbs_is_refused(rule):
-    overrides = ("batch.global_images=4099", "optim.lr_images=4099", f"optim.lr_rule={rule}")
+    overrides = ("batch.global_images=4106", "optim.lr_images=4106", f"optim.lr_rule={rule}")
     one = Cluster()
     with pytest.raises(PlanError, match="do not split into even passes of 32 to 128") as caught:
         plan_of(*overrides, cluster=one)
@@ -111,7 +112,7 @@ def test_a_huge_prime_batch_is_refused_at_once():
 
     with pytest.raises(PlanError, match="do not split into even passes"):
         plan_of(
-            "batch.global_images=1000000000039", "optim.lr_rule=none",
+            "batch.global_images=2000000000078", "optim.lr_rule=none",
             "batch.per_device_images=10000000", facts=facts, cluster=Cluster(),
         )  # fmt: skip
 
@@ -341,3 +342,49 @@ def test_any_recipe_plans_or_says_why_not(train, val, classes, world, images, le
         return
     assert 0 <= plan.warmup_steps < plan.total_steps
     assert plan.steps_per_epoch * images + plan.dropped_images == train
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (("batch.global_images=39",), "a device takes 39 images a step"),
+        (("batch.per_device_images=1",), "a device takes 1 images a pass"),
+    ],
+)
+def test_a_pass_that_would_part_a_mixed_pair_is_refused(overrides, found):
+    settings = (*overrides, "optim.lr_rule=none")
+    with pytest.raises(PlanError, match=found) as caught:
+        plan_of(*settings, cluster=Cluster())
+
+    assert follow(caught.value.hint, *settings, cluster=Cluster()).per_device_images % 2 == 0
+
+
+def test_without_mixing_a_pass_may_hold_an_odd_number_of_images():
+    overrides = ("mix.mixup=null", "mix.cutmix=null", "batch.global_images=39")
+
+    plan = plan_of(*overrides, "optim.lr_rule=none", cluster=Cluster())
+
+    assert plan.per_device_images == 39
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "used"),
+    [("cuda", "auto", "device"), ("cpu", "auto", "cpu"), ("cuda", "cpu", "cpu")],
+)
+def test_rand_augment_happens_on_a_gpu_where_there_is_one_and_nothing_else_is_asked(
+    device, asked, used
+):
+    plan = plan_of(f"augment.augment_on={asked}", cluster=Cluster(device=device))
+
+    assert plan.augment_on == used
+
+
+def test_cores_that_also_augment_load_fewer_images():
+    node = Cluster(devices_per_node=8, cpus_per_node=64)
+    here, there = (
+        plan_of(f"augment.augment_on={place}", cluster=node) for place in ("cpu", "device")
+    )
+
+    assert here.loader_images_per_second < there.loader_images_per_second
+    assert here.device_images_per_second == there.device_images_per_second
+    assert plan_of(cluster=Cluster(device="cpu")).device_images_per_second is None

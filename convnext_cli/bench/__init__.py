@@ -1,0 +1,1 @@
+"""Paired measurements against named peers; `convnext bench` runs them."""

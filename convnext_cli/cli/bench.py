@@ -1,0 +1,151 @@
+"""`convnext bench`: measure the loader against its peers, and what an order costs."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.errors import DataError
+
+app = typer.Typer(no_args_is_help=True, help="Measure speed, paired with named peers.")
+
+PEERS = ("timm", "timm-plain", "torchvision", "webdataset", "dali")
+
+
+@app.command()
+def loader(
+    *,
+    data: Annotated[str, typer.Option(help="Packed data set: a folder.", metavar="DIR")],
+    against: Annotated[
+        str, typer.Option(help="Peers, with commas between them.", metavar="NAMES")
+    ] = "timm,timm-plain,torchvision,webdataset",
+    workers: Annotated[int, typer.Option(help="Loader processes of each system.", min=1)] = 2,
+    batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 64,
+    image_px: Annotated[int, typer.Option(help="Side of the images.", min=8)] = 224,
+    images: Annotated[int, typer.Option(help="Images that a system loads in a round.")] = 1000,
+    rounds: Annotated[int, typer.Option(help="How often each system is measured.", min=1)] = 5,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare the loader with others on your images: images per second and core.
+
+    All systems run at once and load in turn; ratios are of CPU time, the median of the rounds.
+    Peers: timm, timm-plain (without RandAugment), torchvision, webdataset, and dali where it is
+    installed.
+
+    Example: convnext bench loader --data packed --against timm,torchvision
+    """
+    from convnext_cli.bench.loader import compare_loaders
+    from convnext_cli.data.fetch import is_url
+
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    for name in names:
+        if name not in PEERS:
+            raise DataError(
+                f"--against: there is no system named {name}",
+                hint=f"take some of {','.join(PEERS)}",
+            )
+    if is_url(data):
+        raise DataError(
+            f"--data {data}: a loader is measured on local files",
+            hint="copy the data set first; the network would be measured otherwise",
+        )
+    with console.status("starting") as status:
+        report = compare_loaders(
+            str(Path(data).expanduser()),
+            peers=names,  # type: ignore[arg-type]  # checked above
+            image_px=image_px,
+            batch=batch,
+            workers=workers,
+            images=images,
+            rounds=rounds,
+            on_progress=status.update,
+        )
+    if json_output:
+        fracs = {rate.system: report.limit_frac(rate.system) for rate in report.rates}
+        print_json(asdict(report) | {"limit_frac": fracs})
+        return
+    console.print(
+        f"{report.images:,} images of {report.mean_bytes / 1e3:,.0f} kB, {report.image_px} px,"
+        f" batches of {report.batch}, {report.workers} processes, {report.rounds} rounds"
+    )
+    table = make_table(
+        *("system", ">images/s a core", ">low", ">high", ">share of the limit", ">images/s")
+    )
+    for rate in sorted(report.rates, key=lambda rate: -rate.images_per_core_second):
+        table.add_row(
+            rate.system,
+            f"{rate.images_per_core_second:,.0f}",
+            f"{rate.low:,.0f}",
+            f"{rate.high:,.0f}",
+            f"{report.limit_frac(rate.system):.0%}",
+            f"{rate.wall_images_per_second:,.0f}",
+        )
+    print_table(table)
+    table = make_table("this project", "against", ">times as fast", ">low", ">high")
+    for pair in report.ratios:
+        low_high = (f"{pair.low:.2f}", f"{pair.high:.2f}")
+        table.add_row(pair.ours, pair.peer, f"{pair.ratio:.2f}", *low_high)
+    print_table(table)
+    stages = ", ".join(f"{stage.name} {stage.milliseconds:.2f}" for stage in report.stages)
+    console.print(
+        f"milliseconds an image, alone: {stages}; reading and decoding the crop alone are the"
+        f" limit: {report.limit_images_per_core_second:,.0f} images/s a core",
+        soft_wrap=True,
+    )
+    for name, why in report.failed.items():
+        console.print(f"{name} was left out: {why}", soft_wrap=True, style="yellow")
+
+
+@app.command()
+def order(
+    *,
+    images: Annotated[int, typer.Option(help="Images of the data set.", min=1)] = 14_197_122,
+    shards: Annotated[int, typer.Option(help="Its shards.", min=1)] = 1420,
+    global_images: Annotated[int, typer.Option(help="Images a step.", min=1)] = 4096,
+    kind: Annotated[Literal["full", "window"], typer.Option(help="data.order.")] = "window",
+    lanes: Annotated[int, typer.Option(help="data.lanes.", min=1)] = 256,
+    world: Annotated[int, typer.Option(help="Devices.", min=1)] = 64,
+    json_output: JsonOption = False,
+) -> None:
+    """Time the plan of any step of a large data set, and show how well its order mixes.
+
+    The data set itself is not needed.
+
+    Example: convnext bench order --images 14197122 --shards 1420
+    """
+    from convnext_cli.bench.order import measure_order
+
+    if images < shards or images < global_images:
+        raise DataError(
+            f"--images {images} is fewer than --shards {shards} or --global-images {global_images}",
+            hint=f"take --images {max(shards, global_images)} or more",
+        )
+    try:
+        report = measure_order(
+            images=images,
+            shards=shards,
+            global_images=global_images,
+            kind=kind,
+            lanes=lanes,
+            world=world,
+        )
+    except ValueError as error:
+        raise DataError(str(error), hint="take another --world") from error
+    if json_output:
+        print_json(asdict(report))
+        return
+    console.print(
+        f"{report.images:,} images in {report.shards:,} shards, {report.global_images:,} a step,"
+        f" order {report.kind}: any step of any epoch is known to a rank after"
+        f" {report.first_seconds:.3f} s and {report.peak_mib:,.0f} MiB, the next one after"
+        f" {report.next_seconds * 1e3:.2f} ms",
+        soft_wrap=True,
+    )
+    console.print(
+        f"pairs of a batch from the same shard: {report.same_shard_rate:.2f} times a uniform"
+        f" shuffle; one of eight nodes reads {report.node_shards:,} shards in an epoch",
+        soft_wrap=True,
+    )

@@ -1,0 +1,110 @@
+"""Training images that could not be used: named once, counted, and too many of them end the run.
+
+The loader puts a neighbour in the place of each (`data.reader`); here all ranks agree on what was
+lost, `events.jsonl` gets its key and reason, and `data.bad_frac` says how much may be lost.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import distributed
+
+from convnext_cli.data.reader import Unusable
+from convnext_cli.errors import DataError
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.record import JsonLines, read_jsonl, utc_now
+from convnext_cli.training.checkpoint import Checkpoints
+from convnext_cli.training.task import Classifier
+
+EVENT = "quarantined"
+
+
+class Quarantine(pl.Callback):
+    """Keeps the unusable images of a run; the same on every rank.
+
+    Args:
+        run: Where events are written.
+        plan: Its budget is a share of the training images, and at least one image.
+        checkpoints: Saves before the run ends.
+        say: Tells people one line; called on rank 0 only.
+    """
+
+    def __init__(
+        self, run: RunDir, plan: Plan, *, checkpoints: Checkpoints, say: Callable[[str], None]
+    ) -> None:
+        self.run = run
+        self.plan = plan
+        self.checkpoints = checkpoints
+        self.say = say
+        self.reasons: dict[str, str] = {}
+        """Why, by key."""
+        frac = plan.recipe.data.bad_frac
+        self.allowed = max(1, int(frac * plan.train_images)) if frac else 0
+        """Images that may be unusable."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known so far."""
+        return {"reasons": dict(self.reasons)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.reasons = dict(state_dict["reasons"])
+
+    def collect(self, trainer: pl.Trainer, task: Classifier) -> int:
+        """Gather from all ranks what could not be used since the last call; how many images.
+
+        Every rank calls it at the same step.
+        """
+        own, task.bad = task.bad, []
+        count = torch.tensor(float(len(own)), device=task.device)
+        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        if not total:
+            return 0
+        found = own
+        if trainer.world_size > 1:
+            parts: list[list[Unusable]] = [[] for _ in range(trainer.world_size)]
+            distributed.all_gather_object(parts, own)
+            found = [bad for part in parts for bad in part]
+        new = {bad.key: bad.reason for bad in found if bad.key not in self.reasons}
+        self.reasons |= new
+        if new and trainer.is_global_zero:
+            # A resume meets again what an earlier attempt has written down.
+            told = {row.get("key") for row in read_jsonl(self.run.events)}
+            with JsonLines(self.run.events) as events:
+                for key in sorted(new.keys() - told):
+                    row = {"event": EVENT, "time": utc_now(), "step": task.step}
+                    events.write({**row, "key": key, "reason": new[key]})
+        return total
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
+    ) -> None:
+        """Save and end the run where more images are lost than it may lose."""
+        assert isinstance(pl_module, Classifier)
+        lost = len(self.reasons)
+        if lost <= self.allowed or not pl_module.at_step_end:
+            return
+        self.checkpoints.save(trainer, pl_module)
+        key, reason = min(self.reasons.items())
+        enough = 10.0 ** math.ceil(math.log10((lost + 1) / self.plan.train_images))
+        raise DataError(
+            f"{lost} of {self.plan.train_images:,} training images cannot be used, and"
+            f" data.bad_frac={self.plan.recipe.data.bad_frac:g} allows {self.allowed}; such as"
+            f" {key}: {reason}",
+            hint=f"{self.run.events} names them: repair them, or allow more with"
+            f" data.bad_frac={min(1.0, enough):g}; the same command goes on",
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell at the end what was lost."""
+        del pl_module
+        if self.reasons and trainer.is_global_zero:
+            images = "1 image" if len(self.reasons) == 1 else f"{len(self.reasons)} images"
+            self.say(
+                f"{images} could not be used, and neighbours stood in; keys and reasons:"
+                f" {self.run.events}"
+            )
