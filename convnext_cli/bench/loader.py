@@ -32,12 +32,10 @@ from convnext_cli.data.augment import TrainView
 from convnext_cli.data.card import DatasetCard, read_card
 from convnext_cli.data.decode import decode_region, read_image_size
 from convnext_cli.data.fetch import Store
-from convnext_cli.data.order import image_rng
+from convnext_cli.data.order import image_rng, own_global_random
 from convnext_cli.data.randaugment import apply_ops_pillow, build_policy
 from convnext_cli.data.reader import ImageReader
 from convnext_cli.errors import DataError
-
-_LOG_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,10 @@ class _Process:
             if line.startswith("{"):
                 answer: dict[str, float] = json.loads(line)
                 return answer
-        told = self.log.read_text().strip().splitlines()[-_LOG_LINES:]
+        told = self.log.read_text().strip().splitlines() or ["without a word"]
+        why = next((line for line in reversed(told) if "Error" in line), told[-1])
         raise DataError(
-            f"{self.name} ended: {told[-1] if told else 'without a word'}",
+            f"{self.name} ended: {why.strip()}",
             hint="leave it out of --against",
         )
 
@@ -285,6 +284,7 @@ def measure_stages(
     policy = build_policy(
         POLICY, image_px=image_px, mean=view.mean, interpolation=view.interpolation
     )
+    own_global_random()  # as a loader process does
     samples = range(min(limit, len(reader)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

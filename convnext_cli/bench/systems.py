@@ -6,12 +6,13 @@
 | `convnext-device` | this project, RandAugment left to the device |
 | `timm` | timm's `create_dataset` and `create_loader` on class folders, with RandAugment |
 | `timm-plain` | the same without RandAugment |
+| `timm-float` | the same as `timm` without its prefetcher: what it gives a CPU |
 | `torchvision` | `ImageFolder` and the transforms of its reference, in Pillow, with RandAugment |
 | `webdataset` | `WebDataset` with `decode("pil")` and timm's transform, with RandAugment |
 | `dali` | NVIDIA DALI on the CPU: its webdataset reader, cubic resize and RandAugment |
 
-All crop, resize with an antialiased cubic filter, and flip; all hand over uint8, but torchvision,
-whose reference normalises in the loader. Erasing, mixup and cutmix are left out everywhere: every
+All crop, resize with an antialiased cubic filter, and flip; all hand over uint8, but `timm-float`
+and torchvision, which normalise in the loader. Erasing, mixup and cutmix are left out everywhere: every
 system can do them on the device. timm's `PrefetchLoader`, which copies to the device, is left out
 too: what is compared is the making of batches.
 
@@ -46,7 +47,14 @@ from convnext_cli.data.order import Order
 from convnext_cli.data.reader import ImageReader, StepSampler, build_loader
 
 SystemName = Literal[
-    "convnext", "convnext-device", "timm", "timm-plain", "torchvision", "webdataset", "dali"
+    "convnext",
+    "convnext-device",
+    "timm",
+    "timm-plain",
+    "timm-float",
+    "torchvision",
+    "webdataset",
+    "dali",
 ]
 SYSTEMS: tuple[SystemName, ...] = get_args(SystemName)
 
@@ -84,6 +92,7 @@ def iter_batches(name: SystemName, setting: Setting) -> Iterator[int]:
         "convnext-device": partial(_iter_convnext, augment_on="device"),
         "timm": partial(_iter_timm, policy=POLICY),
         "timm-plain": partial(_iter_timm, policy=None),
+        "timm-float": partial(_iter_timm, policy=POLICY, prefetches=False),
         "torchvision": _iter_torchvision,
         "webdataset": _iter_webdataset,
         "dali": _iter_dali,
@@ -111,7 +120,7 @@ def _iter_convnext(setting: Setting, *, augment_on: Literal["cpu", "device"]) ->
         yield len(batch.image_NCHW)
 
 
-def _iter_timm(setting: Setting, *, policy: str | None) -> Iterator[int]:
+def _iter_timm(setting: Setting, *, policy: str | None, prefetches: bool = True) -> Iterator[int]:
     dataset = create_dataset("", root=setting.folder, split="train", is_training=True)
     _guard_posterize()
     fetcher = create_loader(
@@ -124,10 +133,11 @@ def _iter_timm(setting: Setting, *, policy: str | None) -> Iterator[int]:
         interpolation="bicubic",
         num_workers=setting.workers,
         persistent_workers=setting.workers > 0,
+        use_prefetcher=prefetches,
         device=torch.device("cpu"),
     )
     for _ in count():
-        for images, _ in fetcher.loader:
+        for images, _ in fetcher.loader if prefetches else fetcher:
             yield len(images)
 
 

@@ -12,7 +12,7 @@ from convnext_cli.errors import DataError
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, paired with named peers.")
 
-PEERS = ("timm", "timm-plain", "torchvision", "webdataset", "dali")
+PEERS = ("timm", "timm-plain", "timm-float", "torchvision", "webdataset", "dali")
 
 
 @app.command()
@@ -21,7 +21,7 @@ def loader(
     data: Annotated[str, typer.Option(help="Packed data set: a folder.", metavar="DIR")],
     against: Annotated[
         str, typer.Option(help="Peers, with commas between them.", metavar="NAMES")
-    ] = "timm,timm-plain,torchvision,webdataset",
+    ] = "timm,timm-plain,timm-float,torchvision,webdataset",
     workers: Annotated[int, typer.Option(help="Loader processes of each system.", min=1)] = 2,
     batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 64,
     image_px: Annotated[int, typer.Option(help="Side of the images.", min=8)] = 224,
@@ -32,8 +32,8 @@ def loader(
     """Compare the loader with others on your images: images per second and core.
 
     All systems run at once and load in turn; ratios are of CPU time, the median of the rounds.
-    Peers: timm, timm-plain (without RandAugment), torchvision, webdataset, and dali where it is
-    installed.
+    Peers: timm, timm-plain (without RandAugment), timm-float (without its prefetcher), torchvision,
+    webdataset, and dali where it is installed.
 
     Example: convnext bench loader --data packed --against timm,torchvision
     """

@@ -17,6 +17,7 @@ from rich.progress import (
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.cli.data_index import index
 from convnext_cli.cli.data_order import order
 from convnext_cli.cli.data_show import show
 from convnext_cli.data.report import DatasetReport, Spread
@@ -213,5 +214,6 @@ def _columns() -> tuple[ProgressColumn, ...]:
     )
 
 
+app.command()(index)
 app.command()(order)
 app.command()(show)

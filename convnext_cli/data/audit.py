@@ -8,18 +8,24 @@ image as well, exactly as training does.
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, read_card
+from convnext_cli.data.card import (
+    DatasetCard,
+    Shard,
+    Split,
+    index_name,
+    read_card,
+    shards_location,
+)
 from convnext_cli.data.decode import BadImage, decode_rgb
 from convnext_cli.data.fetch import Expected, Store
-from convnext_cli.data.index import ShardIndex, hash_file, read_index, scan_shard
+from convnext_cli.data.foreign import class_numbers, label_source
+from convnext_cli.data.index import ShardIndex, read_index, scan_shard
 from convnext_cli.data.report import Damage, DatasetReport, SplitReport, Spread
 from convnext_cli.errors import DataError
 
@@ -34,7 +40,7 @@ class _ShardFindings:
     width: Numbers
     height: Numbers
     digests: Numbers
-    keys: Sequence[str]
+    keys: ShardIndex | None
     damage: tuple[Damage, ...]
 
 
@@ -58,6 +64,7 @@ def check_dataset(
     """
     card = read_card(location)
     store = Store(location=str(location), cache_dir=cache_dir)
+    shard_store = replace(store, location=shards_location(card, store.location))
     report = on_progress or (lambda done, total: None)  # noqa: ARG005
     total = sum(split.images for split in card.splits.values())
     done, damage = 0, list(_check_card(card))
@@ -66,7 +73,7 @@ def check_dataset(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for name, split in card.splits.items():
             jobs = [
-                threads.submit(_check_shard, store, shard, classes=len(card.classes), deep=deep)
+                threads.submit(_check_shard, store, shard_store, shard, card=card, deep=deep)
                 for shard in split.shards
             ]
             findings[name] = []
@@ -102,54 +109,66 @@ def _check_card(card: DatasetCard) -> list[Damage]:
     return found
 
 
-def _check_shard(store: Store, shard: Shard, *, classes: int, deep: bool) -> _ShardFindings:
+def _check_shard(
+    store: Store, shard_store: Store, shard: Shard, *, card: DatasetCard, deep: bool
+) -> _ShardFindings:
     damage: list[Damage] = []
     nothing = np.zeros(0, dtype=np.int64)
     try:
-        path = store.path(shard.name, expected=Expected())
+        path = shard_store.path(shard.name, expected=Expected())
         size = path.stat().st_size
         if size != shard.bytes:
             damage.append(Damage(shard.name, f"{size:,} bytes, but the card says {shard.bytes:,}"))
-        elif hash_file(path) != shard.sha256:
-            damage.append(Damage(shard.name, "its bytes are not those that were packed (sha256)"))
-        scanned = scan_shard(path)
+        scan = scan_shard(path, labels=label_source(card), names=True)
     except (DataError, OSError) as error:
         damage.append(Damage(shard.name, str(error)))
-        return _ShardFindings(nothing, nothing, nothing, nothing, (), tuple(damage))
+        return _ShardFindings(nothing, nothing, nothing, nothing, None, tuple(damage))
+    if size == shard.bytes and scan.sha256 != shard.sha256:
+        damage.append(Damage(shard.name, "its bytes are not those that were packed (sha256)"))
+    scanned = replace(scan.index, labels=class_numbers(scan, card))
     index = scanned
     try:
         index = read_index(store.path(index_name(shard.name), expected=Expected()))
         if not _is_same(index, scanned):
             damage.append(Damage(index_name(shard.name), "it does not describe its shard"))
-            index = scanned
+        elif index.digest.any():
+            changed = np.flatnonzero(index.digest != scanned.digest)
+            damage += [
+                Damage(shard.name, f"{index.key(row)}: its bytes are not those that were indexed")
+                for row in changed.tolist()
+            ]
     except DataError as error:
         damage.append(Damage(index_name(shard.name), str(error)))
     if len(scanned) != shard.images:
         damage.append(
             Damage(shard.name, f"{len(scanned):,} images, but the card says {shard.images:,}")
         )
+    outside = (scanned.labels < 0) | (scanned.labels >= len(card.classes))
     damage += [
-        Damage(shard.name, f"{key}: label {label} of {classes} classes")
-        for key, label in zip(scanned.keys, scanned.labels, strict=True)
-        if not 0 <= label < classes
+        Damage(
+            shard.name,
+            f"{scanned.key(row)}: label {scan.label_texts[row]} of {len(card.classes)} classes",
+        )
+        for row in np.flatnonzero(outside).tolist()
     ]
-    with path.open("rb") as file:
-        digests, bad = _read_images(file, scanned, shard=shard.name, deep=deep)
+    if deep:
+        damage += _check_images(path, scanned, shard=shard.name)
     return _ShardFindings(
         labels=scanned.labels.astype(np.int64),
-        width=index.width.astype(np.int64),
-        height=index.height.astype(np.int64),
-        digests=digests,
-        keys=scanned.keys,
-        damage=(*damage, *bad),
+        width=scanned.width.astype(np.int64),
+        height=scanned.height.astype(np.int64),
+        digests=scanned.digest.view(np.int64),
+        keys=scanned,
+        damage=tuple(damage),
     )
 
 
 def _is_same(left: ShardIndex, right: ShardIndex) -> bool:
-    """Whether two indexes agree in all but the sizes of the images."""
-    return list(left.keys) == list(right.keys) and all(
+    """Whether two indexes agree in all but the digests and sizes of the images."""
+    return left.key_text == right.key_text and all(
         np.array_equal(a, b)
         for a, b in (
+            (left.key_end, right.key_end),
             (left.labels, right.labels),
             (left.image_offset, right.image_offset),
             (left.image_bytes, right.image_bytes),
@@ -157,22 +176,17 @@ def _is_same(left: ShardIndex, right: ShardIndex) -> bool:
     )
 
 
-def _read_images(
-    file: BinaryIO, index: ShardIndex, *, shard: str, deep: bool
-) -> tuple[Numbers, list[Damage]]:
-    """A 64-bit digest of each image's bytes; where asked, the images that cannot be decoded."""
-    digests = np.zeros(len(index), dtype=np.int64)
+def _check_images(path: Path, index: ShardIndex, *, shard: str) -> list[Damage]:
+    """The images that cannot be decoded."""
     bad: list[Damage] = []
-    for row, (offset, size) in enumerate(zip(index.image_offset, index.image_bytes, strict=True)):
-        file.seek(int(offset))
-        data = file.read(int(size))
-        digests[row] = int.from_bytes(blake2b(data, digest_size=8).digest(), "big", signed=True)
-        if deep:
+    with path.open("rb") as file:
+        for row in range(len(index)):
+            file.seek(int(index.image_offset[row]))
             try:
-                decode_rgb(data, key=index.keys[row])
+                decode_rgb(file.read(int(index.image_bytes[row])), key=index.key(row))
             except BadImage as error:
                 bad.append(Damage(shard, f"{error.key}: {error.reason}"))
-    return digests, bad
+    return bad
 
 
 def _check_counts(
@@ -232,7 +246,7 @@ def _find_shared(
 
 def _key(findings: Sequence[_ShardFindings], row: int) -> str:
     for found in findings:
-        if row < len(found.keys):
-            return found.keys[row]
-        row -= len(found.keys)
+        if found.keys is not None and row < len(found.keys):
+            return found.keys.key(row)
+        row -= len(found.digests)
     raise AssertionError

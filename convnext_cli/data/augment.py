@@ -136,13 +136,13 @@ class TrainView:
         rng = np.random.Generator(stream)
         flipped = bool(rng.random() < self.hflip)
         erased = draw_erased(self.image_px, prob=self.erasing or 0.0, rng=rng)
+        ops = NO_CHOICES.ops
         with seeded_globals(stream):
             box = draw_crop(height, width, scale=self.crop_scale, ratio=self.crop_ratio)
-        ops = NO_CHOICES.ops
+            if self.rand_augment is not None:
+                ops = draw_ops(self._policy())
         jitter: tuple[tuple[int, float], ...] = ()
-        if self.rand_augment is not None:
-            ops = draw_ops(self._policy(), stream)
-        elif self.color_jitter is not None:
+        if self.rand_augment is None and self.color_jitter is not None:
             jitter = _draw_jitter(self.color_jitter, rng)
         return TrainDraw(box=box, flipped=flipped, ops=ops, jitter=jitter, erased=erased)
 

@@ -51,7 +51,9 @@ class DatasetCard:
     """Names of the classes in label order."""
     splits: Mapping[str, Split]
     options: Mapping[str, Any]
-    """How it was packed."""
+    """How it was packed, or indexed."""
+    shards_at: str | None = None
+    """Folder or URL that the shards' names are appended to; None: the card's own."""
 
     @property
     def fingerprint(self) -> str:
@@ -64,8 +66,13 @@ class DatasetCard:
 
 
 def index_name(shard: str) -> str:
-    """The name of the index beside a shard."""
-    return f"{shard.removesuffix('.tar')}.index.npz"
+    """The name of a shard's index, beside the card; shards in sub-folders have flat ones."""
+    return f"{shard.removesuffix('.tar').replace('/', '--')}.index.npz"
+
+
+def shards_location(card: DatasetCard, location: str) -> str:
+    """Folder or URL of the shards of a card that was read at a location."""
+    return card.shards_at or location
 
 
 def read_card(location: str | Path) -> DatasetCard:
@@ -111,6 +118,7 @@ def read_card(location: str | Path) -> DatasetCard:
                 for name, split in plain["splits"].items()
             },
             options=plain["options"],
+            shards_at=plain.get("shards_at"),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -136,5 +144,6 @@ def write_card(card: DatasetCard, folder: Path) -> None:
                 for name, split in sorted(card.splits.items())
             },
             "options": dict(card.options),
+            **({} if card.shards_at is None else {"shards_at": card.shards_at}),
         },
     )

@@ -1,4 +1,4 @@
-"""What is in a shard: key, label, place and size of every image; written beside it, checked by it.
+"""What is in a shard: key, label, place, size and digest of every image.
 
 A shard is a plain ustar file of samples, each of them neighbours that share a key:
 
@@ -8,22 +8,32 @@ KEY.cls     its label as text    the label is in the index
 KEY.json    where it came from   not needed to read
 ```
 
-The scanner verifies each header's checksum, that nothing follows the end mark, and pairs every
-member; damage is an error with its offset. The tar reader of Python's standard library, which
-WebDataset uses, takes a damaged header in the middle of a stream for the end of the file and drops
-the rest without a word.
+The scanner reads a shard once, from its begin to its end, from a file or a network. It verifies
+each header's checksum, that nothing follows the end mark, and pairs every member; damage is an
+error with its offset. Members that are neither image nor label are counted and never opened. A key
+is a name and never a path: nothing is written or opened by it. The tar reader of Python's standard
+library, which WebDataset uses, takes a damaged header in the middle of a stream for the end of the
+file and drops the rest without a word.
+
+A digest is the 64-bit xxh3 of an image's bytes: a reader notices one flipped bit for one hundredth
+of the time that decoding takes.
 """
 
 import hashlib
+import io
+import json
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
+from convnext_cli.data.decode import BadImage, read_image_size
 from convnext_cli.errors import DataError
 from convnext_cli.runs.record import writing_to
 
@@ -32,23 +42,62 @@ _BLOCK = 512
 _READ_BYTES = 4 << 20
 _MAX_MEMBER_BYTES = 1 << 30
 _MAX_LABEL = (1 << 31) - 1
+NO_NUMBER = -1
+_MAX_LABEL_BYTES = 1 << 20
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_REPACK = "pack the data set again: convnext data pack SOURCE OUT"
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """The samples of one shard, in its order; all columns have the same length."""
 
-    keys: Sequence[str]
+    key_text: bytes
+    """All keys, one after the other, in UTF-8."""
+    key_end: NDArray[np.int64]
+    """Where each ends in that text."""
     labels: NDArray[np.int32]
     image_offset: NDArray[np.int64]
     """Where the image's bytes begin in the shard."""
     image_bytes: NDArray[np.int64]
+    digest: NDArray[np.uint64]
+    """xxh3 of the image's bytes; 0: not known, in indexes of before."""
     width: NDArray[np.int32]
     """Of the image in pixels; 0 where it was not measured."""
     height: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def key(self, row: int) -> str:
+        """The key of one sample; others are not decoded."""
+        begin = int(self.key_end[row - 1]) if row else 0
+        return self.key_text[begin : int(self.key_end[row])].decode()
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys."""
+        return [self.key(row) for row in range(len(self.key_end))]
+
+
+LabelSource = Literal["cls", "txt"] | tuple[Literal["json"], str]
+"""Which member of a sample holds its label: .cls or .txt as a whole, or a field of .json."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All that one pass over a shard tells."""
+
+    index: ShardIndex
+    """Its labels are `NO_NUMBER` where they are names."""
+    label_texts: tuple[str, ...]
+    """Labels as they are written."""
+    num_bytes: int
+    sha256: str
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Members that are neither image nor label, by ending."""
+    unreadable: int = 0
+    """Images whose size could not be read from their header."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +142,11 @@ def iter_members(
         if header == bytes(_BLOCK):
             _check_end(file, end=end, where=where, mark=at)
             return
+        if at == begin and header.startswith(_COMPRESSED):
+            raise DataError(
+                f"{where}: the shard is compressed; shards are plain tar files",
+                hint="unpack it first, such as with gunzip or zstd -d",
+            )
         # the sum of the header's bytes, with blanks in place of the sum itself
         wanted = sum(header[:148]) + 8 * 32 + sum(header[156:])
         if _octal(header[148:156]) != wanted:
@@ -151,94 +205,214 @@ def _pax_path(records: bytes) -> str | None:
     return None
 
 
-def scan_shard(path: Path) -> ShardIndex:
-    """Read the headers and labels of a shard.
+class _Forward(io.RawIOBase):
+    """A file that is read once, from its begin to its end, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._at = 0
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        parts = []
+        while size and (block := self._file.read(_READ_BYTES if size < 0 else size)):
+            self.digest.update(block)
+            self._at += len(block)
+            parts.append(block)
+            size = size if size < 0 else size - len(block)
+        return b"".join(parts)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go forward, by reading."""
+        assert whence == 0
+        assert offset >= self._at
+        while self._at < offset and self.read(min(_READ_BYTES, offset - self._at)):
+            pass
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+def scan_shard(path: Path, *, labels: LabelSource = "cls", names: bool = False) -> Scan:
+    """Read a shard once from begin to end.
+
+    Args:
+        path: A local file.
+        labels: Which members hold the labels.
+        names: Whether a label may be a name; else it must be a class number.
 
     Raises:
-        DataError: The shard is damaged, an image has no label, a label no image, or a key or a
-            member comes twice.
+        DataError: The shard is damaged or compressed, an image has no label, a label no image, a
+            number is no label, or a key or a member comes twice.
     """
-    keys: dict[str, None] = {}
-    labels: list[int] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
     try:
         with path.open("rb") as file:
-            for key, parts in _iter_samples(iter_members(file, where=str(path)), where=path):
-                if key in keys:
-                    raise DataError(
-                        f"{path}: sample {key} comes twice",
-                        hint="pack the data set again: convnext data pack SOURCE OUT",
-                    )
-                image = next((parts[ext] for ext in IMAGE_EXTENSIONS if ext in parts), None)
-                if image is None or "cls" not in parts:
-                    lacking = "image" if image is None else "label (.cls)"
-                    raise DataError(
-                        f"{path}: sample {key} has no {lacking}",
-                        hint="pack the data set again: convnext data pack SOURCE OUT",
-                    )
-                keys[key] = None
-                labels.append(_read_label(file, parts["cls"], where=f"{path}: sample {key}"))
-                offsets.append(image.offset)
-                sizes.append(image.size)
+            size = path.stat().st_size
+            return scan_stream(file, where=str(path), num_bytes=size, labels=labels, names=names)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    return ShardIndex(
-        keys=list(keys),
-        labels=np.array(labels, dtype=np.int32),
-        image_offset=np.array(offsets, dtype=np.int64),
-        image_bytes=np.array(sizes, dtype=np.int64),
-        width=np.zeros(len(keys), dtype=np.int32),
-        height=np.zeros(len(keys), dtype=np.int32),
+
+
+def scan_stream(
+    file: BinaryIO,
+    *,
+    where: str,
+    num_bytes: int | None,
+    labels: LabelSource = "cls",
+    names: bool = False,
+) -> Scan:
+    """The same of a shard that may come over a network.
+
+    Args:
+        file: Read forward only.
+        where: What the shard is called in messages.
+        num_bytes: Its size; None: not known.
+        labels: Which members hold the labels.
+        names: Whether a label may be a name; else it must be a class number.
+
+    Raises:
+        DataError: As `scan_shard`.
+    """
+    forward = _Forward(file)
+    end = 1 << 62 if num_bytes is None else num_bytes
+    keys: dict[str, None] = {}
+    columns: list[tuple[int, int, int, int, int]] = []
+    texts: list[str] = []
+    skipped: Counter[str] = Counter()
+    members = iter_members(forward, where=where, end=end)  # type: ignore[arg-type]  # it reads on
+    for key, parts in _iter_samples(_read_parts(members, forward, labels, skipped), where=where):
+        if key in keys:
+            raise DataError(f"{where}: sample {key} comes twice", hint=_REPACK)
+        keys[key] = None
+        found = (parts.get("image"), parts.get("label"))
+        if not isinstance(found[0], tuple) or not isinstance(found[1], str):
+            lacking = "image" if found[0] is None else f"label ({_ending(labels)})"
+            raise DataError(f"{where}: sample {key} has no {lacking}", hint=_REPACK)
+        columns.append(found[0])
+        texts.append(found[1])
+    if num_bytes is not None and forward.tell() != num_bytes:
+        raise DataError(
+            f"{where}: {forward.tell():,} bytes came, {num_bytes:,} were expected",
+            hint="copy the shard again",
+        )
+    encoded = [key.encode() for key in keys]
+    offset, size, digest, width, height = (
+        zip(*columns, strict=True) if columns else ((), (), (), (), ())
+    )
+    index = ShardIndex(
+        key_text=b"".join(encoded),
+        key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
+        labels=np.array(
+            [
+                _class_number(text, where=f"{where}: sample {key}", names=names)
+                for text, key in zip(texts, keys, strict=True)
+            ],
+            dtype=np.int32,
+        ),
+        image_offset=np.array(offset, dtype=np.int64),
+        image_bytes=np.array(size, dtype=np.int64),
+        digest=np.array(digest, dtype=np.uint64),
+        width=np.array(width, dtype=np.int32),
+        height=np.array(height, dtype=np.int32),
+    )
+    return Scan(
+        index=index,
+        label_texts=tuple(texts),
+        num_bytes=forward.tell(),
+        sha256=forward.digest.hexdigest(),
+        skipped=dict(skipped),
+        unreadable=int((index.width == 0).sum()),
     )
 
 
-def _iter_samples(
-    members: Iterator[Member], *, where: Path
-) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Neighbours with the same key; the key ends at the first dot of the base name."""
-    current: str | None = None
-    parts: dict[str, Member] = {}
+_Image = tuple[int, int, int, int, int]
+"""Offset, size, digest, width and height."""
+_Part = tuple[str, str, str, _Image | str]
+"""Key, the member's name, image or label, and what was read of it."""
+
+
+def _read_parts(
+    members: Iterator[Member],
+    file: _Forward,
+    labels: LabelSource,
+    skipped: Counter[str],
+) -> Iterator[_Part]:
+    """What each member tells, read as it comes by."""
     for member in members:
         folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key = folder + slash + stem
+        stem, _, ending = base.partition(".")
+        ending, key = ending.lower(), folder + slash + stem
+        if ending in IMAGE_EXTENSIONS:
+            data = file.read(member.size)
+            try:
+                width, height = read_image_size(data, key=key)
+            except BadImage:
+                width, height = 0, 0
+            digest = xxh3_64_intdigest(data)
+            yield key, member.name, "image", (member.offset, member.size, digest, width, height)
+        elif ending == _ending(labels).removeprefix("."):
+            if member.size > _MAX_LABEL_BYTES:
+                skipped[ending] += 1
+                continue
+            yield key, member.name, "label", _label_text(file.read(member.size), labels)
+        else:
+            skipped[ending or "(none)"] += 1
+
+
+def _ending(labels: LabelSource) -> str:
+    return f".{labels}" if isinstance(labels, str) else ".json"
+
+
+def _label_text(data: bytes, labels: LabelSource) -> str:
+    """The label as it is written; a field that is not there reads as nothing."""
+    if isinstance(labels, str):
+        return data.decode("utf-8", "replace").strip()
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return ""
+    value = content.get(labels[1]) if isinstance(content, dict) else None
+    return str(value).strip() if isinstance(value, (int, str)) else ""
+
+
+def _iter_samples(
+    parts: Iterator[_Part], *, where: str
+) -> Iterator[tuple[str, dict[str, _Image | str]]]:
+    """Neighbours with the same key; the key ends at the first dot of the base name."""
+    current: str | None = None
+    found: dict[str, _Image | str] = {}
+    for key, name, kind, value in parts:
         if key != current:
             if current is not None:
-                yield current, parts
-            current, parts = key, {}
-        if extension.lower() in parts:
-            raise DataError(
-                f"{where}: {member.name} comes twice",
-                hint="pack the data set again: convnext data pack SOURCE OUT",
-            )
-        parts[extension.lower()] = member
+                yield current, found
+            current, found = key, {}
+        if kind in found:
+            raise DataError(f"{where}: {name} comes twice", hint=_REPACK)
+        found[kind] = value
     if current is not None:
-        yield current, parts
+        yield current, found
 
 
-def _read_label(file: BinaryIO, member: Member, *, where: str) -> int:
-    file.seek(member.offset)
-    text = file.read(min(member.size, 32)).decode("ascii", "replace").strip()
-    if not text.isdigit() or int(text) > _MAX_LABEL:
-        raise DataError(
-            f"{where}: the label is {text!r}, not a class number",
-            hint="pack the data set again: convnext data pack SOURCE OUT",
-        )
-    return int(text)
+def _class_number(text: str, *, where: str, names: bool) -> int:
+    if text.isdigit() and int(text) <= _MAX_LABEL:
+        return int(text)
+    if names:
+        return NO_NUMBER
+    raise DataError(f"{where}: the label is {text[:32]!r}, not a class number", hint=_REPACK)
 
 
 def write_index(index: ShardIndex, path: Path) -> None:
     """Write an index file; the same index gives the same bytes."""
-    keys = [key.encode() for key in index.keys]
     with writing_to(path), path.open("wb") as file:
         np.savez(
             file,
-            key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
-            key_end=np.cumsum([len(key) for key in keys], dtype=np.int64),
+            key_text=np.frombuffer(index.key_text, dtype=np.uint8),
+            key_end=index.key_end,
             labels=index.labels,
             image_offset=index.image_offset,
             image_bytes=index.image_bytes,
+            digest=index.digest,
             width=index.width,
             height=index.height,
         )
@@ -252,18 +426,27 @@ def read_index(path: Path) -> ShardIndex:
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as columns:
-            text, ends = columns["key_text"].tobytes(), columns["key_end"]
-            starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
+            labels = columns["labels"]
             index = ShardIndex(
-                keys=[text[a:b].decode() for a, b in zip(starts, ends, strict=True)],
-                labels=columns["labels"],
+                key_text=columns["key_text"].tobytes(),
+                key_end=columns["key_end"],
+                labels=labels,
                 image_offset=columns["image_offset"],
                 image_bytes=columns["image_bytes"],
+                digest=columns["digest"]
+                if "digest" in columns
+                else np.zeros(len(labels), dtype=np.uint64),
                 width=columns["width"],
                 height=columns["height"],
             )
-        columns_of = (index.keys, index.image_offset, index.image_bytes, index.width, index.height)
-        if any(len(column) != len(index) for column in columns_of):
+        lengths = {
+            len(column)
+            for column in (
+                *(index.key_end, index.labels, index.image_offset, index.image_bytes),
+                *(index.digest, index.width, index.height),
+            )
+        }
+        if len(lengths) > 1:
             raise ValueError("its columns differ in length")  # noqa: TRY301  # told like the rest
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         # RuntimeError: a damaged flag makes the archive look encrypted or of an unknown kind.

@@ -26,16 +26,11 @@ import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
-import signal
 import tarfile
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -45,7 +40,8 @@ from PIL import Image, UnidentifiedImageError
 
 from convnext_cli.data.card import CARD_NAME, DatasetCard, Shard, Split, index_name, read_card
 from convnext_cli.data.card import write_card as write_dataset_card
-from convnext_cli.data.index import hash_file, scan_shard, write_index
+from convnext_cli.data.index import scan_shard, write_index
+from convnext_cli.data.pool import iter_done
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source
 from convnext_cli.errors import DataError, Stopped, StorageError
 from convnext_cli.runs.record import read_json, sync, write_json, writing_to, written_whole
@@ -462,7 +458,7 @@ def _run(
     report = on_progress or (lambda done, total: None)  # noqa: ARG005
     report(done_images, all_images)
     try:
-        for images in _each(tasks, workers=min(workers, len(tasks))):
+        for images in iter_done(_write_shard, tasks, workers=workers, doing="packing"):
             done_images += images
             report(done_images, all_images)
     except KeyboardInterrupt as error:
@@ -470,49 +466,6 @@ def _run(
             f"packing was interrupted after {done_images:,} of {all_images:,} images",
             hint="the same command goes on where it stopped",
         ) from error
-
-
-def _each(tasks: Sequence[_Task], *, workers: int) -> Iterator[int]:
-    """Images of each shard as it is finished."""
-    if workers <= 1:
-        yield from map(_write_shard, tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    try:
-        # Ctrl-C is for the parent alone. Workers inherit that it is ignored; told it by themselves,
-        # they would hear it too late while they start.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            futures: list[Future[int]] = [pool.submit(_write_shard, task) for task in tasks]
-        finally:
-            signal.signal(signal.SIGINT, before)
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a packing process died, perhaps for want of memory",
-            hint="give fewer: --workers 1; the same command goes on where it stopped",
-        ) from error
-    except KeyboardInterrupt:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """End with the parent; a worker would otherwise wait for ever for one that was killed."""
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _write_shard(task: _Task) -> int:
@@ -528,23 +481,19 @@ def _write_shard(task: _Task) -> int:
     partial_index = folder / f".{index_path.name}.{os.getpid()}.tmp"
     try:
         with writing_to(path):
-            sizes, labels, unreadable = _write_tar(task, partial)
+            labels, unreadable = _write_tar(task, partial)
+        scan = scan_shard(partial)
         record = _Record(
             name=task.name,
             tried=len(task.entries),
-            images=len(sizes),
-            bytes=partial.stat().st_size,
-            sha256=hash_file(partial),
+            images=len(scan.index),
+            bytes=scan.num_bytes,
+            sha256=scan.sha256,
             labels=labels,
             unreadable=unreadable,
         )
-        if sizes:
-            index = replace(
-                scan_shard(partial),
-                width=np.array([width for width, _ in sizes], dtype=np.int32),
-                height=np.array([height for _, height in sizes], dtype=np.int32),
-            )
-            write_index(index, partial_index)
+        if len(scan.index):
+            write_index(scan.index, partial_index)
             with writing_to(path):
                 sync(partial_index)
                 partial_index.replace(index_path)
@@ -557,11 +506,8 @@ def _write_shard(task: _Task) -> int:
     return len(task.entries)
 
 
-def _write_tar(
-    task: _Task, partial: Path
-) -> tuple[list[tuple[int, int]], dict[str, int], list[tuple[str, str]]]:
-    """(width, height) of each image written, images of each label, (path, reason) of the rest."""
-    sizes: list[tuple[int, int]] = []
+def _write_tar(task: _Task, partial: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Images of each label, and (path, reason) of those that are left out."""
     labels: dict[str, int] = {}
     unreadable: list[tuple[str, str]] = []
     with (
@@ -580,12 +526,11 @@ def _write_tar(
             _add(tar, f"{entry.key}.jpg", jpeg)
             _add(tar, f"{entry.key}.cls", str(sample.label).encode())
             _add(tar, f"{entry.key}.json", json.dumps(about, sort_keys=True).encode())
-            sizes.append((width, height))
             labels[str(sample.label)] = labels.get(str(sample.label), 0) + 1
         tar.close()
         sink.flush()
         os.fsync(sink.fileno())
-    return sizes, dict(sorted(labels.items())), unreadable
+    return dict(sorted(labels.items())), unreadable
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

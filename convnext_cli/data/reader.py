@@ -43,7 +43,7 @@ from convnext_cli.data.card import DatasetCard, Shard, index_name, shards_locati
 from convnext_cli.data.decode import BadImage
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.index import ShardIndex, read_index
-from convnext_cli.data.order import Order, evaluation_share, image_rng
+from convnext_cli.data.order import Order, evaluation_share, image_rng, own_global_random
 from convnext_cli.errors import DataError
 
 PADDING = -1
@@ -387,7 +387,10 @@ class EvaluationSampler(Sampler[list[Place]]):
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch; in a worker, straight into shared memory."""
     return Batch(
-        image_NCHW=default_collate([sample.image_CHW for sample in samples]),
+        # Pixel by pixel, as images come from the decoder: copied in one piece.
+        image_NCHW=default_collate(
+            [sample.image_CHW.permute(1, 2, 0) for sample in samples]
+        ).permute(0, 3, 1, 2),
         label_N=torch.tensor([sample.label for sample in samples]),
         sample_N=torch.tensor([sample.sample for sample in samples]),
         choices=Choices(
@@ -411,13 +414,14 @@ def _leaving() -> "Synchronized[bool]":
     return leaving
 
 
-def leave_signals_to_main(worker: int, *, leaving: "Synchronized[bool]") -> None:
+def start_worker(worker: int, *, leaving: "Synchronized[bool]") -> None:
     """Let a worker outlive signals: it ends when the main process tells it to, or is gone.
 
     Batch systems send theirs to every process of a job, and a worker that died of one would break
     the pass after which the main process writes its checkpoint.
     """
     del worker
+    own_global_random()
 
     def end_with_main(number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -470,7 +474,7 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=persistent and num_workers > 0,
-        worker_init_fn=partial(leave_signals_to_main, leaving=_leaving()),
+        worker_init_fn=partial(start_worker, leaving=_leaving()),
         multiprocessing_context=start_method if num_workers > 0 else None,
         # Its own generator: else every iterator moves the global random state on.
         generator=torch.Generator(),

@@ -63,8 +63,9 @@ def shift_lines(
     mixed = taps[first] * weights_T1M[first]
     for k in range(first + 1, 4 - first):
         mixed.addcmul_(taps[k], weights_T1M[k])
-    # Cut off, not rounded: as Pillow.
-    result: Image = mixed.clamp_(0, 255).to(torch.uint8).view(image_HWC.shape).numpy()
+    # Cut off, not rounded, as Pillow; a hair is added, so that a whole number that single precision
+    # puts just below itself does not fall to the one before.
+    result: Image = mixed.add_(5e-4).clamp_(0, 255).to(torch.uint8).view(image_HWC.shape).numpy()
     _fill_outside(result if axis == "rows" else result.transpose(1, 0, 2), shift_M, along, fill)
     return result
 

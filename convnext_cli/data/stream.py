@@ -46,8 +46,8 @@ from convnext_cli.errors import DataError
 LABEL_EXTENSION = "cls"
 
 WEAKER_PROMISE = (
-    "data.mode=stream: the order depends on devices and workers, an epoch may repeat or miss images,"
-    " and a resume begins its epoch again; convnext data index makes the same shards exact"
+    "data.mode=stream: the order depends on devices and workers, an epoch may repeat or miss"
+    " images, and a resume begins its epoch again; convnext data index makes the same shards exact"
 )
 
 

@@ -1,14 +1,12 @@
 """RandAugment on the device, and on the CPU, against timm's Pillow operations."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from convnext_cli.data.order import image_rng
+from convnext_cli.data.order import image_rng, seeded_globals
 from convnext_cli.data.randaugment import (
     OPS,
     apply_ops,
@@ -27,6 +25,9 @@ POLICIES = (
     "rand-m5-mmax20-p1.0",
     "rand-m9-tweights-inc1",
 )
+
+INCREASING = {op.name for op in auto_augment.rand_augment_transform("rand-m9-inc1", {}).ops}
+NAMES = INCREASING | {op.name for op in auto_augment.rand_augment_transform("rand-m9", {}).ops}
 
 
 def photo(seed: int) -> np.ndarray:
@@ -94,6 +95,21 @@ def test_an_operation_on_the_device_gives_timms_pixels(name, interpolation):
     assert np.mean(means) <= (0.05 if moves else 0)
 
 
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("name", [name for name in OPS if name in NAMES])
+def test_an_operation_on_the_cpu_gives_timms_pixels(name, interpolation):
+    text = "rand-m9-inc1" if name in INCREASING else "rand-m9"
+    policy = build_policy(text, image_px=PX, mean=MEAN, interpolation=interpolation)
+    moves = name.startswith(("Shear", "Translate"))
+    for argument in map(float, np.float32(arguments_of(name))):
+        ops = np.array([[OPS.index(name), argument]], dtype=np.float32)
+        for image, pixels in zip(PHOTOS, BATCH, strict=True):
+            ours = apply_ops_pillow(pixels, ops, policy=policy)
+            largest, mean = largest_and_mean(ours, timms(name, argument, image, interpolation))
+            assert largest <= (1 if moves else 0)
+            assert mean < (0.3 if moves else 1e-9)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_both_paths_of_a_drawn_policy_give_timms_pixels(policy):
     ours = build_policy(policy, image_px=PX, mean=MEAN, interpolation="bicubic")
@@ -102,11 +118,10 @@ def test_both_paths_of_a_drawn_policy_give_timms_pixels(policy):
     for sample in range(60):
         image = PHOTOS[sample % 3]
         pixels = torch.from_numpy(image).permute(2, 0, 1)
-        ops = draw_ops(ours, image_rng(0, epoch=0, sample=sample))
-        seeds = image_rng(0, epoch=0, sample=sample).random_raw(2)
-        random.seed(int(seeds[0]))
-        np.random.seed(int(seeds[1]) & 0xFFFFFFFF)  # noqa: NPY002  # what timm draws from
-        theirs = np.asarray(ours(Image.fromarray(image))).astype(int)
+        with seeded_globals(image_rng(0, epoch=0, sample=sample)):
+            ops = draw_ops(ours)
+        with seeded_globals(image_rng(0, epoch=0, sample=sample)):
+            theirs = np.asarray(ours(Image.fromarray(image))).astype(int)
         here.append(largest_and_mean(apply_ops_pillow(pixels, ops, policy=ours), theirs)[1])
         device = apply_ops(pixels[None], ops[None], mean=MEAN, interpolation="bicubic")[0]
         there.append(largest_and_mean(device, theirs)[1])

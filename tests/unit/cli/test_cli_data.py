@@ -104,7 +104,11 @@ def test_check_of_damaged_data_gives_json_and_exit_code_2(run_cli, image_folder,
         {
             "where": "val-000000.tar",
             "what": "its bytes are not those that were packed (sha256)",
-        }
+        },
+        {
+            "where": "val-000000.tar",
+            "what": "val/cross/004: its bytes are not those that were indexed",
+        },
     ]
     assert "error: packed is damaged: val-000000.tar" in done.stderr
 

@@ -74,7 +74,7 @@ def dataset(tmp_path):
                     member = tarfile.TarInfo(f"{n}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        write_index(scan_shard(path), tmp_path / index_name(path.name))
+        write_index(scan_shard(path).index, tmp_path / index_name(path.name))
         size = path.stat().st_size
         shard = Shard(name=path.name, images=10, bytes=size, sha256=hash_file(path))
         shards.append(Split(name=split, shards=(shard,), class_images=(5, 5)))

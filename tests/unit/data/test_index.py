@@ -7,8 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from xxhash import xxh3_64_intdigest
 
-from convnext_cli.data.index import iter_members, read_index, scan_shard, write_index
+from convnext_cli.data.index import (
+    hash_file,
+    iter_members,
+    read_index,
+    scan_shard,
+    write_index,
+)
 from convnext_cli.errors import DataError
 
 
@@ -32,7 +40,7 @@ def shard(tmp_path: Path) -> Path:
 
 
 def test_a_scan_finds_every_sample_and_where_its_image_lies(shard):
-    index = scan_shard(shard)
+    index = scan_shard(shard).index
 
     assert list(index.keys) == ["a/0", "a/1", "b/0"]
     assert index.labels.tolist() == [3, 0, 12]
@@ -48,7 +56,7 @@ def test_long_names_are_read_in_every_tar_format(tmp_path, kind):
     key = "/".join(["folder" * 5] * 4) + "/name"
     shard = write_tar(tmp_path / "s.tar", sample(key, 1), kind=kind)
 
-    assert list(scan_shard(shard).keys) == [key]
+    assert list(scan_shard(shard).index.keys) == [key]
 
 
 def test_every_flipped_bit_of_a_header_is_refused(shard):
@@ -127,7 +135,7 @@ def test_a_tar_inside_a_tar_is_read_in_place(tmp_path):
 
 
 def test_an_index_is_read_as_it_was_written_and_gives_the_same_bytes(shard, tmp_path):
-    index = replace(scan_shard(shard), width=np.array([4, 5, 6], dtype=np.int32))
+    index = replace(scan_shard(shard).index, width=np.array([4, 5, 6], dtype=np.int32))
     write_index(index, tmp_path / "a.npz")
     write_index(index, tmp_path / "b.npz")
 
@@ -140,7 +148,7 @@ def test_an_index_is_read_as_it_was_written_and_gives_the_same_bytes(shard, tmp_
 
 
 def test_a_damaged_index_is_refused(shard, tmp_path):
-    write_index(scan_shard(shard), tmp_path / "a.npz")
+    write_index(scan_shard(shard).index, tmp_path / "a.npz")
     data = (tmp_path / "a.npz").read_bytes()
 
     for content in (b"", b"no zip", data[: len(data) // 2]):
@@ -150,7 +158,7 @@ def test_a_damaged_index_is_refused(shard, tmp_path):
 
 
 def test_no_flipped_bit_of_an_index_is_a_surprise(shard, tmp_path):
-    index = scan_shard(shard)
+    index = scan_shard(shard).index
     write_index(index, tmp_path / "a.npz")
     data = (tmp_path / "a.npz").read_bytes()
     refused = 0
@@ -171,7 +179,7 @@ def test_no_flipped_bit_of_an_index_is_a_surprise(shard, tmp_path):
 
 
 def test_an_index_with_columns_of_several_lengths_is_refused(shard, tmp_path):
-    write_index(replace(scan_shard(shard), width=np.array([4, 5])), tmp_path / "a.npz")
+    write_index(replace(scan_shard(shard).index, width=np.array([4, 5])), tmp_path / "a.npz")
 
     with pytest.raises(DataError, match="its columns differ in length"):
         read_index(tmp_path / "a.npz")
@@ -182,3 +190,64 @@ def test_an_index_is_never_unpickled(tmp_path):
 
     with pytest.raises(DataError, match="index cannot be read"):
         read_index(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("magic", [b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd"])
+def test_a_compressed_shard_is_refused_and_never_unpacked(tmp_path, magic):
+    (tmp_path / "bomb.tar").write_bytes(magic + bytes(2000))
+
+    with pytest.raises(DataError, match="the shard is compressed"):
+        scan_shard(tmp_path / "bomb.tar")
+
+
+def test_a_name_with_dots_ends_at_the_first(tmp_path):
+    members = [("a/x.seg.png", b"mask"), ("a/x.jpg", b"image"), ("a/x.cls", b"3")]
+
+    scan = scan_shard(write_tar(tmp_path / "s.tar", members))
+
+    assert scan.index.keys == ["a/x"]
+    assert dict(scan.skipped) == {"seg.png": 1}
+
+
+def test_a_scan_gives_the_hash_the_digests_and_the_sizes_in_one_pass(tmp_path):
+    sink = io.BytesIO()
+    Image.new("RGB", (31, 17)).save(sink, "PNG")
+    image = sink.getvalue()
+    shard = write_tar(
+        tmp_path / "s.tar",
+        [("a.png", image), ("a.cls", b"1"), ("b.jpg", b"no image"), ("b.cls", b"0")],
+    )
+
+    scan = scan_shard(shard)
+
+    assert scan.sha256 == hash_file(shard)
+    assert scan.num_bytes == shard.stat().st_size
+    assert scan.index.digest.tolist() == [
+        xxh3_64_intdigest(image),
+        xxh3_64_intdigest(b"no image"),
+    ]
+    assert list(zip(scan.index.width, scan.index.height, strict=True)) == [(31, 17), (0, 0)]
+    assert scan.unreadable == 1
+
+
+def test_a_member_that_says_it_is_larger_than_the_shard_is_refused(shard):
+    data = bytearray(shard.read_bytes())
+    data[124:136] = b"77777777777\0"
+    header = bytes(data[:512])
+    checksum = sum(header[:148]) + 8 * 32 + sum(header[156:])
+    data[148:156] = f"{checksum:06o}\0 ".encode()
+    shard.write_bytes(data)
+
+    with pytest.raises(DataError, match="the member at byte 0 is cut or larger than 1 GiB"):
+        scan_shard(shard)
+
+
+def test_an_index_without_digests_reads_as_one_that_knows_none(shard, tmp_path):
+    index = scan_shard(shard).index
+    write_index(index, tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as columns:
+        older = {name: columns[name] for name in columns.files if name != "digest"}
+    np.savez(tmp_path / "b.npz", **older)
+
+    assert read_index(tmp_path / "b.npz").digest.tolist() == [0, 0, 0]
+    assert index.digest.all()

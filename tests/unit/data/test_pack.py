@@ -190,7 +190,7 @@ def test_the_index_agrees_with_a_scan_and_knows_the_sizes(folders, tmp_path):
     pack(folders, tmp_path / "out")
 
     shard = tmp_path / "out" / "train-000000.tar"
-    index, scanned = read_index(shard.with_name(index_name(shard.name))), scan_shard(shard)
+    index, scanned = read_index(shard.with_name(index_name(shard.name))), scan_shard(shard).index
 
     assert list(index.keys) == list(scanned.keys)
     assert np.array_equal(index.image_offset, scanned.image_offset)
@@ -226,7 +226,7 @@ def test_images_of_all_classes_are_shuffled_and_the_seed_chooses_how(tmp_path):
     for seed in (0, 1):
         out = tmp_path / f"out-{seed}"
         pack(tmp_path / "images", out, options=PackOptions(seed=seed))
-        order[seed] = scan_shard(out / "train-000000.tar")
+        order[seed] = scan_shard(out / "train-000000.tar").index
 
     assert 10 < order[0].labels[:40].sum() < 30
     assert list(order[0].keys) != list(order[1].keys)
@@ -367,7 +367,7 @@ def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
 
     pack(table, tmp_path / "out")
 
-    keys = scan_shard(tmp_path / "out" / "train-000000.tar").keys
+    keys = scan_shard(tmp_path / "out" / "train-000000.tar").index.keys
     assert len(set(keys)) == 3
 
 
@@ -637,7 +637,7 @@ def test_keys_are_ascii_unique_and_without_dots(tmp_path):
 
     pack(images, tmp_path / "out")
 
-    keys = list(scan_shard(tmp_path / "out" / "train-000000.tar").keys)
+    keys = list(scan_shard(tmp_path / "out" / "train-000000.tar").index.keys)
     assert len(set(keys)) == 2 * len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_/-]+", key) for key in keys)
     assert len(read_samples(tmp_path / "out", "train")) == len(keys)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from convnext_cli.data.order import image_rng
+from convnext_cli.data.order import image_rng, seeded_globals
 from convnext_cli.data.randaugment import (
     NOTHING,
     OPS,
@@ -24,10 +24,13 @@ def some_images(count: int = 12, height: int = 33, width: int = 29) -> torch.Ten
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
+def drawn(text: str, sample: int, *, epoch: int = 0) -> np.ndarray:
+    with seeded_globals(image_rng(0, epoch=epoch, sample=sample)):
+        return draw_ops(policy_of(text))
+
+
 def some_ops(count: int = 12, text: str = "rand-m9-n3-p1.0-inc1") -> np.ndarray:
-    return np.stack(
-        [draw_ops(policy_of(text), image_rng(0, epoch=0, sample=n)) for n in range(count)]
-    )
+    return np.stack([drawn(text, n) for n in range(count)])
 
 
 def applied(images: torch.Tensor, ops: np.ndarray) -> torch.Tensor:
@@ -45,8 +48,9 @@ def test_half_of_the_layers_do_something_and_all_operations_come():
 
 
 def test_choices_follow_from_the_stream_alone():
-    first, second = (draw_ops(policy_of(), image_rng(0, epoch=1, sample=5)) for _ in range(2))
-    other = draw_ops(policy_of(), image_rng(0, epoch=2, sample=5))
+    text = "rand-m9-mstd0.5-inc1"
+    first, second = (drawn(text, 5, epoch=1) for _ in range(2))
+    other = drawn(text, 5, epoch=2)
 
     assert np.array_equal(first, second)
     assert not np.array_equal(first, other)

@@ -68,7 +68,7 @@ def pack(folder: Path, images: list[bytes], *, classes: tuple[str, ...] = CLASSE
                 member = tarfile.TarInfo(f"{number:04d}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    write_index(scan_shard(path), folder / index_name(path.name))
+    write_index(scan_shard(path).index, folder / index_name(path.name))
     shard = Shard(
         name=path.name, images=len(images), bytes=path.stat().st_size, sha256=hash_file(path)
     )

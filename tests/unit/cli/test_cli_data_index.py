@@ -1,0 +1,96 @@
+import json
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def foreign(tiny_shards, tmp_path):
+    """Shards without an index."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for shard in tiny_shards.glob("*.tar"):
+        shutil.copy(shard, folder)
+    return folder
+
+
+def test_shards_are_indexed_checked_and_ready_to_train(run_cli, foreign, tmp_path):
+    done = run_cli("data", "index", foreign, "--out", tmp_path / "out", "--workers", 1)
+
+    assert done.exit_code == 0, done.stderr
+    assert f"convnext train small_data --data {tmp_path / 'out'}" in done.stderr
+    assert run_cli("data", "check", tmp_path / "out", "--deep").exit_code == 0
+    order = run_cli("data", "order", tmp_path / "out", "--global-images", 8, "--step", 2, "--json")
+    assert len(json.loads(order.stdout)["samples"]) == 8
+
+
+def test_the_index_of_our_own_shards_is_the_packers(run_cli, foreign, tiny_shards, tmp_path):
+    names = tmp_path / "names"
+    names.write_text("cross\ndisc\nsquare\n")
+
+    done = run_cli(
+        *("data", "index", foreign, "--out", tmp_path / "out", "--classes", names, "--json"),
+        *("--workers", 2),
+    )
+
+    report = json.loads(done.stdout)
+    assert report["images"] == {"train": 39, "val": 12}
+    assert (
+        report["fingerprint"]
+        == json.loads((tiny_shards / "dataset.json").read_text())["fingerprint"]
+    )
+    for index in tiny_shards.glob("*.npz"):
+        assert (tmp_path / "out" / index.name).read_bytes() == index.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--label", "pickle"), "labels are in cls, txt or json:FIELD"),
+        (("--classes", "absent.txt"), "--classes absent.txt cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(run_cli, foreign, tmp_path, more, told):
+    done = run_cli("data", "index", foreign, "--out", tmp_path / "out", *more)
+
+    assert done.exit_code == 2
+    assert told in done.stderr
+
+
+def test_the_order_of_a_step_names_the_images_of_one_device(run_cli, tiny_shards):
+    command = ("data", "order", tiny_shards, "--global-images", 8, "--epoch", 1, "--step", 3)
+
+    whole = json.loads(run_cli(*command, "--json").stdout)
+    shares = [
+        json.loads(run_cli(*command, "--world", 4, "--rank", rank, "--json").stdout)["samples"]
+        for rank in range(4)
+    ]
+
+    assert [sample for share in shares for sample in share] == whole["samples"]
+    assert whole["samples"][0]["key"].startswith("train-00000")
+    assert (whole["epoch"], whole["step"], whole["order"]) == (1, 3, "full")
+    assert "of 4 images" not in run_cli(*command).stderr
+    assert "8 images" in run_cli(*command).stderr
+
+
+def test_steps_of_a_run_may_be_counted_through(run_cli, tiny_shards):
+    command = ("data", "order", tiny_shards, "--global-images", 8, "--json")
+
+    assert (
+        run_cli(*command, "--step", 7).stdout == run_cli(*command, "--epoch", 1, "--step", 3).stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--epoch", 0, "--step", 9), "epochs have 4 steps"),
+        (("--world", 3, "--rank", 1), "world sizes that can: 1, 2, 4, 8"),
+        (("--global-images", 100), "fewer than one global batch"),
+    ],
+)
+def test_an_order_that_cannot_be_is_one_sentence(run_cli, tiny_shards, more, told):
+    done = run_cli("data", "order", tiny_shards, "--global-images", 8, *more)
+
+    assert done.exit_code == 2
+    assert told in done.stderr

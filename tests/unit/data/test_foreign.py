@@ -1,0 +1,290 @@
+"""Shards that others made: their layouts, their labels, and what is refused."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_cli.data.audit import check_dataset
+from convnext_cli.data.augment import EvalView
+from convnext_cli.data.card import index_name, read_card
+from convnext_cli.data.fetch import Store
+from convnext_cli.data.foreign import (
+    STATE_NAME,
+    choose_split,
+    common_root,
+    index_shards,
+    list_shards,
+    parse_label_source,
+)
+from convnext_cli.data.index import read_index
+from convnext_cli.data.reader import ImageReader
+from convnext_cli.errors import DataError
+
+WNIDS = ("n01440764", "n01443537", "n01484850")
+
+
+def jpeg(number: int) -> bytes:
+    sink = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def write_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def timm_members(first: int, count: int) -> list[tuple[str, bytes]]:
+    """As timm/imagenet-1k-wds: WNID_NUMBER.jpg, .cls and .json, in this order."""
+    members = []
+    for number in range(first, first + count):
+        key = f"{WNIDS[number % 3]}_{number}"
+        about = json.dumps({"label": number % 3, "filename": f"{key}.JPEG"}).encode()
+        members += [(f"{key}.cls", str(number % 3).encode()), (f"{key}.jpg", jpeg(number))]
+        members += [(f"{key}.json", about)]
+    return members
+
+
+@pytest.fixture
+def timm_shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "wds"
+    write_shard(folder / "imagenet1k-train-0000.tar", timm_members(0, 7))
+    write_shard(folder / "imagenet1k-train-0001.tar", timm_members(7, 5))
+    write_shard(folder / "imagenet1k-validation-00.tar", timm_members(100, 4))
+    info = {
+        "splits": {
+            "train": {
+                "filenames": ["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"],
+                "shard_lengths": [7, 5],
+            }
+        }
+    }
+    (folder / "_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def index_all(shards: list[str], out: Path, *, labels="cls", classes=None):
+    found = list_shards(shards)
+    train = [url for url in found if choose_split(url) == "train"]
+    val = [url for url in found if choose_split(url) == "val"]
+    source = parse_label_source(labels)
+    return index_shards(train, val, out=out, labels=source, classes=classes, workers=1)
+
+
+def reader_of(out: Path, split: str = "train") -> ImageReader:
+    store = Store(location=str(out))
+    view = EvalView(image_px=8)
+    return ImageReader(read_card(out), store=store, split=split, view=view, seed=0, on_bad="raise")
+
+
+def test_timms_imagenet_shards_are_indexed_where_they_lie(timm_shards, tmp_path):
+    made = index_all([str(timm_shards)], tmp_path / "out")
+
+    card = read_card(tmp_path / "out")
+    assert card == made.card
+    assert card.classes == WNIDS
+    assert {name: split.images for name, split in card.splits.items()} == {"train": 12, "val": 4}
+    assert card.splits["train"].class_images == (4, 4, 4)
+    assert card.shards_at == str(timm_shards)
+    assert dict(made.skipped) == {"json": 16}
+    assert not (tmp_path / "out" / STATE_NAME).exists()
+    assert check_dataset(tmp_path / "out", deep=True).damage == ()
+
+
+def test_indexed_shards_are_read_by_their_offsets(timm_shards, tmp_path):
+    index_all([str(timm_shards)], tmp_path / "out")
+    reader = reader_of(tmp_path / "out")
+
+    data, label = reader.read(8)
+
+    assert data == jpeg(8)
+    assert label == 2
+    assert reader.key(8) == "imagenet1k-train-0001.tar/n01484850_8"
+    assert reader[0, 8].image_CHW.shape == (3, 8, 8)
+
+
+def test_braces_name_shards_and_sub_folders_have_flat_indexes(tmp_path):
+    for part in ("a", "b"):
+        write_shard(tmp_path / "in" / part / "train-0.tar", timm_members(0, 3))
+
+    made = index_all([f"{tmp_path}/in/{{a,b}}/train-0.tar"], tmp_path / "out")
+
+    names = [shard.name for shard in made.card.splits["train"].shards]
+    assert names == ["a/train-0.tar", "b/train-0.tar"]
+    assert (tmp_path / "out" / "a--train-0.index.npz").is_file()
+    assert made.notes[1:] == ("train: 3 keys come in several shards, too",)
+    assert len(reader_of(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize(
+    ("labels", "member"),
+    [
+        ("cls", ("a.cls", b"cat")),
+        ("txt", ("a.txt", b"cat\n")),
+        ("json:class", ("a.json", b'{"class": "cat", "more": [1]}')),
+    ],
+)
+def test_labels_may_be_names_in_several_places(tmp_path, labels, member):
+    other = (member[0].replace("a.", "b."), member[1].replace(b"cat", b"dog"))
+    write_shard(
+        tmp_path / "in" / "x.tar", [("a.JPEG", jpeg(0)), member, ("b.JPEG", jpeg(1)), other]
+    )
+
+    made = index_all([str(tmp_path / "in")], tmp_path / "out", labels=labels)
+
+    assert made.card.classes == ("cat", "dog")
+    assert reader_of(tmp_path / "out").read(1)[1] == 1
+    assert check_dataset(tmp_path / "out", deep=False).damage == ()
+
+
+def test_given_classes_decide_the_numbers_of_names(tmp_path):
+    write_shard(tmp_path / "in" / "x.tar", [("a.jpg", jpeg(0)), ("a.cls", b"cat")])
+
+    made = index_all([str(tmp_path / "in")], tmp_path / "out", classes=["dog", "cat"])
+
+    assert made.card.splits["train"].class_images == (0, 1)
+    assert reader_of(tmp_path / "out").read(0)[1] == 1
+
+
+def test_wnids_that_do_not_pair_with_labels_are_told_and_not_used(tmp_path):
+    members = [(f"n0144076{n}_{n}.{e}", d) for n in (4, 5) for e, d in (("jpg", jpeg(n)),
+               ("cls", b"0"))]  # fmt: skip
+    write_shard(tmp_path / "in" / "x.tar", members)
+
+    made = index_all([str(tmp_path / "in")], tmp_path / "out")
+
+    assert made.card.classes == ("0",)
+    assert "classes have no names" in made.notes[0]
+
+
+def test_what_was_scanned_is_not_read_again_after_an_interruption(timm_shards, tmp_path):
+    late = timm_shards / "imagenet1k-validation-00.tar"
+    whole = late.read_bytes()
+    late.write_bytes(whole[:2000])
+    with pytest.raises(DataError, match=r"validation-00\.tar"):
+        index_all([str(timm_shards)], tmp_path / "out")
+    late.write_bytes(whole)
+
+    made = index_all([str(timm_shards)], tmp_path / "out")
+
+    assert made.reused_shards == 2
+    assert read_card(tmp_path / "out").splits["val"].images == 4
+
+
+def test_a_shard_behind_a_url_is_scanned_as_a_local_one(timm_shards, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for shard in timm_shards.glob("*.tar"):
+        memory.pipe(f"/bucket/{shard.name}", shard.read_bytes())
+
+    made = index_all(["memory://bucket"], tmp_path / "far")
+    index_all([str(timm_shards)], tmp_path / "near")
+
+    assert made.card.shards_at is not None
+    assert made.card.shards_at.startswith("memory://")
+    for shard in made.card.splits["train"].shards:
+        name = index_name(shard.name)
+        far, near = (read_index(tmp_path / place / name) for place in ("far", "near"))
+        assert np.array_equal(far.digest, near.digest)
+        assert far.keys == near.keys
+
+
+def test_counts_are_held_against_those_that_the_data_set_says(timm_shards, tmp_path):
+    write_shard(timm_shards / "imagenet1k-train-0001.tar", timm_members(7, 4))
+
+    with pytest.raises(DataError, match=r"train-0001\.tar: 4 samples, but _info\.json says 5"):
+        index_all([str(timm_shards)], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("urls", "told"),
+    [
+        (["pipe:cat x.tar"], "a pipe: URL runs a shell command"),
+        (["/nowhere/at/all"], "there is no .tar file in it"),
+        (["/x/a.tar", "/x/{a,b}.tar"], "/x/a.tar is named twice"),
+    ],
+)
+def test_shards_that_cannot_be_listed_are_refused(urls, told):
+    with pytest.raises(DataError, match=told):
+        list_shards(urls)
+
+
+def test_an_unknown_place_of_labels_is_refused():
+    with pytest.raises(DataError, match="labels are in cls, txt or json:FIELD"):
+        parse_label_source("pickle")
+
+
+def test_shards_without_a_folder_in_common_are_refused():
+    with pytest.raises(DataError, match="no folder in common"):
+        common_root(["s3://a/x.tar", "s3://b/x.tar"])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("imagenet1k-train-0001.tar", "train"),
+        ("imagenet1k-validation-00.tar", "val"),
+        ("val_000.tar", "val"),
+        ("test-3.tar", "val"),
+        ("carnivals-01.tar", "train"),
+        ("shard-0001.tar", "train"),
+    ],
+)
+def test_the_split_is_read_from_the_name_of_a_shard(name, split):
+    assert choose_split(f"https://host/valid/{name}") == split
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [(b"", "have an empty label"), (b"7", r"label 7 is none of the 2 classes")],
+)
+def test_labels_that_make_no_class_are_refused(tmp_path, label, told):
+    write_shard(tmp_path / "in" / "x.tar", [("a.jpg", jpeg(0)), ("a.cls", label)])
+
+    with pytest.raises(DataError, match=told):
+        index_all([str(tmp_path / "in")], tmp_path / "out", classes=["one", "two"])
+
+
+def test_no_member_but_images_and_labels_is_ever_opened(tmp_path):
+    canary = tmp_path / "canary"
+    payload = b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    members = [("a.jpg", jpeg(0)), ("a.cls", b"0")]
+    members += [(f"a.{ending}", payload) for ending in ("pkl", "pyd", "pth", "npy", "json", "txt")]
+    write_shard(tmp_path / "in" / "x.tar", members)
+
+    made = index_all([str(tmp_path / "in")], tmp_path / "out")
+
+    assert sum(made.skipped.values()) == 6
+    assert not canary.exists()
+
+
+def test_names_that_climb_out_of_a_folder_are_only_names(tmp_path):
+    members = [
+        (f"{name}.{ending}", data)
+        for name in ("../../etc/x", "/abs/y")
+        for ending, data in (("jpg", jpeg(0)), ("cls", b"0"))
+    ]
+    write_shard(tmp_path / "in" / "x.tar", members)
+
+    index_all([str(tmp_path / "in")], tmp_path / "out")
+
+    assert [key for key, _ in reader_of(tmp_path / "out").names([0, 1])] == [
+        "x.tar/../../etc/x",
+        "x.tar//abs/y",
+    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "dataset.json",
+        "x.index.npz",
+    ]
