@@ -3,10 +3,16 @@
 import contextlib
 import io
 import os
+import re
+import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +162,116 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shapes(folder / "images" / "val", images_per_class=4, seed=2)
     pack(folder / "images", folder / "shards", options=PackOptions(images_per_shard=16))
     return folder / "shards"
+
+
+@dataclass
+class FaultyServer:
+    """An HTTP server on this machine that serves files, and misbehaves as it is told.
+
+    `faults` gives, by file name, what each next GET of it meets; after the last one it is served
+    well, but for `always`. HEAD is always answered well, unless the file is missing.
+    """
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    always: dict[str, str] = field(default_factory=dict)
+    gets: list[tuple[str, str | None]] = field(default_factory=list)
+    """(name, Range header) of every GET."""
+    ranges: bool = True
+    leave: threading.Event = field(default_factory=threading.Event)
+
+
+class _FaultyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    faulty: FaultyServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        name = self.path.lstrip("/").partition("?")[0]
+        content = self.faulty.files.get(name)
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        if self.faulty.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/").partition("?")[0]
+        self.faulty.gets.append((name, self.headers.get("Range")))
+        content = self.faulty.files.get(name)
+        waiting = self.faulty.faults.get(name)
+        fault = waiting.pop(0) if waiting else self.faulty.always.get(name, "")
+        if content is None or fault[:3].isdigit():
+            status, _, pause = (fault or "404").partition(" ")
+            self.send_response(int(status))
+            if pause:
+                self.send_header("Retry-After", pause)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "redirect":
+            self.send_response(302)
+            self.send_header("Location", f"{self.faulty.url}/moved-{name}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "login":
+            content = b"<html>please log in</html>"
+        if fault == "flipped":
+            content = bytes([content[0] ^ 1]) + content[1:]
+        self._answer(content, fault)
+
+    def _answer(self, content: bytes, fault: str) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        status = 200
+        if asked and self.faulty.ranges and fault != "login":
+            status, content = 206, content[int(asked[1]) : int(asked[2]) + 1]
+        self.send_response(status)
+        if fault == "half without length":
+            self.send_header("Connection", "close")
+        else:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if fault == "trickle":
+            for byte in content:
+                if self.faulty.leave.is_set():
+                    break
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+        elif fault in {"reset", "stall", "half", "half without length"}:
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            if fault == "stall":
+                self.faulty.leave.wait(30)
+            if fault == "reset":
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()
+        else:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def faulty_server() -> Iterator[FaultyServer]:
+    """A server that does what a test tells it."""
+    faulty = FaultyServer()
+    handler = type("Handler", (_FaultyHandler,), {"faulty": faulty})
+
+    class QuietServer(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            pass  # clients that give up are what is tested
+
+    server = QuietServer(("127.0.0.1", 0), handler)
+    faulty.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield faulty
+    faulty.leave.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -12,9 +12,9 @@
 | `dali` | NVIDIA DALI on the CPU: its webdataset reader, cubic resize and RandAugment |
 
 All crop, resize with an antialiased cubic filter, and flip; all hand over uint8, but `timm-float`
-and torchvision, which normalise in the loader. Erasing, mixup and cutmix are left out everywhere: every
-system can do them on the device. timm's `PrefetchLoader`, which copies to the device, is left out
-too: what is compared is the making of batches.
+and torchvision, which normalise in the loader. Erasing, mixup and cutmix are left out everywhere:
+every system can do them on the device. timm's `PrefetchLoader`, which copies to the device, is left
+out too: what is compared is the making of batches.
 
 Run as a module it is the process of one system: it reads numbers of images from stdin and answers
 each with a JSON line of what that many cost. CPU seconds are those of the process and all its

@@ -128,7 +128,9 @@ def _check_shard(
     scanned = replace(scan.index, labels=class_numbers(scan, card))
     index = scanned
     try:
-        index = read_index(store.path(index_name(shard.name), expected=Expected()))
+        index = read_index(
+            store.path(index_name(shard.name), expected=Expected(version=shard.sha256))
+        )
         if not _is_same(index, scanned):
             damage.append(Damage(index_name(shard.name), "it does not describe its shard"))
         elif index.digest.any():

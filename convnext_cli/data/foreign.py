@@ -109,8 +109,9 @@ def parse_label_source(text: str) -> LabelSource:
     Raises:
         DataError: Something else.
     """
-    if text == "cls" or text == "txt":  # mypy narrows only this
-        return text
+    whole: dict[str, LabelSource] = {"cls": "cls", "txt": "txt"}
+    if text in whole:
+        return whole[text]
     kind, _, field = text.partition(":")
     if kind == "json" and field:
         return ("json", field)
