@@ -122,7 +122,7 @@ def _loading(plan: Plan) -> str:
     told += f": they would wait {1 - gives / takes:.0%} of the time"
     if augment and plan.augment_on == "cpu":
         return f"{told}; augment.augment_on=device saves the cores RandAugment"
-    return f"{told}; smaller images help: convnext data pack --resize-short"
+    return f"{told}; smaller images help: pack them with a short side of 256 px"
 
 
 def _leave_out(plan: Plan) -> str:
