@@ -113,7 +113,7 @@ def test_fine_tuning_chooses_a_recipe_and_takes_the_weights(
     run_process, run: Path, tiny_shards: Path
 ):
     done = run_process(
-        "finetune", "batch.global_images=13", "optim.lr_images=13", "schedule.length=2st",
+        "finetune", "batch.global_images=12", "optim.lr_images=12", "schedule.length=2st",
         "schedule.warmup=null", "data.workers=0", "evaluate.every=null",
         "--from", run, "--data", tiny_shards, "--device", "cpu", "--name", "tuned",
         "--runs-dir", run.parent,

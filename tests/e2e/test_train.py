@@ -302,6 +302,19 @@ def test_a_loader_process_that_is_killed_is_told_and_the_next_start_goes_on(
     assert_same_weights(finished.root / last, run_dir(recipe) / last)
 
 
+def test_a_stream_trains_and_prints_its_weaker_promise(recipe, tiny_shards):
+    done = train(
+        recipe,
+        f"{tiny_shards}/train-{{000000..000002}}.tar",
+        *("data.mode=stream", f"data.val_path={tiny_shards}/val-000000.tar"),
+        *("data.train_images=39", "data.val_images=12", "model.num_classes=3"),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "data.mode=stream: the order depends on devices and workers" in done.stderr
+    assert [row["step"] for row in rows(run_dir(recipe)) if "val/top1" in row] == [4, 6]
+
+
 def test_the_same_command_after_the_end_says_what_came_out(tiny_shards, finished):
     before = (finished.root / "metrics.jsonl").read_bytes()
 

@@ -63,7 +63,17 @@ def test_every_key_is_explained_with_its_default(run_cli):
     [
         ("optim.lr", ["optim.lr"]),
         ("ema", ["ema.decay"]),
-        ("mix", ["mix.mixup", "mix.cutmix", "mix.prob", "mix.switch_prob", "mix.label_smoothing"]),
+        (
+            "mix",
+            [
+                "mix.mixup",
+                "mix.cutmix",
+                "mix.prob",
+                "mix.switch_prob",
+                "mix.group_images",
+                "mix.label_smoothing",
+            ],
+        ),
         ("seed", ["seed"]),
     ],
 )
