@@ -222,7 +222,12 @@ View = TrainView | EvalView
 
 
 def view_bytes(
-    data: bytes, *, view: View, stream: np.random.Philox, key: str
+    data: bytes,
+    *,
+    view: View,
+    stream: np.random.Philox,
+    key: str,
+    size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Choices]:
     """Decode what a view needs of an image file, and make it; also what is left for the device.
 
@@ -231,13 +236,14 @@ def view_bytes(
         view: What is made.
         stream: `order.image_rng` of the seed, epoch and sample; moved on.
         key: Name of the sample, for messages.
+        size: Width and height, where an index knows them; None: read from the header.
 
     Raises:
         BadImage: The image cannot be decoded.
     """
     match view:
         case TrainView():
-            width, height = read_image_size(data, key=key)
+            width, height = size or read_image_size(data, key=key)
             draw = view.draw(height, width, stream)
             return view.make(decode_region(data, box=draw.box, key=key), draw)
         case EvalView():

@@ -157,7 +157,9 @@ def _recorder(policy: RandAugment) -> RandAugment:
         recorded = copy.copy(op)
         recorded.aug_fn = _record(float(OPS.index(op.name)))
         ops.append(recorded)
-    return RandAugment(ops, policy.num_layers, choice_weights=policy.choice_weights)
+    # An array, because numpy would make one of a list at each draw.
+    chosen = np.array(ops, dtype=object)
+    return RandAugment(chosen, policy.num_layers, choice_weights=policy.choice_weights)
 
 
 def _record(place: float) -> Callable[..., list[tuple[float, float]]]:
