@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,6 +27,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from convnext_cli.bench.report import LoaderReport, Rate, Ratio, Stage
 from convnext_cli.bench.systems import POLICY, Cost, Setting, SystemName
 from convnext_cli.data.augment import TrainView
 from convnext_cli.data.card import DatasetCard, read_card
@@ -36,64 +37,6 @@ from convnext_cli.data.order import image_rng, own_global_random
 from convnext_cli.data.randaugment import apply_ops_pillow, build_policy
 from convnext_cli.data.reader import ImageReader
 from convnext_cli.errors import DataError
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What one system came to over all rounds."""
-
-    system: str
-    images_per_core_second: float
-    """Median."""
-    low: float
-    high: float
-    wall_images_per_second: float
-    """Median, with all workers; other work on the machine slows it."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as many images a core loads here as there: the median of the rounds."""
-
-    ours: str
-    peer: str
-    ratio: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of this project's loader, alone in one process."""
-
-    name: str
-    milliseconds: float
-    """CPU time an image."""
-
-
-@dataclass(frozen=True)
-class LoaderReport:
-    """A whole comparison."""
-
-    images: int
-    """Distinct images."""
-    mean_bytes: float
-    image_px: int
-    batch: int
-    workers: int
-    rounds: int
-    rates: tuple[Rate, ...]
-    ratios: tuple[Ratio, ...]
-    stages: tuple[Stage, ...]
-    limit_images_per_core_second: float
-    """Reading and decoding the crop alone: no loader of these files can be faster."""
-    failed: Mapping[str, str]
-    """Systems that could not be run, and why."""
-
-    def limit_frac(self, system: str) -> float:
-        """Share of the limit that a system reaches."""
-        rate = next(rate for rate in self.rates if rate.system == system)
-        return rate.images_per_core_second / self.limit_images_per_core_second
 
 
 class _Process:

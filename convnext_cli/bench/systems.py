@@ -5,16 +5,16 @@
 | `convnext` | this project, the whole published augmentation on the CPU |
 | `convnext-device` | this project, RandAugment left to the device |
 | `timm` | timm's `create_dataset` and `create_loader` on class folders, with RandAugment |
-| `timm-plain` | the same without RandAugment |
-| `timm-float` | the same as `timm` without its prefetcher: what it gives a CPU |
+| `timm-unfetched` | the same without its prefetcher: the workers normalise |
+| `timm-uint8` | the same, only what its prefetcher is fed: on a GPU the rest happens there |
+| `timm-plain` | `timm-uint8` without RandAugment |
 | `torchvision` | `ImageFolder` and the transforms of its reference, in Pillow, with RandAugment |
 | `webdataset` | `WebDataset` with `decode("pil")` and timm's transform, with RandAugment |
 | `dali` | NVIDIA DALI on the CPU: its webdataset reader, cubic resize and RandAugment |
 
-All crop, resize with an antialiased cubic filter, and flip; all hand over uint8, but `timm-float`
-and torchvision, which normalise in the loader. Erasing, mixup and cutmix are left out everywhere:
-every system can do them on the device. timm's `PrefetchLoader`, which copies to the device, is left
-out too: what is compared is the making of batches.
+All crop, resize with an antialiased cubic filter, and flip. `timm`, `timm-unfetched` and torchvision
+normalise as well, which is what these loaders give on a CPU; the others hand over uint8. Erasing,
+mixup and cutmix are left out everywhere: every system can do them on the device.
 
 Run as a module it is the process of one system: it reads numbers of images from stdin and answers
 each with a JSON line of what that many cost. CPU seconds are those of the process and all its
@@ -50,8 +50,9 @@ SystemName = Literal[
     "convnext",
     "convnext-device",
     "timm",
+    "timm-unfetched",
+    "timm-uint8",
     "timm-plain",
-    "timm-float",
     "torchvision",
     "webdataset",
     "dali",
@@ -90,9 +91,10 @@ def iter_batches(name: SystemName, setting: Setting) -> Iterator[int]:
     builders: dict[SystemName, Callable[[Setting], Iterator[int]]] = {
         "convnext": partial(_iter_convnext, augment_on="cpu"),
         "convnext-device": partial(_iter_convnext, augment_on="device"),
-        "timm": partial(_iter_timm, policy=POLICY),
-        "timm-plain": partial(_iter_timm, policy=None),
-        "timm-float": partial(_iter_timm, policy=POLICY, prefetches=False),
+        "timm": partial(_iter_timm, policy=POLICY, form="fetched"),
+        "timm-unfetched": partial(_iter_timm, policy=POLICY, form="unfetched"),
+        "timm-uint8": partial(_iter_timm, policy=POLICY, form="uint8"),
+        "timm-plain": partial(_iter_timm, policy=None, form="uint8"),
         "torchvision": _iter_torchvision,
         "webdataset": _iter_webdataset,
         "dali": _iter_dali,
@@ -120,7 +122,9 @@ def _iter_convnext(setting: Setting, *, augment_on: Literal["cpu", "device"]) ->
         yield len(batch.image_NCHW)
 
 
-def _iter_timm(setting: Setting, *, policy: str | None, prefetches: bool = True) -> Iterator[int]:
+def _iter_timm(
+    setting: Setting, *, policy: str | None, form: Literal["fetched", "unfetched", "uint8"]
+) -> Iterator[int]:
     dataset = create_dataset("", root=setting.folder, split="train", is_training=True)
     _guard_posterize()
     fetcher = create_loader(
@@ -133,11 +137,11 @@ def _iter_timm(setting: Setting, *, policy: str | None, prefetches: bool = True)
         interpolation="bicubic",
         num_workers=setting.workers,
         persistent_workers=setting.workers > 0,
-        use_prefetcher=prefetches,
+        use_prefetcher=form != "unfetched",
         device=torch.device("cpu"),
     )
     for _ in count():
-        for images, _ in fetcher.loader if prefetches else fetcher:
+        for images, _ in fetcher.loader if form == "uint8" else fetcher:
             yield len(images)
 
 

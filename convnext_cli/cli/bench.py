@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from convnext_cli.bench.report import LoaderReport
 from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
 from convnext_cli.errors import DataError
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, paired with named peers.")
 
-PEERS = ("timm", "timm-plain", "timm-float", "torchvision", "webdataset", "dali")
+PEERS = ("timm", "timm-unfetched", "timm-uint8", "timm-plain", "torchvision", "webdataset", "dali")
 
 
 @app.command()
@@ -21,7 +22,7 @@ def loader(
     data: Annotated[str, typer.Option(help="Packed data set: a folder.", metavar="DIR")],
     against: Annotated[
         str, typer.Option(help="Peers, with commas between them.", metavar="NAMES")
-    ] = "timm,timm-plain,timm-float,torchvision,webdataset",
+    ] = "timm,timm-uint8,timm-plain,torchvision,webdataset",
     workers: Annotated[int, typer.Option(help="Loader processes of each system.", min=1)] = 2,
     batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 64,
     image_px: Annotated[int, typer.Option(help="Side of the images.", min=8)] = 224,
@@ -32,8 +33,8 @@ def loader(
     """Compare the loader with others on your images: images per second and core.
 
     All systems run at once and load in turn; ratios are of CPU time, the median of the rounds.
-    Peers: timm, timm-plain (without RandAugment), timm-float (without its prefetcher), torchvision,
-    webdataset, and dali where it is installed.
+    Peers: timm, timm-unfetched (without its prefetcher), timm-uint8 (what its prefetcher is fed),
+    timm-plain (that without RandAugment), torchvision, webdataset, and dali where it is installed.
 
     Example: convnext bench loader --data packed --against timm,torchvision
     """
@@ -67,36 +68,7 @@ def loader(
         fracs = {rate.system: report.limit_frac(rate.system) for rate in report.rates}
         print_json(asdict(report) | {"limit_frac": fracs})
         return
-    console.print(
-        f"{report.images:,} images of {report.mean_bytes / 1e3:,.0f} kB, {report.image_px} px,"
-        f" batches of {report.batch}, {report.workers} processes, {report.rounds} rounds"
-    )
-    table = make_table(
-        *("system", ">images/s a core", ">low", ">high", ">share of the limit", ">images/s")
-    )
-    for rate in sorted(report.rates, key=lambda rate: -rate.images_per_core_second):
-        table.add_row(
-            rate.system,
-            f"{rate.images_per_core_second:,.0f}",
-            f"{rate.low:,.0f}",
-            f"{rate.high:,.0f}",
-            f"{report.limit_frac(rate.system):.0%}",
-            f"{rate.wall_images_per_second:,.0f}",
-        )
-    print_table(table)
-    table = make_table("this project", "against", ">times as fast", ">low", ">high")
-    for pair in report.ratios:
-        low_high = (f"{pair.low:.2f}", f"{pair.high:.2f}")
-        table.add_row(pair.ours, pair.peer, f"{pair.ratio:.2f}", *low_high)
-    print_table(table)
-    stages = ", ".join(f"{stage.name} {stage.milliseconds:.2f}" for stage in report.stages)
-    console.print(
-        f"milliseconds an image, alone: {stages}; reading and decoding the crop alone are the"
-        f" limit: {report.limit_images_per_core_second:,.0f} images/s a core",
-        soft_wrap=True,
-    )
-    for name, why in report.failed.items():
-        console.print(f"{name} was left out: {why}", soft_wrap=True, style="yellow")
+    _show(report)
 
 
 @app.command()
@@ -149,3 +121,36 @@ def order(
         f" shuffle; one of eight nodes reads {report.node_shards:,} shards in an epoch",
         soft_wrap=True,
     )
+
+
+def _show(report: LoaderReport) -> None:
+    console.print(
+        f"{report.images:,} images of {report.mean_bytes / 1e3:,.0f} kB, {report.image_px} px,"
+        f" batches of {report.batch}, {report.workers} processes, {report.rounds} rounds"
+    )
+    table = make_table(
+        *("system", ">images/s a core", ">low", ">high", ">share of the limit", ">images/s")
+    )
+    for rate in sorted(report.rates, key=lambda rate: -rate.images_per_core_second):
+        table.add_row(
+            rate.system,
+            f"{rate.images_per_core_second:,.0f}",
+            f"{rate.low:,.0f}",
+            f"{rate.high:,.0f}",
+            f"{report.limit_frac(rate.system):.0%}",
+            f"{rate.wall_images_per_second:,.0f}",
+        )
+    print_table(table)
+    table = make_table("this project", "against", ">times as fast", ">low", ">high")
+    for pair in report.ratios:
+        low_high = (f"{pair.low:.2f}", f"{pair.high:.2f}")
+        table.add_row(pair.ours, pair.peer, f"{pair.ratio:.2f}", *low_high)
+    print_table(table)
+    stages = ", ".join(f"{stage.name} {stage.milliseconds:.2f}" for stage in report.stages)
+    console.print(
+        f"milliseconds an image, alone: {stages}; reading and decoding the crop alone are the"
+        f" limit: {report.limit_images_per_core_second:,.0f} images/s a core",
+        soft_wrap=True,
+    )
+    for name, why in report.failed.items():
+        console.print(f"{name} was left out: {why}", soft_wrap=True, style="yellow")

@@ -11,6 +11,8 @@ from convnext_cli.cli._console import console, make_table, print_json, print_tab
 from convnext_cli.cli._inputs import JsonOption
 from convnext_cli.errors import DataError
 
+_MAX_KINDS = 8
+
 
 def index(
     shards: Annotated[
@@ -23,7 +25,10 @@ def index(
         list[str] | None,
         typer.Option(help="Shards for validation (default: those named val, valid or test)."),
     ] = None,
-    label: Annotated[str, typer.Option(help="Where labels are: cls, txt or json:FIELD.")] = "cls",
+    label: Annotated[
+        str | None,
+        typer.Option(help="Where labels are: cls, txt or json:FIELD (default: found out)."),
+    ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="Names of the classes, one a line, in label order.")
     ] = None,
@@ -43,13 +48,11 @@ def index(
         parse_label_source,
     )
 
-    listed = list_shards([*shards, *(val or ())])
-    asked_val = set(list_shards(val)) if val else None
-    in_val = [
-        choose_split(url) == "val" if asked_val is None else url in asked_val for url in listed
-    ]
-    train_shards = [url for url, held in zip(listed, in_val, strict=True) if not held]
-    val_shards = [url for url, held in zip(listed, in_val, strict=True) if held]
+    val_shards = list_shards(val or ())
+    asked_val = frozenset(val_shards)
+    others = [url for url in list_shards(shards) if url not in asked_val]
+    train_shards = [url for url in others if val or choose_split(url) == "train"]
+    val_shards = val_shards or [url for url in others if choose_split(url) == "val"]
     names = None if classes is None else _read_classes(classes)
     columns = (
         TextColumn("{task.description}"),
@@ -64,7 +67,7 @@ def index(
             train_shards,
             val_shards,
             out=out.expanduser(),
-            labels=parse_label_source(label),
+            labels=None if label is None else parse_label_source(label),
             classes=names,
             workers=workers or len(os.sched_getaffinity(0)),
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
@@ -99,8 +102,9 @@ def index(
     for note in made.notes:
         console.print(note, soft_wrap=True)
     if made.skipped:
-        counts = ", ".join(f"{times:,} .{ending}" for ending, times in made.skipped.items())
-        console.print(f"members that are no images or labels: {counts}", soft_wrap=True)
+        kinds = [f"{times:,} {kind}" for kind, times in made.skipped.items()]
+        told = ", ".join(kinds[:_MAX_KINDS]) + (" ..." if len(kinds) > _MAX_KINDS else "")
+        console.print(f"members that are no images or labels: {told}", soft_wrap=True)
     if made.unreadable:
         console.print(
             f"{made.unreadable:,} images have no readable header: convnext data check {out} --deep",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,16 +32,11 @@ from convnext_cli.errors import DataError
 
 _EXAMPLES = 10
 
-Numbers = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class _ShardFindings:
-    labels: Numbers
-    width: Numbers
-    height: Numbers
-    digests: Numbers
-    keys: ShardIndex | None
+    index: ShardIndex | None
+    """What the shard holds; None where it cannot be read."""
     damage: tuple[Damage, ...]
 
 
@@ -113,7 +109,6 @@ def _check_shard(
     store: Store, shard_store: Store, shard: Shard, *, card: DatasetCard, deep: bool
 ) -> _ShardFindings:
     damage: list[Damage] = []
-    nothing = np.zeros(0, dtype=np.int64)
     try:
         path = shard_store.path(shard.name, expected=Expected())
         size = path.stat().st_size
@@ -122,7 +117,7 @@ def _check_shard(
         scan = scan_shard(path, labels=label_source(card), names=True)
     except (DataError, OSError) as error:
         damage.append(Damage(shard.name, str(error)))
-        return _ShardFindings(nothing, nothing, nothing, nothing, None, tuple(damage))
+        return _ShardFindings(None, tuple(damage))
     if size == shard.bytes and scan.sha256 != shard.sha256:
         damage.append(Damage(shard.name, "its bytes are not those that were packed (sha256)"))
     scanned = replace(scan.index, labels=class_numbers(scan, card))
@@ -155,14 +150,7 @@ def _check_shard(
     ]
     if deep:
         damage += _check_images(path, scanned, shard=shard.name)
-    return _ShardFindings(
-        labels=scanned.labels.astype(np.int64),
-        width=scanned.width.astype(np.int64),
-        height=scanned.height.astype(np.int64),
-        digests=scanned.digest.view(np.int64),
-        keys=scanned,
-        damage=tuple(damage),
-    )
+    return _ShardFindings(scanned, tuple(damage))
 
 
 def _is_same(left: ShardIndex, right: ShardIndex) -> bool:
@@ -194,7 +182,7 @@ def _check_images(path: Path, index: ShardIndex, *, shard: str) -> list[Damage]:
 def _check_counts(
     card: DatasetCard, split: Split, findings: Sequence[_ShardFindings]
 ) -> list[Damage]:
-    labels = _join([found.labels for found in findings])
+    labels = _join(findings, "labels")
     labels = labels[(labels >= 0) & (labels < len(card.classes))]
     counts = np.bincount(labels, minlength=len(card.classes))
     if any(found.damage for found in findings) or counts.tolist() == list(split.class_images):
@@ -205,9 +193,8 @@ def _check_counts(
 def _make_split_report(
     card: DatasetCard, split: Split, findings: Sequence[_ShardFindings]
 ) -> SplitReport:
-    width = _join([found.width for found in findings])
-    height = _join([found.height for found in findings])
-    digests = _join([found.digests for found in findings])
+    width, height = _join(findings, "width"), _join(findings, "height")
+    digests = _join(findings, "digest")
     named = zip(card.classes, split.class_images, strict=False)
     return SplitReport(
         name=split.name,
@@ -222,11 +209,16 @@ def _make_split_report(
     )
 
 
-def _join(arrays: Sequence[Numbers]) -> Numbers:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+def _join(
+    findings: Sequence[_ShardFindings], column: Literal["labels", "width", "height", "digest"]
+) -> NDArray[np.int64]:
+    """A column of all shards that can be read, digests by their bits."""
+    parts = [getattr(found.index, column) for found in findings if found.index is not None]
+    joined = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return joined.view(np.int64) if column == "digest" else joined
 
 
-def _spread(values: Numbers) -> Spread | None:
+def _spread(values: NDArray[np.int64]) -> Spread | None:
     if not len(values):
         return None
     return Spread(int(np.min(values)), float(np.median(values)), int(np.max(values)))
@@ -236,8 +228,7 @@ def _find_shared(
     train: Sequence[_ShardFindings], val: Sequence[_ShardFindings]
 ) -> tuple[int, tuple[tuple[str, str], ...]]:
     """How many images of val are in train, and some of them."""
-    in_train = _join([found.digests for found in train])
-    in_val = _join([found.digests for found in val])
+    in_train, in_val = _join(train, "digest"), _join(val, "digest")
     rows = np.flatnonzero(np.isin(in_val, in_train))
     examples = []
     for row in rows[:_EXAMPLES]:
@@ -248,7 +239,8 @@ def _find_shared(
 
 def _key(findings: Sequence[_ShardFindings], row: int) -> str:
     for found in findings:
-        if found.keys is not None and row < len(found.keys):
-            return found.keys.key(row)
-        row -= len(found.digests)
+        if found.index is not None:
+            if row < len(found.index):
+                return found.index.key(row)
+            row -= len(found.index)
     raise AssertionError

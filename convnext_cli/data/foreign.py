@@ -1,46 +1,55 @@
 """Shards that others made: indexed where they lie, in one pass, and from then on exact.
 
 ```
-URLs --expand, choose split--> shards --scan (index.py), in parallel--> OUT/index-state/
-     --classes from names, wnids or numbers--> OUT/dataset.json and one index a shard
+URLs --expand, choose split--> shards --scan (index.py), in parallel--> OUT/SHARD.index.npz
+     --classes from names, wnids or numbers--> labels in the indexes, OUT/dataset.json last
+OUT/index-state/    of each shard: its version, the labels as they are written, and whose they are
 ```
 
-The shards stay where they are (`DatasetCard.shards_at`); only the small index is written. What was
-scanned is not read again: the same command goes on after an interruption.
+The shards stay where they are (`DatasetCard.shards_at`); only the small index is written. A shard
+whose size and version (ETag, time of change) are as they were is not read again: the same command
+goes on after an interruption, and does nothing where all is done.
 
 Known without being told: shards of `convnext data pack`; timm's ImageNet-1K, -12K and -22K on
 Hugging Face (`imagenet1k-train-0000.tar` with KEY.jpg and KEY.cls, sizes in `_info.json`); and
-others whose samples are neighbours KEY.jpg, .jpeg, .png or .webp and KEY.cls with a number. A label
-may also be a name, in KEY.txt or KEY.cls, or a field of KEY.json.
+others whose samples are neighbours KEY.jpg, .jpeg, .png or .webp and a label, as a number or a
+name: KEY.cls, a field of KEY.json (label, cls or class), or KEY.txt.
 """
 
 import json
 import re
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
+from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from webdataset.shardlists import expand_urls
 from xxhash import xxh3_64_intdigest
 
 from convnext_cli.data.card import (
+    CARD_NAME,
     DatasetCard,
     Shard,
     Split,
     index_name,
+    read_card,
     write_card,
 )
-from convnext_cli.data.fetch import is_url, read_file
+from convnext_cli.data.fetch import is_url, read_file, without_secrets
 from convnext_cli.data.index import (
     NO_NUMBER,
     LabelSource,
     Scan,
+    find_label_source,
+    parse_class_number,
     read_index,
     scan_shard,
     scan_stream,
@@ -48,13 +57,20 @@ from convnext_cli.data.index import (
 )
 from convnext_cli.data.pool import iter_done
 from convnext_cli.errors import DataError, Stopped
-from convnext_cli.runs.record import read_json, write_json, writing_to
+from convnext_cli.runs.record import write_json, writing_to
 
 STATE_NAME = "index-state"
 INFO_NAMES = ("_info.json", "info.json")
 _VALIDATION = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
-_WNID = re.compile(r"(?:^|/)(n\d{8})_")
+_WNID = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?![0-9])")
+_LIKE_A_NUMBER = re.compile(r"[+-]?[\d.]+")
+_MAX_CLASSES = 1_000_000
+_VERSION_FIELDS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime", "created")
+"""What fsspec's back ends call that which changes with a file."""
 _ATTEMPTS = 3
+_BLOCK_BYTES = 8 << 20
+_FINAL = (FileNotFoundError, PermissionError, ImportError)
+_ASKING_AT_ONCE = 16
 
 Progress = Callable[[int, int], None]
 
@@ -78,22 +94,32 @@ class _Task:
 
     root: str
     name: str
-    folder: str
+    out: str
     labels: LabelSource
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A label as it is written."""
+
+    text: str
+    key: str
+    """The first sample that has it."""
+    wnids: tuple[str, ...]
+    """Of the keys of its samples; two stand for more."""
 
 
 @dataclass(frozen=True)
 class _Record:
     """What a scan found, but for the index itself."""
 
-    name: str
+    url: str
+    version: str
+    label_source: str
     images: int
     bytes: int
     sha256: str
-    texts: tuple[str, ...]
-    """The labels that come, each once; the index beside holds places in this list."""
-    wnids: tuple[str | None, ...]
-    """The wnid that all keys of such a label begin with; None: none, or several."""
+    texts: tuple[_Text, ...]
     skipped: Mapping[str, int]
     unreadable: int
 
@@ -112,12 +138,16 @@ def parse_label_source(text: str) -> LabelSource:
     whole: dict[str, LabelSource] = {"cls": "cls", "txt": "txt"}
     if text in whole:
         return whole[text]
-    kind, _, field = text.partition(":")
-    if kind == "json" and field:
-        return ("json", field)
+    kind, _, name = text.partition(":")
+    if kind == "json" and name:
+        return ("json", name)
     raise DataError(
         f"--label {text}: labels are in cls, txt or json:FIELD", hint="such as --label json:label"
     )
+
+
+def _render_label_source(labels: LabelSource) -> str:
+    return labels if isinstance(labels, str) else ":".join(labels)
 
 
 def class_numbers(scan: Scan, card: DatasetCard) -> NDArray[np.int32]:
@@ -146,8 +176,21 @@ def list_shards(urls: Sequence[str]) -> list[str]:
                 f"{url}: a pipe: URL runs a shell command and cannot be indexed",
                 hint="name the shards themselves, by path or by URL",
             )
-        for one in expand_urls(url):
-            place = one if is_url(one) else str(Path(one).expanduser().absolute())
+        try:
+            expanded = expand_urls(url)
+        except ValueError as error:  # braceexpand's word for braces that do not close
+            raise DataError(
+                f"{without_secrets(url)}: {error}", hint="such as train-{0000..0127}.tar"
+            ) from error
+        for one in expanded:
+            if is_url(one) and without_secrets(one) != one:
+                raise DataError(
+                    f"{without_secrets(one)}: an address with a password or a ?query cannot be kept"
+                    " in dataset.json",
+                    hint="give credentials as the environment of this machine",
+                )
+            path = one.removeprefix("file://")
+            place = one if is_url(one) else str(Path(path).expanduser().absolute())
             found += [place] if place.endswith(".tar") else _list_folder(place)
     twice = [shard for shard, times in Counter(found).items() if times > 1]
     if twice:
@@ -199,7 +242,7 @@ def index_shards(
     val: Sequence[str],
     *,
     out: Path,
-    labels: LabelSource,
+    labels: LabelSource | None,
     classes: Sequence[str] | None,
     workers: int,
     on_progress: Progress | None = None,
@@ -210,7 +253,7 @@ def index_shards(
         train: Shards of the training split, from `list_shards`.
         val: Those of the validation split.
         out: Folder for dataset.json and the indexes.
-        labels: Which members hold the labels.
+        labels: Which members hold the labels; None: found out from the first sample.
         classes: Names of the classes in label order; None: found out.
         workers: Processes.
         on_progress: Called with (shards done, shards in all).
@@ -227,114 +270,217 @@ def index_shards(
         for split, urls in (("train", train), ("val", val))
         if urls
     }
-    state = out / STATE_NAME
-    with writing_to(state):
-        state.mkdir(parents=True, exist_ok=True)
-    every = [name for found in names.values() for name in found]
-    missing = [name for name in every if _read_record(state, name) is None]
+    _check_out(out, [name for found in names.values() for name in found])
+    urls = {name: f"{root}/{name}" for found in names.values() for name in found}
+    with writing_to(out):
+        (out / STATE_NAME).mkdir(parents=True, exist_ok=True)
+    source = labels or _find_labels(next(iter(urls.values())))
+    done = {
+        name: record
+        for name, record in _read_records(out, urls).items()
+        if record.label_source == _render_label_source(source)
+    }
     report = on_progress or (lambda done, total: None)  # noqa: ARG005
-    done = len(every) - len(missing)
-    report(done, len(every))
-    tasks = [_Task(root, name, str(state), labels) for name in missing]
+    report(len(done), len(urls))
+    tasks = [_Task(root, name, str(out), source) for name in urls if name not in done]
+    if tasks:  # the card must never stand beside other indexes than its own
+        with writing_to(out):
+            (out / CARD_NAME).unlink(missing_ok=True)
+    reused_shards = len(done)
     try:
-        for _ in iter_done(_scan_to_state, tasks, workers=workers, doing="indexing"):
-            done += 1
-            report(done, len(every))
+        for name, record in iter_done(_scan_shard, tasks, workers=workers, doing="indexing"):
+            done[name] = record
+            report(len(done), len(urls))
     except KeyboardInterrupt as error:
         raise Stopped(
-            f"indexing was interrupted after {done:,} of {len(every):,} shards",
+            f"indexing was interrupted after {len(done):,} of {len(urls):,} shards",
             hint="the same command goes on where it stopped",
         ) from error
-    records = {name: _read_record(state, name) for name in every}
-    whole = {name: record for name, record in records.items() if record is not None}
-    _check_info(root, whole)
-    chosen, by_name, notes = _choose_classes(list(whole.values()), classes)
+    records = {name: done[name] for name in urls}
+    _check_info(root, records)
+    chosen, by_name, notes = _choose_classes(records, classes)
+    if labels is None and source != "cls":
+        notes.insert(0, f"labels are in {_render_label_source(source)} of each sample")
+    notes += [f"{name} holds no sample" for name, record in records.items() if not record.images]
     card = _write_indexes(
-        out, root=root, names=names, records=whole, classes=chosen, by_name=by_name, labels=labels
+        out, root=root, names=names, records=records, classes=chosen, by_name=by_name, labels=source
     )
     notes += _find_repeated_keys(out, names)
-    shutil.rmtree(state)
     skipped: Counter[str] = Counter()
-    for record in whole.values():
+    for record in records.values():
         skipped.update(record.skipped)
     return Indexed(
         card=card,
-        skipped=dict(skipped),
-        unreadable=sum(record.unreadable for record in whole.values()),
-        reused_shards=len(every) - len(missing),
+        skipped=dict(skipped.most_common()),
+        unreadable=sum(record.unreadable for record in records.values()),
+        reused_shards=reused_shards,
         notes=tuple(notes),
     )
 
 
-def _scan_to_state(task: _Task) -> str:
-    """Scan one shard, and write what was found."""
-    scan = _scan(f"{task.root}/{task.name}", labels=task.labels)
-    texts = sorted(set(scan.label_texts))
-    place = {text: number for number, text in enumerate(texts)}
-    wnids: list[set[str | None]] = [set() for _ in texts]
+def _check_out(out: Path, names: Sequence[str]) -> None:
+    """Nothing that somebody packed is written over, and no index by another.
+
+    Raises:
+        DataError: The folder holds a packed data set, or two indexes would have one name.
+    """
+    if (out / CARD_NAME).is_file() and "label_names" not in read_card(out).options:
+        raise DataError(
+            f"{out} holds a packed data set, which has its indexes",
+            hint="use it as it is, or choose another --out",
+        )
+    flat: dict[str, str] = {}
+    for name in names:
+        other = flat.setdefault(index_name(name), name)
+        if other != name:
+            raise DataError(
+                f"{other} and {name} would have one index, {index_name(name)}",
+                hint="index them into two folders",
+            )
+
+
+def _scan_shard(task: _Task) -> tuple[str, _Record]:
+    """Scan one shard, and write what was found; the record last."""
+    url = f"{task.root}/{task.name}"
+    version = _read_version(url)
+    scan = _scan(url, labels=task.labels)
+    first: dict[str, str] = {}
+    wnids: dict[str, set[str]] = {}
     for row, text in enumerate(scan.label_texts):
-        match = _WNID.search(scan.index.key(row))
-        wnids[place[text]].add(match[1] if match else None)
-    index = replace(
-        scan.index,
-        labels=np.array([place[text] for text in scan.label_texts], dtype=np.int32),
-    )
-    state = Path(task.folder)
-    write_index(index, state / index_name(task.name))
+        key = scan.index.key(row)
+        first.setdefault(text, key)
+        match = _WNID.search(key)
+        wnids.setdefault(text, set()).update([match[0]] if match else [])
+    texts = sorted(first)
+    place = {text: number for number, text in enumerate(texts)}
     record = _Record(
-        name=task.name,
-        images=len(index),
+        url=url,
+        version=version,
+        label_source=_render_label_source(task.labels),
+        images=len(scan.index),
         bytes=scan.num_bytes,
         sha256=scan.sha256,
-        texts=tuple(texts),
-        wnids=tuple(next(iter(found)) if len(found) == 1 else None for found in wnids),
+        texts=tuple(_Text(text, first[text], tuple(sorted(wnids[text])[:2])) for text in texts),
         skipped=scan.skipped,
         unreadable=scan.unreadable,
     )
-    write_json(_record_path(state, task.name), asdict(record))
-    return task.name
+    out = Path(task.out)
+    places = np.array([place[text] for text in scan.label_texts], dtype=np.int32)
+    with writing_to(_places_path(out, task.name)):
+        np.save(_places_path(out, task.name), places)
+    write_index(scan.index, out / index_name(task.name))
+    write_json(_record_path(out, task.name), asdict(record))
+    return task.name, record
+
+
+@contextmanager
+def _opened(url: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[BinaryIO, int | None]]:
+    """A shard and its size, None where that is not known.
+
+    Args:
+        url: Where it is.
+        block_bytes: Bytes that are asked for at once; 0: all of it, as one stream.
+
+    Raises:
+        DataError: It is not there, or access is denied.
+    """
+    shown = without_secrets(url) if is_url(url) else url
+    try:
+        files, path = url_to_fs(url)
+        with files.open(path, "rb", block_size=block_bytes) as file:
+            size = getattr(file, "size", None)
+            yield file, size if is_url(url) else Path(url).stat().st_size
+    except FileNotFoundError as error:
+        raise DataError(f"{shown}: there is no such file", hint="check the address") from error
+    except (PermissionError, ImportError) as error:
+        raise DataError(
+            f"{shown}: it cannot be opened ({error})",
+            hint="check the credentials, and that the fsspec package of its protocol is there",
+        ) from error
 
 
 def _scan(url: str, *, labels: LabelSource) -> Scan:
+    """Scan a shard; over a network several times if need be.
+
+    Raises:
+        DataError: As `scan_shard`, or it cannot be read.
+    """
     if not is_url(url):
         return scan_shard(Path(url), labels=labels, names=True)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            with fsspec.open(url, "rb") as file:
-                size = getattr(file, "size", None)
+            # Some web servers give no ranges, but the file as a whole.
+            whole = attempt > 1 and url.startswith("http")
+            with _opened(url, block_bytes=0 if whole else _BLOCK_BYTES) as (file, size):
                 return scan_stream(file, where=url, num_bytes=size, labels=labels, names=True)
-        except FileNotFoundError as error:
-            raise DataError(f"{url}: there is no such file", hint="check the address") from error
-        except (PermissionError, ImportError) as error:
-            raise DataError(
-                f"{url}: {error}",
-                hint="check the credentials, and that its fsspec package is there",
-            ) from error
         except Exception as error:  # every fsspec back end raises classes of its own
             # A body that was cut on its way looks like a shard that is cut.
-            if attempt == _ATTEMPTS:
-                if isinstance(error, DataError):
-                    raise
-                raise DataError(
-                    f"{url}: {type(error).__name__}: {error} ({attempt} tries)",
-                    hint="try again later; the same command goes on where it stopped",
-                ) from error
+            if attempt == _ATTEMPTS or isinstance(error.__cause__, _FINAL):
+                raise _tell(error, url=url, attempts=attempt) from error
             time.sleep(2**attempt / 4)
     raise AssertionError
 
 
-def _record_path(state: Path, name: str) -> Path:
-    return state / f"{index_name(name)}.json"
+def _tell(error: Exception, *, url: str, attempts: int) -> DataError:
+    if isinstance(error, DataError):
+        return error
+    return DataError(
+        f"{url}: {type(error).__name__}: {error} ({attempts} tries)",
+        hint="try again later; the same command goes on where it stopped",
+    )
 
 
-def _read_record(state: Path, name: str) -> _Record | None:
-    path = _record_path(state, name)
-    if not path.is_file() or not (state / index_name(name)).is_file():
-        return None
-    plain = read_json(path)
+def _find_labels(url: str) -> LabelSource:
     try:
-        return _Record(**plain)  # type: ignore[arg-type]  # as it was written
-    except TypeError:  # of another version
+        with _opened(url) as (file, _):
+            return find_label_source(file, where=url)
+    except Exception as error:  # as in `_scan`
+        raise _tell(error, url=url, attempts=1) from error
+
+
+def _read_version(url: str) -> str:
+    """Changes when the shard does: its size, and its ETag or time of change; "": cannot be told."""
+    try:
+        if not is_url(url):
+            status = Path(url).stat()
+            return f"{status.st_size} {status.st_mtime_ns}"
+        files, path = url_to_fs(url)
+        about = files.info(path)
+    except Exception:  # noqa: BLE001  # of any back end; reading the shard tells what is wrong
+        return ""
+    marks = [str(about[name]) for name in _VERSION_FIELDS if about.get(name)]
+    return " ".join([str(about.get("size")), *marks])
+
+
+def _record_path(out: Path, name: str) -> Path:
+    return out / STATE_NAME / f"{index_name(name)}.json"
+
+
+def _places_path(out: Path, name: str) -> Path:
+    """Of each sample, the place of its label in the record's texts."""
+    return out / STATE_NAME / f"{index_name(name)}.npy"
+
+
+def _read_records(out: Path, urls: Mapping[str, str]) -> dict[str, _Record]:
+    """Records of shards that are as they were when they were scanned."""
+    found = {name: record for name in urls if (record := _read_record(out, name)) is not None}
+    with ThreadPoolExecutor(_ASKING_AT_ONCE) as threads:
+        versions = threads.map(_read_version, [urls[name] for name in found])
+        return {
+            name: record
+            for (name, record), version in zip(found.items(), versions, strict=True)
+            if record.url == urls[name] and version and record.version == version
+        }
+
+
+def _read_record(out: Path, name: str) -> _Record | None:
+    if not (out / index_name(name)).is_file() or not _places_path(out, name).is_file():
+        return None
+    try:
+        plain = json.loads(_record_path(out, name).read_bytes())
+        texts = tuple(_Text(one["text"], one["key"], tuple(one["wnids"])) for one in plain["texts"])
+        return _Record(**{**plain, "texts": texts})
+    except (OSError, ValueError, TypeError, KeyError):  # absent, or of another version
         return None
 
 
@@ -361,56 +507,103 @@ def _check_info(root: str, records: Mapping[str, _Record]) -> None:
 
 
 def _choose_classes(
-    records: Sequence[_Record], asked: Sequence[str] | None
+    records: Mapping[str, _Record], asked: Sequence[str] | None
 ) -> tuple[tuple[str, ...], bool, list[str]]:
-    """The classes in label order, whether labels are their names, and what to tell of it."""
-    texts = sorted({text for record in records for text in record.texts})
-    if not texts:
-        raise DataError("the shards hold no samples", hint="look inside: tar tf SHARD")
-    if "" in texts:
-        raise DataError(
-            "some samples have an empty label", hint="say where labels are: --label json:FIELD"
-        )
-    if not all(text.isdigit() for text in texts):
-        classes = tuple(asked or texts)
-        unknown = [text for text in texts if text not in set(classes)]
-        if unknown:
-            raise DataError(
-                f"label {unknown[0]!r} is none of the {len(classes)} classes of --classes",
-                hint="one name a line, as the labels are written",
-            )
-        return classes, True, []
-    count = max(map(int, texts)) + 1
+    """The classes in label order, whether labels are their names, and what to tell of it.
+
+    Raises:
+        DataError: There are no labels, or one is no class.
+    """
+    found: dict[str, str] = {}
+    for name, record in records.items():
+        for one in record.texts:
+            found.setdefault(one.text, f"{name}: sample {one.key}: label {one.text!r}")
+    if not found:
+        kinds = Counter(kind for record in records.values() for kind in record.skipped)
+        held = f", only {', '.join(list(kinds)[:5])}" if kinds else ""
+        raise DataError(f"the shards hold no samples{held}", hint="look inside: tar tf SHARD")
+    numbers = {text: parse_class_number(text) for text in found}
+    if any(number == NO_NUMBER for number in numbers.values()):
+        return _choose_named(found, numbers, asked, images=sum(r.images for r in records.values()))
+    largest = max(numbers, key=lambda text: numbers[text])
+    count = numbers[largest] + 1
     if asked is not None:
         if count > len(asked):
             raise DataError(
-                f"label {count - 1} is none of the {len(asked)} classes of --classes",
+                f"{found[largest]} is none of the {len(asked)} classes of --classes",
                 hint="one name a line, in label order from 0",
             )
         return tuple(asked), False, []
-    wnids: dict[int, set[str | None]] = {}
-    for record in records:
-        for text, wnid in zip(record.texts, record.wnids, strict=True):
-            wnids.setdefault(int(text), set()).add(wnid)
-    found = {label: next(iter(names)) for label, names in wnids.items() if len(names) == 1}
-    named = {label: name for label, name in found.items() if name is not None}
-    if len(named) == len(wnids) == count and len(set(named.values())) == count:
-        return (
-            tuple(named[label] for label in range(count)),
-            False,
-            ["classes are the wnids that keys begin with"],
+    if count > _MAX_CLASSES:
+        raise DataError(
+            f"{found[largest]} is beyond {_MAX_CLASSES:,} classes",
+            hint="say where labels are: --label json:FIELD",
         )
-    if named:
-        return (
-            tuple(map(str, range(count))),
-            False,
-            ["keys begin with wnids, but labels and wnids do not pair: classes are numbers"],
+    notes = []
+    used = set(numbers.values())
+    if len(used) < count:
+        gap = next(number for number in range(count) if number not in used)
+        notes.append(f"{count - len(used):,} of {count:,} class numbers have no sample, as {gap}")
+    names, told = _pair_wnids(records, count)
+    return names, False, [told, *notes]
+
+
+def _choose_named(
+    found: Mapping[str, str],
+    numbers: Mapping[str, int],
+    asked: Sequence[str] | None,
+    *,
+    images: int,
+) -> tuple[tuple[str, ...], bool, list[str]]:
+    """Classes of labels that are names."""
+    if asked is not None:
+        unknown = sorted(set(found) - set(asked))
+        if unknown:
+            raise DataError(
+                f"{found[unknown[0]]} is none of the {len(asked)} classes of --classes",
+                hint="one name a line, as the labels are written",
+            )
+        return tuple(asked), True, []
+    odd = [text for text in found if numbers[text] == NO_NUMBER and _LIKE_A_NUMBER.fullmatch(text)]
+    if odd or any(number != NO_NUMBER for number in numbers.values()):
+        one = min(odd or (text for text in found if numbers[text] == NO_NUMBER))
+        raise DataError(
+            f"{found[one]}: labels are class numbers from 0, or all of them names",
+            hint="name the classes as they are written, one a line: --classes FILE",
         )
-    return (
-        tuple(map(str, range(count))),
-        False,
-        ["classes have no names but their numbers; name them with --classes FILE"],
-    )
+    notes = []
+    if 2 * len(found) > images:
+        notes.append(f"{len(found):,} names for {images:,} images: perhaps they are no labels")
+    return tuple(sorted(found)), True, notes
+
+
+def _pair_wnids(records: Mapping[str, _Record], count: int) -> tuple[tuple[str, ...], str]:
+    """Names of numbered classes: the wnids of their keys, where these pair with the numbers."""
+    wnids: dict[int, set[str]] = {}
+    for record in records.values():
+        for one in record.texts:
+            wnids.setdefault(int(one.text), set()).update(one.wnids)
+    plain = tuple(map(str, range(count)))
+    if not any(wnids.values()):
+        return plain, "classes have no names but their numbers; name them with --classes FILE"
+    several = [(label, names) for label, names in sorted(wnids.items()) if len(names) > 1]
+    owners: dict[str, list[int]] = {}
+    for label, names in sorted(wnids.items()):
+        for wnid in names:
+            owners.setdefault(wnid, []).append(label)
+    shared = [(wnid, labels) for wnid, labels in owners.items() if len(labels) > 1]
+    if several:
+        label, names = several[0]
+        reason = f"label {label} comes with {' and '.join(sorted(names)[:2])}"
+    elif shared:
+        wnid, labels = shared[0]
+        reason = f"{wnid} comes with labels {labels[0]} and {labels[1]}"
+    elif len(owners) < count:
+        reason = f"{count - len(owners):,} labels come with none"
+    else:
+        by_label = {labels[0]: wnid for wnid, labels in owners.items()}
+        return tuple(by_label[label] for label in range(count)), "classes are the wnids in the keys"
+    return plain, f"the wnids in the keys do not pair with labels ({reason}): classes are numbers"
 
 
 def _write_indexes(
@@ -428,26 +621,27 @@ def _write_indexes(
     splits: dict[str, Split] = {}
     for split, members in names.items():
         counts = np.zeros(len(classes), dtype=np.int64)
-        shards = []
         for name in members:
-            record = records[name]
-            index = read_index(out / STATE_NAME / index_name(name))
-            own = np.array(
-                [number[text] if by_name else int(text) for text in record.texts], dtype=np.int32
-            )
-            index = replace(index, labels=own[index.labels] if len(index) else index.labels)
-            counts += np.bincount(index.labels, minlength=len(classes))
-            write_index(index, out / index_name(name))
-            if record.images:
-                shards.append(Shard(name, record.images, record.bytes, record.sha256))
-        splits[split] = Split(split, tuple(shards), tuple(counts.tolist()))
+            own = [number[one.text] if by_name else int(one.text) for one in records[name].texts]
+            index = read_index(out / index_name(name))
+            places = np.load(_places_path(out, name), allow_pickle=False)
+            labels_N = np.array(own, dtype=np.int32)[places]
+            counts += np.bincount(labels_N, minlength=len(classes))
+            if not np.array_equal(labels_N, index.labels):
+                with writing_to(out):  # as above
+                    (out / CARD_NAME).unlink(missing_ok=True)
+                write_index(replace(index, labels=labels_N), out / index_name(name))
+        shards = tuple(
+            Shard(name, records[name].images, records[name].bytes, records[name].sha256)
+            for name in members
+            if records[name].images
+        )
+        if shards:
+            splits[split] = Split(split, shards, tuple(counts.tolist()))
     card = DatasetCard(
         classes=classes,
         splits=splits,
-        options={
-            "labels": labels if isinstance(labels, str) else ":".join(labels),
-            "label_names": by_name,
-        },
+        options={"labels": _render_label_source(labels), "label_names": by_name},
         shards_at=None if Path(root) == out.absolute() else root,
     )
     write_card(card, out)
@@ -458,7 +652,7 @@ def _find_repeated_keys(out: Path, names: Mapping[str, Sequence[str]]) -> list[s
     """Whether a key comes in several shards, by 8 bytes a key."""
     notes = []
     for split, members in names.items():
-        hashes = []
+        hashes = [np.zeros(0, dtype=np.uint64)]
         for name in members:
             index = read_index(out / index_name(name))
             keys = (xxh3_64_intdigest(key.encode()) for key in index.keys)

@@ -35,7 +35,7 @@ from xxhash import xxh3_64_intdigest
 
 from convnext_cli.data.decode import BadImage, read_image_size
 from convnext_cli.errors import DataError
-from convnext_cli.runs.record import writing_to
+from convnext_cli.runs.record import writing_to, written_whole
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = 512
@@ -43,9 +43,16 @@ _READ_BYTES = 4 << 20
 _MAX_MEMBER_BYTES = 1 << 30
 _MAX_LABEL = (1 << 31) - 1
 NO_NUMBER = -1
-_MAX_LABEL_BYTES = 1 << 20
+_MAX_TEXT_BYTES = 1 << 20
+"""Of a label, or a name in a header of its own."""
+_COPY_AGAIN = "copy the shard again, or pack the data set again"
+_FILES = (b"0", b"\0", b"7")
+_NAMES = (b"L", b"x")
+_ABOUT_OTHERS = (b"K", b"g")
+_WITHOUT_BYTES = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Kinds of members: links, devices, folders and queues hold none, whatever size they tell."""
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-_REPACK = "pack the data set again: convnext data pack SOURCE OUT"
+_REPACK = "make the shard again, such as from its images: convnext data pack SOURCE OUT"
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,9 @@ class ShardIndex:
         return [self.key(row) for row in range(len(self.key_end))]
 
 
+LABEL_FIELDS = ("label", "cls", "class")
+"""Fields of .json that are known to hold labels, the first one first."""
+
 LabelSource = Literal["cls", "txt"] | tuple[Literal["json"], str]
 """Which member of a sample holds its label: .cls or .txt as a whole, or a field of .json."""
 
@@ -107,6 +117,8 @@ class Member:
     name: str
     offset: int
     size: int
+    is_file: bool = True
+    """False: a link, a device, ...: it holds no bytes of its own."""
 
 
 def iter_members(
@@ -135,9 +147,10 @@ def iter_members(
         file.seek(at)
         header = file.read(min(_BLOCK, max(0, end - at)))
         if len(header) < _BLOCK:
+            cut = min(end, file.tell())
             raise DataError(
-                f"{where}: the shard is cut at byte {end:,}: its end mark is missing",
-                hint="copy the shard again, or pack the data set again",
+                f"{where}: the shard is cut at byte {cut:,}: its end mark is missing",
+                hint=_COPY_AGAIN,
             )
         if header == bytes(_BLOCK):
             _check_end(file, end=end, where=where, mark=at)
@@ -152,23 +165,25 @@ def iter_members(
         if _octal(header[148:156]) != wanted:
             raise DataError(
                 f"{where}: the header at byte {at:,} is damaged",
-                hint="copy the shard again, or pack the data set again",
-            )
-        size = _octal(header[124:136])
-        if size is None or not 0 <= size <= max_bytes or at + _BLOCK + size > end:
-            raise DataError(
-                f"{where}: the member at byte {at:,} is cut or larger than {max_bytes >> 30:,} GiB",
-                hint="copy the shard again, or pack the data set again",
+                hint=_COPY_AGAIN,
             )
         kind = header[156:157]
+        size = 0 if kind in _WITHOUT_BYTES else _octal(header[124:136])
+        largest = _MAX_TEXT_BYTES if kind in _NAMES else max_bytes
+        if size is None or not 0 <= size <= largest or at + _BLOCK + size > end:
+            raise DataError(
+                f"{where}: the member at byte {at:,} is cut or larger than {largest >> 20:,} MiB",
+                hint=_COPY_AGAIN,
+            )
         if kind == b"L":  # GNU: the next member's name, too long for its header
             long_name = file.read(size).rstrip(b"\0").decode("utf-8", "replace")
-        elif kind in b"0\0" and kind:
-            name = long_name or _name(header)
-            yield Member(name, at + _BLOCK, size)
-            long_name = None
         elif kind == b"x":  # pax: the same, as a record
             long_name = _pax_path(file.read(size)) or long_name
+        elif kind not in _ABOUT_OTHERS:
+            name = long_name or _name(header)
+            long_name = None
+            if kind != b"5" and not name.endswith("/"):  # no folder
+                yield Member(name, at + _BLOCK, size, is_file=kind in _FILES)
         at += _BLOCK + -(-size // _BLOCK) * _BLOCK
 
 
@@ -178,7 +193,7 @@ def _check_end(file: BinaryIO, *, end: int, where: str, mark: int) -> None:
         if block.strip(b"\0"):
             raise DataError(
                 f"{where}: the header at byte {mark:,} is zeroed: data follow this end mark",
-                hint="copy the shard again, or pack the data set again",
+                hint=_COPY_AGAIN,
             )
 
 
@@ -251,7 +266,9 @@ def scan_shard(path: Path, *, labels: LabelSource = "cls", names: bool = False) 
             size = path.stat().st_size
             return scan_stream(file, where=str(path), num_bytes=size, labels=labels, names=names)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}", hint=f"look: ls -l {path}"
+        ) from error
 
 
 def scan_stream(
@@ -288,7 +305,13 @@ def scan_stream(
         found = (parts.get("image"), parts.get("label"))
         if not isinstance(found[0], tuple) or not isinstance(found[1], str):
             lacking = "image" if found[0] is None else f"label ({_ending(labels)})"
-            raise DataError(f"{where}: sample {key} has no {lacking}", hint=_REPACK)
+            raise DataError(
+                f"{where}: sample {key} has no {lacking}",
+                hint="a sample's members lie side by side; where labels are elsewhere, say so:"
+                " convnext data index --label json:FIELD",
+            )
+        if not found[1]:
+            raise DataError(f"{where}: sample {key} has an empty label", hint=_REPACK)
         columns.append(found[0])
         texts.append(found[1])
     if num_bytes is not None and forward.tell() != num_bytes:
@@ -340,10 +363,10 @@ def _read_parts(
 ) -> Iterator[_Part]:
     """What each member tells, read as it comes by."""
     for member in members:
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        ending, key = ending.lower(), folder + slash + stem
-        if ending in IMAGE_EXTENSIONS:
+        key, ending = _split_name(member.name)
+        if not member.is_file:
+            skipped["(link)"] += 1
+        elif ending in IMAGE_EXTENSIONS:
             data = file.read(member.size)
             try:
                 width, height = read_image_size(data, key=key)
@@ -351,13 +374,65 @@ def _read_parts(
                 width, height = 0, 0
             digest = xxh3_64_intdigest(data)
             yield key, member.name, "image", (member.offset, member.size, digest, width, height)
-        elif ending == _ending(labels).removeprefix("."):
-            if member.size > _MAX_LABEL_BYTES:
-                skipped[ending] += 1
-                continue
-            yield key, member.name, "label", _label_text(file.read(member.size), labels)
+        elif ending == _ending(labels)[1:]:
+            data = file.read(member.size) if member.size <= _MAX_TEXT_BYTES else b""
+            yield key, member.name, "label", _label_text(data, labels)
         else:
-            skipped[ending or "(none)"] += 1
+            skipped[f".{ending}" if ending else "(none)"] += 1
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and ending of a member; the key ends at the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def find_label_source(file: BinaryIO, *, where: str) -> LabelSource:
+    """Where labels are, by the first sample: .cls, else a field of .json, else .txt.
+
+    Args:
+        file: A shard, read forward only.
+        where: What it is called in messages.
+
+    Raises:
+        DataError: The begin of the shard is damaged, or the sample holds no label.
+    """
+    forward = _Forward(file)
+    current: str | None = None
+    endings: set[str] = set()
+    fields: list[str] = []
+    members = iter_members(forward, where=where, end=1 << 62)  # type: ignore[arg-type]  # it reads on
+    for member in members:
+        key, ending = _split_name(member.name)
+        if key != current:
+            if endings & set(IMAGE_EXTENSIONS):
+                break
+            current, endings, fields = key, set(), []
+        endings.add(ending)
+        if ending == "json" and member.size <= _MAX_TEXT_BYTES:
+            fields = _label_fields(forward.read(member.size))
+    if "cls" in endings or not endings & {"json", "txt"}:
+        return "cls"
+    for name in LABEL_FIELDS:
+        if name in fields:
+            return ("json", name)
+    if "txt" in endings:
+        return "txt"
+    raise DataError(
+        f"{where}: sample {current} has no .cls and no .txt, and its .json no field label",
+        hint=f"say which field is the label: --label json:{fields[0] if fields else 'FIELD'}",
+    )
+
+
+def _label_fields(data: bytes) -> list[str]:
+    """The fields of a JSON object that could be labels."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return []
+    pairs = content.items() if isinstance(content, dict) else ()
+    return [name for name, value in pairs if isinstance(value, (int, str))]
 
 
 def _ending(labels: LabelSource) -> str:
@@ -370,7 +445,7 @@ def _label_text(data: bytes, labels: LabelSource) -> str:
         return data.decode("utf-8", "replace").strip()
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     value = content.get(labels[1]) if isinstance(content, dict) else None
     return str(value).strip() if isinstance(value, (int, str)) else ""
@@ -379,7 +454,7 @@ def _label_text(data: bytes, labels: LabelSource) -> str:
 def _iter_samples(
     parts: Iterator[_Part], *, where: str
 ) -> Iterator[tuple[str, dict[str, _Image | str]]]:
-    """Neighbours with the same key; the key ends at the first dot of the base name."""
+    """Neighbours with the same key."""
     current: str | None = None
     found: dict[str, _Image | str] = {}
     for key, name, kind, value in parts:
@@ -395,16 +470,21 @@ def _iter_samples(
 
 
 def _class_number(text: str, *, where: str, names: bool) -> int:
-    if text.isdigit() and int(text) <= _MAX_LABEL:
-        return int(text)
-    if names:
-        return NO_NUMBER
+    number = parse_class_number(text)
+    if names or number != NO_NUMBER:
+        return number
     raise DataError(f"{where}: the label is {text[:32]!r}, not a class number", hint=_REPACK)
 
 
+def parse_class_number(text: str) -> int:
+    """The class number that a label is; `NO_NUMBER`: it is none."""
+    digits = text.isascii() and text.isdigit() and len(text) <= len(str(_MAX_LABEL))
+    return int(text) if digits and int(text) <= _MAX_LABEL else NO_NUMBER
+
+
 def write_index(index: ShardIndex, path: Path) -> None:
-    """Write an index file; the same index gives the same bytes."""
-    with writing_to(path), path.open("wb") as file:
+    """Write an index file, whole or not at all; the same index gives the same bytes."""
+    with writing_to(path), written_whole(path) as beside, beside.open("wb") as file:
         np.savez(
             file,
             key_text=np.frombuffer(index.key_text, dtype=np.uint8),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-PEERS = {"timm", "timm-plain", "torchvision", "webdataset"}
+PEERS = {"timm", "timm-unfetched", "timm-plain", "torchvision", "webdataset"}
 
 
 def test_peers_are_measured_beside_the_loader(run_process, tiny_shards):

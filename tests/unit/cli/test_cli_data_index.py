@@ -24,6 +24,24 @@ def test_shards_are_indexed_checked_and_ready_to_train(run_cli, foreign, tmp_pat
     assert len(json.loads(order.stdout)["samples"]) == 8
 
 
+def test_the_same_command_again_reads_nothing(run_cli, foreign, tmp_path):
+    command = ("data", "index", foreign, "--out", tmp_path / "out", "--json")
+    first = json.loads(run_cli(*command).stdout)
+
+    again = json.loads(run_cli(*command).stdout)
+
+    assert (first["reused_shards"], again["reused_shards"]) == (0, 4)
+    assert again["fingerprint"] == first["fingerprint"]
+
+
+def test_shards_of_a_folder_can_be_named_for_validation(run_cli, foreign, tmp_path):
+    val = foreign / "train-000001.tar"
+
+    done = run_cli("data", "index", foreign, "--val", val, "--out", tmp_path / "out", "--json")
+
+    assert json.loads(done.stdout)["images"] == {"train": 35, "val": 16}
+
+
 def test_the_index_of_our_own_shards_is_the_packers(run_cli, foreign, tiny_shards, tmp_path):
     names = tmp_path / "names"
     names.write_text("cross\ndisc\nsquare\n")

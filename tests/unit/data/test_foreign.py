@@ -3,6 +3,9 @@
 import io
 import json
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,6 @@ from convnext_cli.data.augment import EvalView
 from convnext_cli.data.card import index_name, read_card
 from convnext_cli.data.fetch import Store
 from convnext_cli.data.foreign import (
-    STATE_NAME,
     choose_split,
     common_root,
     index_shards,
@@ -74,11 +76,11 @@ def timm_shards(tmp_path: Path) -> Path:
     return folder
 
 
-def index_all(shards: list[str], out: Path, *, labels="cls", classes=None):
+def index_all(shards: list[str], out: Path, *, labels=None, classes=None):
     found = list_shards(shards)
     train = [url for url in found if choose_split(url) == "train"]
     val = [url for url in found if choose_split(url) == "val"]
-    source = parse_label_source(labels)
+    source = None if labels is None else parse_label_source(labels)
     return index_shards(train, val, out=out, labels=source, classes=classes, workers=1)
 
 
@@ -97,8 +99,7 @@ def test_timms_imagenet_shards_are_indexed_where_they_lie(timm_shards, tmp_path)
     assert {name: split.images for name, split in card.splits.items()} == {"train": 12, "val": 4}
     assert card.splits["train"].class_images == (4, 4, 4)
     assert card.shards_at == str(timm_shards)
-    assert dict(made.skipped) == {"json": 16}
-    assert not (tmp_path / "out" / STATE_NAME).exists()
+    assert dict(made.skipped) == {".json": 16}
     assert check_dataset(tmp_path / "out", deep=True).damage == ()
 
 
@@ -143,6 +144,7 @@ def test_labels_may_be_names_in_several_places(tmp_path, labels, member):
 
     made = index_all([str(tmp_path / "in")], tmp_path / "out", labels=labels)
 
+    assert made.card == index_all([str(tmp_path / "in")], tmp_path / "found").card
     assert made.card.classes == ("cat", "dog")
     assert reader_of(tmp_path / "out").read(1)[1] == 1
     assert check_dataset(tmp_path / "out", deep=False).damage == ()
@@ -157,15 +159,42 @@ def test_given_classes_decide_the_numbers_of_names(tmp_path):
     assert reader_of(tmp_path / "out").read(0)[1] == 1
 
 
-def test_wnids_that_do_not_pair_with_labels_are_told_and_not_used(tmp_path):
-    members = [(f"n0144076{n}_{n}.{e}", d) for n in (4, 5) for e, d in (("jpg", jpeg(n)),
-               ("cls", b"0"))]  # fmt: skip
+@pytest.mark.parametrize(
+    ("pairs", "told"),
+    [
+        (((4, 0), (5, 0)), "label 0 comes with n00000004 and n00000005"),
+        (((4, 0), (4, 1)), "n00000004 comes with labels 0 and 1"),
+        (((4, 0), (6, 2)), "1 labels come with none"),
+    ],
+)
+def test_wnids_that_do_not_pair_with_labels_are_told_and_not_used(tmp_path, pairs, told):
+    members = [
+        (f"n0000000{wnid}_{label}.{ending}", data)
+        for wnid, label in pairs
+        for ending, data in (("jpg", jpeg(wnid)), ("cls", str(label).encode()))
+    ]
     write_shard(tmp_path / "in" / "x.tar", members)
 
     made = index_all([str(tmp_path / "in")], tmp_path / "out")
 
-    assert made.card.classes == ("0",)
-    assert "classes have no names" in made.notes[0]
+    assert made.card.classes == tuple(map(str, range(max(label for _, label in pairs) + 1)))
+    assert told in made.notes[0]
+
+
+def test_wnids_name_classes_also_where_validation_keys_have_none(timm_shards, tmp_path):
+    members = [("ILSVRC2012_val_1.jpg", jpeg(1)), ("ILSVRC2012_val_1.cls", b"2")]
+    write_shard(timm_shards / "imagenet1k-validation-00.tar", members)
+
+    assert index_all([str(timm_shards)], tmp_path / "out").card.classes == WNIDS
+
+
+def test_class_numbers_without_a_sample_are_told(tmp_path):
+    members = [(f"{n}.{e}", d) for n in (1, 2) for e, d in (("jpg", b""), ("cls", b"%d" % n))]
+    write_shard(tmp_path / "in" / "x.tar", members)
+
+    made = index_all([str(tmp_path / "in")], tmp_path / "out")
+
+    assert made.notes[1] == "1 of 3 class numbers have no sample, as 0"
 
 
 def test_what_was_scanned_is_not_read_again_after_an_interruption(timm_shards, tmp_path):
@@ -180,6 +209,109 @@ def test_what_was_scanned_is_not_read_again_after_an_interruption(timm_shards, t
 
     assert made.reused_shards == 2
     assert read_card(tmp_path / "out").splits["val"].images == 4
+
+
+def test_where_all_is_done_nothing_is_read_or_written_again(timm_shards, tmp_path):
+    first = index_all([str(timm_shards)], tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npz")}
+
+    again = index_all([str(timm_shards)], tmp_path / "out")
+
+    assert again.reused_shards == 3
+    assert again.card == first.card
+    assert again.skipped == first.skipped
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_shard_that_changed_is_scanned_again(timm_shards, tmp_path):
+    index_all([str(timm_shards)], tmp_path / "out")
+    write_shard(timm_shards / "imagenet1k-validation-00.tar", timm_members(200, 9))
+
+    made = index_all([str(timm_shards)], tmp_path / "out")
+
+    assert made.reused_shards == 2
+    assert made.card.splits["val"].images == 9
+    assert check_dataset(tmp_path / "out", deep=False).damage == ()
+
+
+def test_other_labels_are_scanned_and_other_classes_only_renamed(timm_shards, tmp_path):
+    index_all([str(timm_shards)], tmp_path / "out")
+
+    by_json = index_all([str(timm_shards)], tmp_path / "out", labels="json:label")
+    named = index_all(
+        [str(timm_shards)], tmp_path / "out", labels="json:label", classes=["a", "b", "c"]
+    )
+
+    assert (by_json.reused_shards, named.reused_shards) == (0, 3)
+    assert named.card.classes == ("a", "b", "c")
+    assert check_dataset(tmp_path / "out", deep=False).damage == ()
+
+
+def test_a_card_never_stands_beside_indexes_that_are_not_its_own(timm_shards, tmp_path):
+    index_all([str(timm_shards)], tmp_path / "out")
+    shard = timm_shards / "imagenet1k-train-0000.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+
+    with pytest.raises(DataError, match="is cut"):
+        index_all([str(timm_shards)], tmp_path / "out")
+
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+def test_a_packed_data_set_is_not_written_over(tiny_shards):
+    with pytest.raises(DataError, match="holds a packed data set"):
+        index_all([str(tiny_shards)], tiny_shards)
+
+
+def test_shards_whose_indexes_would_have_one_name_are_refused(tmp_path):
+    for name in ("a/b.tar", "a--b.tar"):
+        write_shard(tmp_path / "in" / name, timm_members(0, 3))
+
+    with pytest.raises(DataError, match=r"would have one index, a--b\.index\.npz"):
+        index_all([f"{tmp_path}/in/{{a/b,a--b}}.tar"], tmp_path / "out")
+
+
+def test_a_shard_without_samples_is_told_and_left_out(timm_shards, tmp_path):
+    write_shard(timm_shards / "imagenet1k-train-0002.tar", [])
+
+    made = index_all([str(timm_shards)], tmp_path / "out")
+
+    assert "imagenet1k-train-0002.tar holds no sample" in made.notes
+    assert len(made.card.splits["train"].shards) == 2
+
+
+@pytest.fixture
+def web_address(timm_shards):
+    """The shards behind a web server that gives no ranges."""
+    handler = partial(QuietHandler, directory=str(timm_shards))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_shards_on_the_web_are_indexed_by_braces(web_address, timm_shards, tmp_path):
+    made = index_all(
+        [
+            f"{web_address}/imagenet1k-train-{{0000..0001}}.tar",
+            f"{web_address}/imagenet1k-validation-00.tar",
+        ],
+        tmp_path / "far",
+    )
+
+    near = index_all([str(timm_shards)], tmp_path / "near")
+    assert made.card.shards_at == web_address
+    assert made.card.fingerprint == near.card.fingerprint
+
+
+def test_a_shard_that_is_not_on_the_web_is_told(web_address, tmp_path):
+    with pytest.raises(DataError, match=r"/absent\.tar: there is no such file"):
+        index_all([f"{web_address}/absent.tar"], tmp_path / "out")
 
 
 def test_a_shard_behind_a_url_is_scanned_as_a_local_one(timm_shards, tmp_path):
@@ -213,7 +345,10 @@ def test_counts_are_held_against_those_that_the_data_set_says(timm_shards, tmp_p
     [
         (["pipe:cat x.tar"], "a pipe: URL runs a shell command"),
         (["/nowhere/at/all"], "there is no .tar file in it"),
-        (["/x/a.tar", "/x/{a,b}.tar"], "/x/a.tar is named twice"),
+        (["/x/a.tar", "file:///x/{a,b}.tar"], "/x/a.tar is named twice"),
+        (["/x/{0..3.tar"], "Unbalanced braces"),
+        (["https://me:secret@host/x.tar"], "https://host/x.tar: an address with a password"),
+        (["https://host/x.tar?sig=abc"], "https://host/x.tar: an address with a password"),
     ],
 )
 def test_shards_that_cannot_be_listed_are_refused(urls, told):
@@ -247,14 +382,27 @@ def test_the_split_is_read_from_the_name_of_a_shard(name, split):
 
 
 @pytest.mark.parametrize(
-    ("label", "told"),
-    [(b"", "have an empty label"), (b"7", r"label 7 is none of the 2 classes")],
+    ("labels", "classes", "told"),
+    [
+        (["0", "7"], ["one", "two"], "sample 1: label '7' is none of the 2 classes"),
+        (["one", "six"], ["one", "two"], "sample 1: label 'six' is none of the 2 classes"),
+        (["0", "-1"], None, "sample 1: label '-1': labels are class numbers from 0, or all"),
+        (["0", "cat"], None, "sample 1: label 'cat': labels are class numbers from 0, or all"),
+        (["0", "9" * 20], None, "sample 1: label '9+': labels are class numbers from 0"),
+        (["0", "2147483647"], None, "sample 1: label '2147483647' is beyond 1,000,000 classes"),
+        (["0", ""], None, "sample 1 has an empty label"),
+    ],
 )
-def test_labels_that_make_no_class_are_refused(tmp_path, label, told):
-    write_shard(tmp_path / "in" / "x.tar", [("a.jpg", jpeg(0)), ("a.cls", label)])
+def test_labels_that_make_no_class_are_refused_with_their_sample(tmp_path, labels, classes, told):
+    members = []
+    for key, label in enumerate(labels):
+        members += [(f"{key}.jpg", b""), (f"{key}.cls", label.encode())]
+    write_shard(tmp_path / "in" / "x.tar", members)
 
-    with pytest.raises(DataError, match=told):
-        index_all([str(tmp_path / "in")], tmp_path / "out", classes=["one", "two"])
+    with pytest.raises(DataError, match=rf"x\.tar: {told}") as caught:
+        index_all([str(tmp_path / "in")], tmp_path / "out", classes=classes)
+
+    assert caught.value.hint
 
 
 def test_no_member_but_images_and_labels_is_ever_opened(tmp_path):
@@ -286,5 +434,7 @@ def test_names_that_climb_out_of_a_folder_are_only_names(tmp_path):
     ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dataset.json",
+        "index-state",
         "x.index.npz",
     ]
+    assert not (tmp_path / "etc").exists()

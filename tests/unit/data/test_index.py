@@ -11,10 +11,12 @@ from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from convnext_cli.data.index import (
+    find_label_source,
     hash_file,
     iter_members,
     read_index,
     scan_shard,
+    scan_stream,
     write_index,
 )
 from convnext_cli.errors import DataError
@@ -95,6 +97,9 @@ def test_a_shard_that_is_cut_anywhere_is_refused(shard, end):
         ([("a.cls", b"1")], "sample a has no image"),
         ([("a.jpg", b"x"), ("b.jpg", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], "has no label"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "the label is 'cat', not a class number"),
+        ([("a.jpg", b"x"), ("a.cls", b"")], "sample a has an empty label"),
+        ([("a.jpg", b"x"), ("a.cls", "²".encode())], "the label is '²', not a class number"),
+        ([("a.jpg", b"x"), ("a.cls", b"9" * 9000)], "the label is '9+', not a class number"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], "the label is '-1', not a class number"),
         ([("a.jpg", b"x"), ("a.cls", b"9" * 20)], "the label is '9+', not a class number"),
         ([("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"1")], r"a\.jpg comes twice"),
@@ -163,7 +168,7 @@ def test_no_flipped_bit_of_an_index_is_a_surprise(shard, tmp_path):
     data = (tmp_path / "a.npz").read_bytes()
     refused = 0
 
-    for bit in range(0, 8 * len(data), 11):
+    for bit in range(0, 8 * len(data), 31):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / "a.npz").write_bytes(damaged)
@@ -206,7 +211,7 @@ def test_a_name_with_dots_ends_at_the_first(tmp_path):
     scan = scan_shard(write_tar(tmp_path / "s.tar", members))
 
     assert scan.index.keys == ["a/x"]
-    assert dict(scan.skipped) == {"seg.png": 1}
+    assert dict(scan.skipped) == {".seg.png": 1}
 
 
 def test_a_scan_gives_the_hash_the_digests_and_the_sizes_in_one_pass(tmp_path):
@@ -238,7 +243,7 @@ def test_a_member_that_says_it_is_larger_than_the_shard_is_refused(shard):
     data[148:156] = f"{checksum:06o}\0 ".encode()
     shard.write_bytes(data)
 
-    with pytest.raises(DataError, match="the member at byte 0 is cut or larger than 1 GiB"):
+    with pytest.raises(DataError, match="the member at byte 0 is cut or larger than 1,024 MiB"):
         scan_shard(shard)
 
 
@@ -251,3 +256,58 @@ def test_an_index_without_digests_reads_as_one_that_knows_none(shard, tmp_path):
 
     assert read_index(tmp_path / "b.npz").digest.tolist() == [0, 0, 0]
     assert index.digest.all()
+
+
+def test_links_in_a_shard_are_counted_and_never_followed(tmp_path):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (("a.png", tarfile.SYMTYPE), ("b.png", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/hostname"
+            tar.addfile(member)
+        folder = tarfile.TarInfo("c")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in sample("c/0", 1):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+    scan = scan_shard(path)
+
+    assert scan.index.keys == ["c/0"]
+    assert dict(scan.skipped) == {"(link)": 2, ".json": 1}
+
+
+@pytest.mark.parametrize(
+    ("members", "source"),
+    [
+        ([("a.cls", b"1"), ("a.jpg", b""), ("a.json", b'{"label": 1}')], "cls"),
+        ([("a.jpg", b""), ("a.json", b'{"id": 7, "label": 1}')], ("json", "label")),
+        ([("a.jpg", b""), ("a.json", b'{"class": "cat"}'), ("a.txt", b"1")], ("json", "class")),
+        ([("a.jpg", b""), ("a.json", b"[]"), ("a.txt", b"cat")], "txt"),
+        ([("README.txt", b"read me"), ("a.jpg", b""), ("a.cls", b"1")], "cls"),
+        ([("a.jpg", b""), ("b.jpg", b"")], "cls"),
+    ],
+)
+def test_where_labels_are_is_seen_in_the_first_sample(tmp_path, members, source):
+    shard = write_tar(tmp_path / "s.tar", members)
+
+    with shard.open("rb") as file:
+        assert find_label_source(file, where="s.tar") == source
+
+
+def test_a_json_without_a_label_is_told_with_the_fields_it_has(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", [("a.jpg", b""), ("a.json", b'{"species": "cat"}')])
+
+    with shard.open("rb") as file, pytest.raises(DataError, match="sample a has no") as caught:
+        find_label_source(file, where="s.tar")
+
+    assert caught.value.hint.endswith("--label json:species")
+
+
+def test_a_stream_that_ends_early_is_told_with_the_place(shard):
+    cut = io.BytesIO(shard.read_bytes()[:2000])
+
+    with pytest.raises(DataError, match="is cut at byte 2,000"):
+        scan_stream(cut, where="stream", num_bytes=None)
