@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import fsspec
 import numpy as np
@@ -73,6 +73,7 @@ _FINAL = (FileNotFoundError, PermissionError, ImportError)
 _ASKING_AT_ONCE = 16
 
 Progress = Callable[[int, int], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -400,42 +401,43 @@ def _opened(url: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[Bina
 
 
 def _scan(url: str, *, labels: LabelSource) -> Scan:
-    """Scan a shard; over a network several times if need be.
-
-    Raises:
-        DataError: As `scan_shard`, or it cannot be read.
-    """
     if not is_url(url):
         return scan_shard(Path(url), labels=labels, names=True)
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            # Some web servers give no ranges, but the file as a whole.
-            whole = attempt > 1 and url.startswith("http")
-            with _opened(url, block_bytes=0 if whole else _BLOCK_BYTES) as (file, size):
-                return scan_stream(file, where=url, num_bytes=size, labels=labels, names=True)
-        except Exception as error:  # every fsspec back end raises classes of its own
-            # A body that was cut on its way looks like a shard that is cut.
-            if attempt == _ATTEMPTS or isinstance(error.__cause__, _FINAL):
-                raise _tell(error, url=url, attempts=attempt) from error
-            time.sleep(2**attempt / 4)
-    raise AssertionError
-
-
-def _tell(error: Exception, *, url: str, attempts: int) -> DataError:
-    if isinstance(error, DataError):
-        return error
-    return DataError(
-        f"{url}: {type(error).__name__}: {error} ({attempts} tries)",
-        hint="try again later; the same command goes on where it stopped",
+    return _try_reading(
+        url,
+        lambda file, size: scan_stream(file, where=url, num_bytes=size, labels=labels, names=True),
     )
 
 
 def _find_labels(url: str) -> LabelSource:
-    try:
-        with _opened(url) as (file, _):
-            return find_label_source(file, where=url)
-    except Exception as error:  # as in `_scan`
-        raise _tell(error, url=url, attempts=1) from error
+    return _try_reading(url, lambda file, _: find_label_source(file, where=url))
+
+
+def _try_reading(url: str, work: Callable[[BinaryIO, int | None], Result]) -> Result:
+    """What some work on a shard gives; over a network it is tried several times if need be.
+
+    Raises:
+        DataError: The shard cannot be read, or is damaged.
+    """
+    attempts = _ATTEMPTS if is_url(url) else 1
+    for attempt in range(1, attempts + 1):
+        try:
+            # Some web servers give no ranges, but the file as a whole.
+            whole = attempt > 1 and url.startswith("http")
+            with _opened(url, block_bytes=0 if whole else _BLOCK_BYTES) as (file, size):
+                return work(file, size)
+        except Exception as error:  # every fsspec back end raises classes of its own
+            # A body that was cut on its way looks like a shard that is cut.
+            if attempt < attempts and not isinstance(error.__cause__, _FINAL):
+                time.sleep(2**attempt / 4)
+                continue
+            if isinstance(error, DataError):
+                raise
+            raise DataError(
+                f"{url}: {type(error).__name__}: {error} ({attempt} tries)",
+                hint="try again later; the same command goes on where it stopped",
+            ) from error
+    raise AssertionError
 
 
 def _read_version(url: str) -> str:
