@@ -3,10 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, read_card, write_card
+from convnext_cli.data.card import (
+    DatasetCard,
+    Shard,
+    Split,
+    index_name,
+    read_card,
+    shards_location,
+    write_card,
+)
 from convnext_cli.errors import DataError
 
 SHARD = Shard(name="train-000000.tar", images=3, bytes=10240, sha256="ab" * 32)
@@ -45,6 +54,20 @@ def test_the_fingerprint_changes_with_a_class_and_with_a_byte_of_a_shard():
 
 def test_the_index_lies_beside_its_shard():
     assert index_name("train-000012.tar") == "train-000012.index.npz"
+
+
+def test_shards_lie_beside_the_card_or_where_it_says(tmp_path):
+    far = replace(CARD, shards_at="s3://bucket/wds")
+    write_card(far, tmp_path)
+
+    assert read_card(tmp_path) == far
+    assert shards_location(far, str(tmp_path)) == "s3://bucket/wds"
+    assert shards_location(CARD, str(tmp_path)) == str(tmp_path)
+    assert far.fingerprint == CARD.fingerprint
+
+
+def test_a_shard_in_a_sub_folder_has_a_flat_index():
+    assert index_name("part-1/train-0.tar") == "part-1--train-0.index.npz"
 
 
 def change(plain, **values):
