@@ -12,9 +12,9 @@
 | `webdataset` | `WebDataset` with `decode("pil")` and timm's transform, with RandAugment |
 | `dali` | NVIDIA DALI on the CPU: its webdataset reader, cubic resize and RandAugment |
 
-All crop, resize with an antialiased cubic filter, and flip. `timm`, `timm-unfetched` and torchvision
-normalise as well, which is what these loaders give on a CPU; the others hand over uint8. Erasing,
-mixup and cutmix are left out everywhere: every system can do them on the device.
+All crop, resize with an antialiased cubic filter, and flip. `timm`, `timm-unfetched` and
+torchvision normalise as well, which is what these loaders give on a CPU; the others hand over
+uint8. Erasing, mixup and cutmix are left out everywhere: every system can do them on the device.
 
 Run as a module it is the process of one system: it reads numbers of images from stdin and answers
 each with a JSON line of what that many cost. CPU seconds are those of the process and all its

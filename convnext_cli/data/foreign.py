@@ -69,7 +69,8 @@ _VERSION_FIELDS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime"
 """What fsspec's back ends call that which changes with a file."""
 _ATTEMPTS = 3
 _BLOCK_BYTES = 8 << 20
-_FINAL = (FileNotFoundError, PermissionError, ImportError)
+_FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError)
+"""Causes of errors of ours that another try does not mend."""
 _ASKING_AT_ONCE = 16
 
 Progress = Callable[[int, int], None]
@@ -204,9 +205,9 @@ def _list_folder(place: str) -> list[str]:
         files, _, _ = fsspec.get_fs_token_paths(f"{place.rstrip('/')}/*.tar")
         shards = sorted(files.glob(f"{place.rstrip('/')}/*.tar"))
         named = [files.unstrip_protocol(shard) if is_url(place) else shard for shard in shards]
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # every fsspec back end raises classes of its own
         raise DataError(
-            f"{place}: its shards cannot be listed ({error})",
+            f"{place}: its shards cannot be listed ({type(error).__name__}: {error})",
             hint="name them: URL/train-{0000..0127}.tar",
         ) from error
     if not named:
@@ -388,15 +389,20 @@ def _opened(url: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[Bina
     shown = without_secrets(url) if is_url(url) else url
     try:
         files, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"{shown}: this protocol cannot be read ({error})",
+            hint="install its fsspec package, such as s3fs, gcsfs or huggingface_hub",
+        ) from error
+    try:
         with files.open(path, "rb", block_size=block_bytes) as file:
             size = getattr(file, "size", None)
             yield file, size if is_url(url) else Path(url).stat().st_size
     except FileNotFoundError as error:
         raise DataError(f"{shown}: there is no such file", hint="check the address") from error
-    except (PermissionError, ImportError) as error:
+    except PermissionError as error:
         raise DataError(
-            f"{shown}: it cannot be opened ({error})",
-            hint="check the credentials, and that the fsspec package of its protocol is there",
+            f"{shown}: access denied", hint="check the credentials of this machine"
         ) from error
 
 

@@ -25,7 +25,7 @@ SUSTAINED_FLOPS = 1e14
 """What a device is assumed to sustain, in floating-point operations a second: said beside every
 number that depends on it."""
 
-CORE_IMAGES, CORE_IMAGES_AUGMENTED = 500, 300
+CORE_IMAGES, CORE_IMAGES_AUGMENTED = 500, 350
 """Images that a core loads in a second at 224 px, without and with RandAugment by Pillow.
 Source: benchmarks/README.md."""
 

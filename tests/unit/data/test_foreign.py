@@ -314,6 +314,11 @@ def test_a_shard_that_is_not_on_the_web_is_told(web_address, tmp_path):
         index_all([f"{web_address}/absent.tar"], tmp_path / "out")
 
 
+def test_a_protocol_that_nobody_knows_is_told(tmp_path):
+    with pytest.raises(DataError, match="this protocol cannot be read"):
+        index_all(["nosuch://x/a.tar"], tmp_path / "out")
+
+
 def test_a_shard_behind_a_url_is_scanned_as_a_local_one(timm_shards, tmp_path):
     import fsspec
 
@@ -346,6 +351,7 @@ def test_counts_are_held_against_those_that_the_data_set_says(timm_shards, tmp_p
         (["pipe:cat x.tar"], "a pipe: URL runs a shell command"),
         (["/nowhere/at/all"], "there is no .tar file in it"),
         (["/x/a.tar", "file:///x/{a,b}.tar"], "/x/a.tar is named twice"),
+        (["nosuch://x/y"], "nosuch://x/y: its shards cannot be listed"),
         (["/x/{0..3.tar"], "Unbalanced braces"),
         (["https://me:secret@host/x.tar"], "https://host/x.tar: an address with a password"),
         (["https://host/x.tar?sig=abc"], "https://host/x.tar: an address with a password"),
