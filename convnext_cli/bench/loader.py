@@ -33,7 +33,7 @@ from convnext_cli.data.augment import TrainView
 from convnext_cli.data.card import DatasetCard, read_card
 from convnext_cli.data.decode import decode_region, read_image_size
 from convnext_cli.data.fetch import Store
-from convnext_cli.data.order import image_rng, own_global_random
+from convnext_cli.data.order import image_seed, own_global_random
 from convnext_cli.data.randaugment import apply_ops_pillow, build_policy
 from convnext_cli.data.reader import ImageReader
 from convnext_cli.errors import DataError
@@ -238,7 +238,7 @@ def measure_stages(
             data, _ = reader.read(sample)
             clock.append(time.process_time())
             width, height = read_image_size(data, key="")
-            draw = view.draw(height, width, image_rng(0, epoch=repeat, sample=sample))
+            draw = view.draw(height, width, seed=image_seed(0, epoch=repeat, sample=sample))
             drawn = time.process_time()
             region_CHW = decode_region(data, box=draw.box, key="")
             clock.append(time.process_time())

@@ -10,7 +10,7 @@ eval    center: resize the short side to image_px / crop_frac, central crop
 Legend: C = 3 channels, H and W = height and width in pixels, L = layers of RandAugment, P = numbers
 that say one operation. Normalisation, erasing, mixup and cutmix follow on the device (`mix.py`).
 
-What is random is drawn first, from the size of the image and its random stream alone, so that only
+What is random is drawn first, from the size of the image and its own seed alone, so that only
 the pixels that the crop needs are decoded, and so that the device can do what was drawn here. A
 view neither reads nor leaves a trace in the global random states: pixels do not depend on
 processes. The resize is torch's on uint8, with Pillow's filters: 0.03 grey levels from Pillow's
@@ -22,6 +22,7 @@ datasets.py `build_transform`; ConvNeXt Table 5.
 """
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, assert_never
 
@@ -35,7 +36,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
 
 from convnext_cli.data.decode import CropBox, decode_region, decode_rgb, read_image_size
-from convnext_cli.data.order import seeded_globals
+from convnext_cli.data.order import seeded_random
 from convnext_cli.data.randaugment import apply_ops_pillow, build_policy, draw_ops
 
 AugmentPlace = Literal["cpu", "device"]
@@ -92,7 +93,7 @@ class TrainDraw:
 class TrainView:
     """What training makes of an image; the paper's is the default but for `image_px`.
 
-    Depends on its arguments alone: the same image and stream give the same pixels on any rank,
+    Depends on its arguments alone: the same image and seed give the same pixels on any rank,
     worker and machine.
     """
 
@@ -125,25 +126,24 @@ class TrainView:
     mean: Colour = (0.485, 0.456, 0.406)
     """Mean colour of the data set in 0..1: what RandAugment fills empty corners with."""
 
-    def draw(self, height: int, width: int, stream: np.random.Philox) -> TrainDraw:
+    def draw(self, height: int, width: int, *, seed: int) -> TrainDraw:
         """Every random choice about an image of this size, in pixels.
 
         Args:
             height: Of the whole image.
             width: Of the whole image.
-            stream: `order.image_rng` of the seed, epoch and sample; moved on.
+            seed: `order.image_seed` of the run's seed, the epoch and the sample.
         """
-        rng = np.random.Generator(stream)
-        flipped = bool(rng.random() < self.hflip)
-        erased = draw_erased(self.image_px, prob=self.erasing or 0.0, rng=rng)
         ops = NO_CHOICES.ops
-        with seeded_globals(stream):
+        jitter: tuple[tuple[int, float], ...] = ()
+        with seeded_random(seed):
+            flipped = random.random() < self.hflip
+            erased = draw_erased(self.image_px, prob=self.erasing or 0.0)
             box = draw_crop(height, width, scale=self.crop_scale, ratio=self.crop_ratio)
             if self.rand_augment is not None:
                 ops = draw_ops(self._policy())
-        jitter: tuple[tuple[int, float], ...] = ()
-        if self.rand_augment is None and self.color_jitter is not None:
-            jitter = _draw_jitter(self.color_jitter, rng)
+            elif self.color_jitter is not None:
+                jitter = _draw_jitter(self.color_jitter)
         return TrainDraw(box=box, flipped=flipped, ops=ops, jitter=jitter, erased=erased)
 
     def make(self, region_CHW: Tensor, draw: TrainDraw) -> tuple[Tensor, Choices]:
@@ -169,13 +169,13 @@ class TrainView:
             view_CHW = apply_ops_pillow(view_CHW, draw.ops, policy=self._policy())
         return view_CHW, Choices(NO_CHOICES.ops, draw.erased)
 
-    def __call__(self, image_CHW: Tensor, stream: np.random.Philox) -> Tensor:
+    def __call__(self, image_CHW: Tensor, *, seed: int) -> Tensor:
         """One random view of a whole image, uint8 of shape (3, image_px, image_px).
 
         Operations that are left for the device are not in it.
         """
         height, width = image_CHW.shape[-2:]
-        draw = self.draw(height, width, stream)
+        draw = self.draw(height, width, seed=seed)
         box = draw.box
         region_CHW = image_CHW[:, box.top : box.top + box.height, box.left : box.left + box.width]
         return self.make(region_CHW, draw)[0]
@@ -225,7 +225,7 @@ def view_bytes(
     data: bytes,
     *,
     view: View,
-    stream: np.random.Philox,
+    seed: int,
     key: str,
     size: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Choices]:
@@ -234,7 +234,7 @@ def view_bytes(
     Args:
         data: The file's bytes.
         view: What is made.
-        stream: `order.image_rng` of the seed, epoch and sample; moved on.
+        seed: `order.image_seed` of the run's seed, the epoch and the sample.
         key: Name of the sample, for messages.
         size: Width and height, where an index knows them; None: read from the header.
 
@@ -244,7 +244,7 @@ def view_bytes(
     match view:
         case TrainView():
             width, height = size or read_image_size(data, key=key)
-            draw = view.draw(height, width, stream)
+            draw = view.draw(height, width, seed=seed)
             return view.make(decode_region(data, box=draw.box, key=key), draw)
         case EvalView():
             return view(decode_rgb(data, key=key)), NO_CHOICES
@@ -255,43 +255,46 @@ def view_bytes(
 def draw_crop(
     height: int, width: int, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> CropBox:
-    """A random crop box, drawn from the global `random` state exactly as timm draws it."""
+    """A random crop box, drawn from the global `random` state exactly as timm draws it.
+
+    differs: timm's box may have no pixels when the image has a few of them; this keeps one.
+    """
     size = torch.empty((3, height, width), device="meta")
     top, left, height, width = RandomResizedCropAndInterpolation.get_params(size, scale, ratio)
-    return CropBox(top=top, left=left, height=height, width=width)
+    return CropBox(top=top, left=left, height=max(height, 1), width=max(width, 1))
 
 
-def draw_erased(image_px: int, *, prob: float, rng: np.random.Generator) -> NDArray[np.int32]:
+def draw_erased(image_px: int, *, prob: float) -> NDArray[np.int32]:
     """The box that is erased: top, bottom, left, right, and two places in the noise; or zeros.
 
-    An image for which no box fits in ten attempts is left as it is.
+    Drawn from the global `random` state. An image for which no box fits in ten attempts is left as
+    it is.
 
     Source: huggingface/pytorch-image-models 1.0.31 timm/data/random_erasing.py `RandomErasing`
     (mode pixel, count 1); ConvNeXt Table 5.
     """
     erased_6 = np.zeros(6, dtype=np.int32)
-    if rng.random() >= prob:
+    if random.random() >= prob:
         return erased_6
     low, high = (math.log(aspect) for aspect in ERASED_ASPECT)
     for _ in range(_ATTEMPTS):
-        area = rng.uniform(*ERASED_AREA) * image_px * image_px
-        aspect = math.exp(rng.uniform(low, high))
+        area = random.uniform(*ERASED_AREA) * image_px * image_px
+        aspect = math.exp(random.uniform(low, high))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height < image_px and width < image_px:
-            top = rng.integers(0, image_px - height, endpoint=True)
-            left = rng.integers(0, image_px - width, endpoint=True)
-            noise = rng.integers(0, NOISE_PX, 2)
+            top = random.randint(0, image_px - height)
+            left = random.randint(0, image_px - width)
+            noise = (random.randrange(NOISE_PX), random.randrange(NOISE_PX))
             erased_6[:] = (top, top + height, left, left + width, *noise)
             break
     return erased_6
 
 
-def _draw_jitter(strength: float, rng: np.random.Generator) -> tuple[tuple[int, float], ...]:
+def _draw_jitter(strength: float) -> tuple[tuple[int, float], ...]:
     """Brightness, contrast and saturation by factors in 1 +- strength, in random order."""
     low, high = max(0.0, 1.0 - strength), 1.0 + strength
-    return tuple(
-        (int(which), float(rng.uniform(low, high))) for which in rng.permutation(len(_JITTERS))
-    )
+    order = random.sample(range(len(_JITTERS)), len(_JITTERS))
+    return tuple((which, random.uniform(low, high)) for which in order)
 
 
 def eval_side_px(image_px: int, *, crop_frac: float) -> int:

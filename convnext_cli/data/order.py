@@ -20,10 +20,11 @@ and makes every node read every shard.
 There is no state: step 3,000 of epoch 7 costs as much as step 0 of epoch 0, so a resume is two
 integers. The order does not depend on the number of ranks, loader processes or passes per step.
 
-Every random choice of the data plane comes from `philox`: a counter-based generator keyed by the
-seed and addressed by what the numbers are for, so that two uses never share a stream and no use
-depends on how many numbers another one took. Orders use its raw 64-bit output alone, whose values
-numpy guarantees for ever, and not numpy's distributions, which may change between its versions.
+Every random choice of the data plane but those about one image (`image_seed`) comes from `philox`:
+a counter-based generator keyed by the seed and addressed by what the numbers are for, so that two
+uses never share a stream and no use depends on how many numbers another one took. Orders use its
+raw 64-bit output alone, whose values numpy guarantees for ever, and not numpy's distributions,
+which may change between its versions.
 
 `ORDER_VERSION` is written beside a checkpoint: a change of anything here that moves a sample
 raises it.
@@ -31,6 +32,7 @@ raises it.
 
 import math
 import random
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from typing import Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_intdigest
 
 ORDER_VERSION = 2
 
@@ -70,6 +73,8 @@ _PURPOSES: dict[Purpose, int] = {
     "noise": 10,
 }
 
+_ADDRESS = struct.Struct("<QQQQ")
+
 Ids = NDArray[np.int64]
 
 
@@ -88,9 +93,12 @@ def philox(seed: int, *, purpose: Purpose, major: int = 0, minor: int = 0) -> np
     )
 
 
-def image_rng(seed: int, *, epoch: int, sample: int) -> np.random.Philox:
-    """The stream for the random choices of one image in one epoch, on any rank and worker."""
-    return philox(seed, purpose="image", major=epoch, minor=sample)
+def image_seed(seed: int, *, epoch: int, sample: int) -> int:
+    """A 128-bit seed for the random choices of one image in one epoch, on any rank and worker.
+
+    A hash and not `philox`, which costs more than all that is drawn from it for an image.
+    """
+    return xxh3_128_intdigest(_ADDRESS.pack(_PURPOSES["image"], seed, epoch, sample))
 
 
 def mix_rng(seed: int, *, step: int, group: int) -> np.random.Generator:
@@ -115,34 +123,27 @@ _global_random_is_ours = False
 
 
 def own_global_random() -> None:
-    """In a loader process, where nobody else draws from the global states, leave them as they are.
-
-    To save and to restore them costs 90 us an image, 5% of all that loading takes.
-    """
+    """In a loader process, where nobody else draws from `random`, leave it as it is."""
     global _global_random_is_ours  # noqa: PLW0603  # it describes the process
     _global_random_is_ours = True
 
 
 @contextmanager
-def seeded_globals(stream: np.random.Philox) -> Iterator[None]:
-    """Inside, `random` and `numpy.random` are seeded from the stream; after it, as they were.
+def seeded_random(seed: int) -> Iterator[None]:
+    """Inside, Python's `random` is seeded; after it, as it was.
 
-    timm's augmentations draw from these two.
+    timm's crop and augmentations draw from it.
     """
-    seeds = stream.random_raw(2)
     if _global_random_is_ours:
-        random.seed(int(seeds[0]))
-        np.random.seed(int(seeds[1]) & 0xFFFFFFFF)  # noqa: NPY002  # what timm draws from
+        random.seed(seed)
         yield
         return
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    before = random.getstate()
     try:
-        random.seed(int(seeds[0]))
-        np.random.seed(int(seeds[1]) & 0xFFFFFFFF)  # noqa: NPY002
+        random.seed(seed)
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(before)
 
 
 def _shuffled(count: int, stream: np.random.Philox) -> Ids:

@@ -2,7 +2,7 @@
 
 ```
 policy text --build_policy--> timm's RandAugment
-            --draw_ops------> (L, 2): which operation and its argument, drawn by timm itself
+            --draw_ops------> (L, 2): which operation and its argument
 image  -----apply_ops_pillow--> image     in a loader process
 batch  -----apply_ops---------> batch     on the device
 ```
@@ -31,7 +31,8 @@ src/PIL/ImageOps.py, ImageEnhance.py, src/libImaging/Blend.c, Filter.c, Geometry
 
 import copy
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -39,7 +40,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.auto_augment import AugmentOp, RandAugment, rand_augment_transform
 from torch import Tensor
 from torch.nn import functional
 
@@ -150,16 +151,14 @@ def _at_least_one_bit(
 
 
 @lru_cache(maxsize=8)
-def _recorder(policy: RandAugment) -> RandAugment:
-    """A copy that draws everything as the policy does, and writes it down in place of doing it."""
-    ops = []
+def _recorders(policy: RandAugment) -> list[AugmentOp]:
+    """Copies of the operations that draw as they do, and write it down in place of doing it."""
+    recorders = []
     for op in policy.ops:
-        recorded = copy.copy(op)
-        recorded.aug_fn = _record(float(OPS.index(op.name)))
-        ops.append(recorded)
-    # An array, because numpy would make one of a list at each draw.
-    chosen = np.array(ops, dtype=object)
-    return RandAugment(chosen, policy.num_layers, choice_weights=policy.choice_weights)
+        recorder = copy.copy(op)
+        recorder.aug_fn = _record(float(OPS.index(op.name)))
+        recorders.append(recorder)
+    return recorders
 
 
 def _record(place: float) -> Callable[..., list[tuple[float, float]]]:
@@ -174,17 +173,34 @@ def _record(place: float) -> Callable[..., list[tuple[float, float]]]:
 
 
 def draw_ops(policy: RandAugment) -> NDArray[np.float32]:
-    """The operations for one image, drawn by timm from the global random states.
+    """The operations for one image, drawn from the global `random` state.
 
     Float32 of shape (L, 2): a row is a place in `OPS` and the operation's argument; the rows of
-    layers that do nothing come last and begin with `NOTHING`.
+    layers that do nothing come last and begin with `NOTHING`. timm's operations draw whether they
+    are done, their magnitudes and their signs by themselves.
+    differs: timm chooses the operations by `numpy.random`, this by `random`, with the same
+    probabilities: one random state is seeded for an image, and not two.
     """
     drawn: list[tuple[float, float]] = []
-    _recorder(policy)(drawn)
+    for op in choose_ops(_recorders(policy), policy):
+        op(drawn)
     ops_L2 = np.full((policy.num_layers, 2), (NOTHING, 0.0), dtype=np.float32)
     if drawn:
         ops_L2[: len(drawn)] = drawn
     return ops_L2
+
+
+def choose_ops(ops: Sequence[AugmentOp], policy: RandAugment) -> list[AugmentOp]:
+    """The operations of an image's layers: with replacement, but for policies with weights."""
+    if policy.choice_weights is None:
+        return random.choices(ops, k=policy.num_layers)
+    left, weights = list(ops), list(policy.choice_weights)
+    chosen = []
+    for _ in range(policy.num_layers):
+        place = random.choices(range(len(left)), weights)[0]
+        chosen.append(left.pop(place))
+        weights.pop(place)
+    return chosen
 
 
 def apply_ops_pillow(

@@ -43,7 +43,7 @@ from convnext_cli.data.card import DatasetCard, Shard, index_name, shards_locati
 from convnext_cli.data.decode import BadImage
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.index import ShardIndex, read_index
-from convnext_cli.data.order import Order, evaluation_share, image_rng, own_global_random
+from convnext_cli.data.order import Order, evaluation_share, image_seed, own_global_random
 from convnext_cli.errors import DataError
 
 PADDING = -1
@@ -188,13 +188,11 @@ class ImageReader(Dataset[Sample]):
         bad: list[Unusable] = []
         for candidate in self._candidates(sample):
             # Keyed by the sample that was asked for: a stand-in does not repeat its own view.
-            stream = image_rng(self.seed, epoch=epoch, sample=sample)
+            seed = image_seed(self.seed, epoch=epoch, sample=sample)
             try:
                 data, label = self.read(candidate)
                 size = self._known_size(candidate)
-                image_CHW, choices = view_bytes(
-                    data, view=self.view, stream=stream, key="", size=size
-                )
+                image_CHW, choices = view_bytes(data, view=self.view, seed=seed, key="", size=size)
             except BadImage as error:
                 key = self.key(candidate)
                 match self.on_bad:

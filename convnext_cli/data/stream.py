@@ -39,7 +39,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from convnext_cli.data.augment import View, view_bytes
 from convnext_cli.data.decode import BadImage
 from convnext_cli.data.index import IMAGE_EXTENSIONS
-from convnext_cli.data.order import image_rng, philox
+from convnext_cli.data.order import image_seed, philox
 from convnext_cli.data.reader import PADDING, Batch, Sample, Unusable, collate
 from convnext_cli.errors import DataError
 
@@ -186,8 +186,8 @@ class StreamReader(IterableDataset[Batch]):
         number = _number(f"{member['__url__']}/{key}")
         label = _label(member[LABEL_EXTENSION], key=key, num_classes=self.stream.num_classes)
         # A second lap over the shards counts as another epoch: other crops.
-        rng = image_rng(self.stream.seed, epoch=(lap << 32) | epoch, sample=number)
-        image_CHW, choices = view_bytes(data, view=self.view, stream=rng, key=key)
+        seed = image_seed(self.stream.seed, epoch=(lap << 32) | epoch, sample=number)
+        image_CHW, choices = view_bytes(data, view=self.view, seed=seed, key=key)
         return Sample(image_CHW, label, number, choices)
 
 

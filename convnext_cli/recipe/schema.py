@@ -362,7 +362,7 @@ class Recipe(Section):
     published_top1: Annotated[float, Field(gt=0, le=100)] | None = None
     """Top-1 accuracy that the paper reports for this recipe, in percent."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Start of every random choice: weights, order, crops, mixing, drop path."""
 
     model: Model = Model()

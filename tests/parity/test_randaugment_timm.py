@@ -1,17 +1,20 @@
 """RandAugment on the device, and on the CPU, against timm's Pillow operations."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from convnext_cli.data.order import image_rng, seeded_globals
+from convnext_cli.data.order import image_seed, seeded_random
 from convnext_cli.data.randaugment import (
     OPS,
     apply_ops,
     apply_ops_pillow,
     build_policy,
+    choose_ops,
     draw_ops,
     fill_colour,
 )
@@ -118,10 +121,13 @@ def test_both_paths_of_a_drawn_policy_give_timms_pixels(policy):
     for sample in range(60):
         image = PHOTOS[sample % 3]
         pixels = torch.from_numpy(image).permute(2, 0, 1)
-        with seeded_globals(image_rng(0, epoch=0, sample=sample)):
+        with seeded_random(image_seed(0, epoch=0, sample=sample)):
             ops = draw_ops(ours)
-        with seeded_globals(image_rng(0, epoch=0, sample=sample)):
-            theirs = np.asarray(ours(Image.fromarray(image))).astype(int)
+        with seeded_random(image_seed(0, epoch=0, sample=sample)):
+            drawn = Image.fromarray(image)
+            for op in choose_ops(ours.ops, ours):
+                drawn = op(drawn)
+        theirs = np.asarray(drawn).astype(int)
         here.append(largest_and_mean(apply_ops_pillow(pixels, ops, policy=ours), theirs)[1])
         device = apply_ops(pixels[None], ops[None], mean=MEAN, interpolation="bicubic")[0]
         there.append(largest_and_mean(device, theirs)[1])
@@ -131,3 +137,29 @@ def test_both_paths_of_a_drawn_policy_give_timms_pixels(policy):
     assert np.quantile(there, 0.9) < 0.02
     assert np.mean(here) < 0.05
     assert np.mean(there) < 0.05
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-n2", "rand-m9-n2-tweights"])
+def test_operations_are_chosen_as_often_as_timm_chooses_them(policy):
+    ours = build_policy(policy, image_px=PX, mean=MEAN, interpolation="bicubic")
+    names = [op.name for op in ours.ops]
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+
+    def shares(choose):
+        counts = dict.fromkeys(names, 0)
+        pairs = [choose() for _ in range(6000)]
+        for pair in pairs:
+            for op in pair:
+                counts[op.name] += 1
+        twice = sum(first.name == second.name for first, second in pairs)
+        return [count / 12000 for count in counts.values()], twice / 6000
+
+    weights = ours.choice_weights
+    theirs, their_twice = shares(
+        lambda: np.random.choice(ours.ops, 2, replace=weights is None, p=weights)  # noqa: NPY002
+    )
+    here, here_twice = shares(lambda: choose_ops(ours.ops, ours))
+
+    np.testing.assert_allclose(here, theirs, atol=0.012)
+    assert here_twice == pytest.approx(their_twice, abs=0.02)

@@ -7,7 +7,7 @@ from convnext_cli.data.order import (
     BLOCK_SHARDS,
     Order,
     evaluation_share,
-    image_rng,
+    image_seed,
     mix_rng,
     pass_rng,
     philox,
@@ -180,10 +180,23 @@ def test_random_streams_of_different_addresses_differ():
         philox(1, purpose="image", major=1, minor=2),
         philox(0, purpose="batch", major=1, minor=2),
         philox(0, purpose="image", major=2, minor=1),
-        image_rng(0, epoch=1, sample=3),
     ]
 
-    assert len({int(stream.random_raw()) for stream in addresses}) == 5
+    assert len({int(stream.random_raw()) for stream in addresses}) == 4
+
+
+def test_every_seed_epoch_and_sample_gives_an_image_other_choices():
+    seeds = {
+        image_seed(seed, epoch=epoch, sample=sample)
+        for seed in range(5)
+        for epoch in range(5)
+        for sample in range(200)
+    }
+
+    assert len(seeds) == 5000
+    assert image_seed(3, epoch=1 << 40, sample=14_000_000) == image_seed(
+        3, epoch=1 << 40, sample=14_000_000
+    )
 
 
 def test_passes_and_ranks_of_a_step_draw_other_numbers():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from convnext_cli.data.order import image_rng, seeded_globals
+from convnext_cli.data.order import image_seed, seeded_random
 from convnext_cli.data.randaugment import (
     NOTHING,
     OPS,
@@ -25,7 +25,7 @@ def some_images(count: int = 12, height: int = 33, width: int = 29) -> torch.Ten
 
 
 def drawn(text: str, sample: int, *, epoch: int = 0) -> np.ndarray:
-    with seeded_globals(image_rng(0, epoch=epoch, sample=sample)):
+    with seeded_random(image_seed(0, epoch=epoch, sample=sample)):
         return draw_ops(policy_of(text))
 
 
