@@ -3,7 +3,7 @@
 ```
 StepSampler        (epoch, sample) lists: one list a pass, in the run's order
 ImageReader        (epoch, sample) -> pread -> digest -> decode -> view      in worker processes
-collate            Samples -> Batch
+collate            Samples -> Batch, its pixels in memory that is used again (`slots`)
 ```
 
 Legend: N = images of a pass, C = 3 channels, H and W = height and width.
@@ -44,6 +44,7 @@ from convnext_cli.data.decode import BadImage
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.index import ShardIndex, read_index
 from convnext_cli.data.order import Order, evaluation_share, image_seed, own_global_random
+from convnext_cli.data.slots import Slots
 from convnext_cli.errors import DataError
 
 PADDING = -1
@@ -54,6 +55,9 @@ MAX_OPEN_SHARDS = 128
 
 MAX_READ_INDEXES = 512
 """Shards whose offsets, labels and digests one process keeps: 160 MB at 10,000 images each."""
+
+_PREFETCH, _HELD = 2, 4
+"""Batches that each worker has in hand, and that the main process holds."""
 
 _NEIGHBOURS, _SHARDS_AFTER = 8, 64
 """Samples next to a bad one, and shards after its own, that are tried in its place."""
@@ -95,6 +99,13 @@ class Batch(NamedTuple):
     """What is left to do to each image on the device, stacked; stays on the host."""
     bad: tuple[Unusable, ...]
     """Images that could not be used, for which neighbours stand in, image and label."""
+
+
+class Share(NamedTuple):
+    """What a loader process is asked for: a batch, and the slot that its pixels go to."""
+
+    places: list[Place]
+    slot: int | None
 
 
 class _OpenShard:
@@ -212,6 +223,10 @@ class ImageReader(Dataset[Sample]):
             f"{bad[0].reason}",
             hint="see what is wrong: convnext data check DIR --deep",
         )
+
+    def __getitems__(self, share: Share) -> tuple[list[Sample], int | None]:
+        """All samples of a batch, and the slot that `_Collate` puts their pixels in."""
+        return [self[place] for place in share.places], share.slot
 
     def _candidates(self, sample: int) -> Iterator[int]:
         """The sample, its neighbours, then one of each shard that follows: its own may be lost."""
@@ -369,6 +384,7 @@ class StepSampler(Sampler[list[Place]]):
         self.accumulate = accumulate
         self.steps = range(first_step, total_steps)
         self.on_step = on_step
+        self.batch = share // accumulate
 
     def __len__(self) -> int:
         """Passes that are left."""
@@ -389,6 +405,7 @@ class EvaluationSampler(Sampler[list[Place]]):
 
     def __init__(self, num_images: int, *, rank: int, world: int, batch: int) -> None:
         self.ids = evaluation_share(num_images, rank=rank, world=world, batch=batch)
+        self.batch = batch
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -398,13 +415,46 @@ class EvaluationSampler(Sampler[list[Place]]):
             yield [(0, int(sample)) for sample in ids]
 
 
+class _ShareSampler(Sampler[Share]):
+    """The places of another sampler, each with a slot that is free when they are asked for."""
+
+    def __init__(self, sampler: StepSampler | EvaluationSampler, slots: Slots | None) -> None:
+        self._sampler = sampler
+        self._slots = slots
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Share]:
+        for places in self._sampler:
+            yield Share(places, self._slots.take() if self._slots else None)
+
+
+class _Collate:
+    """`collate` for a loader whose batches have slots."""
+
+    def __init__(self, slots: Slots | None) -> None:
+        self._slots = slots
+
+    def __call__(self, made: tuple[list[Sample], int | None]) -> Batch:
+        samples, slot = made
+        if self._slots is None or slot is None:
+            return collate(samples)
+        parcel = self._slots.fill(slot, [sample.image_CHW.permute(1, 2, 0) for sample in samples])
+        # Where the batch arrives the parcel is a tensor.
+        return _batch(samples, image_NCHW=cast("Tensor", parcel))
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples into a batch; in a worker, straight into shared memory."""
+    # Pixel by pixel, as images come from the decoder: copied in one piece.
+    image_NHWC = default_collate([sample.image_CHW.permute(1, 2, 0) for sample in samples])
+    return _batch(samples, image_NCHW=image_NHWC.permute(0, 3, 1, 2))
+
+
+def _batch(samples: list[Sample], *, image_NCHW: Tensor) -> Batch:  # shape suffix
     return Batch(
-        # Pixel by pixel, as images come from the decoder: copied in one piece.
-        image_NCHW=default_collate(
-            [sample.image_CHW.permute(1, 2, 0) for sample in samples]
-        ).permute(0, 3, 1, 2),
+        image_NCHW=image_NCHW,
         label_N=torch.tensor([sample.label for sample in samples]),
         sample_N=torch.tensor([sample.sample for sample in samples]),
         choices=Choices(
@@ -479,13 +529,22 @@ def build_loader(
         persistent: Keep the workers between epochs.
         start_method: How workers start; None: as Python does by default.
     """
+    slots = None
+    if num_workers and sampler is not None and isinstance(dataset, ImageReader):
+        # On their way to and from the workers, and as many as a training loop holds.
+        slots = Slots(
+            slots=num_workers * _PREFETCH + _HELD,
+            images=sampler.batch,
+            image_px=dataset.view.image_px,
+        )
     loader: DataLoader[Batch] = DataLoader(
         dataset,  # type: ignore[arg-type]  # collate turns its samples into batches
-        batch_sampler=sampler,
+        batch_sampler=_ShareSampler(sampler, slots) if sampler else None,  # type: ignore[arg-type]
         batch_size=1 if sampler else None,
         # A stream's batches are left as they are; the default would turn its arrays into tensors.
-        collate_fn=collate if sampler else _unchanged,  # type: ignore[arg-type]  # as above
+        collate_fn=_Collate(slots) if sampler else _unchanged,  # type: ignore[arg-type]  # as above
         num_workers=num_workers,
+        prefetch_factor=_PREFETCH if num_workers else None,
         pin_memory=pin_memory,
         persistent_workers=persistent and num_workers > 0,
         worker_init_fn=partial(start_worker, leaving=_leaving()),

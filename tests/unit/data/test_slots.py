@@ -1,0 +1,87 @@
+import gc
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from convnext_cli.data.slots import Slots
+
+
+def images(value: int, count: int = 2) -> list[torch.Tensor]:
+    return [torch.full((4, 4, 3), value + i, dtype=torch.uint8) for i in range(count)]
+
+
+def arrived(slots: Slots, slot: int, value: int, count: int = 2) -> torch.Tensor:
+    """What the main process gets of a parcel."""
+    tensor: torch.Tensor = pickle.loads(pickle.dumps(slots.fill(slot, images(value, count))))
+    return tensor
+
+
+def test_pixels_arrive_as_they_were_put_in():
+    slots = Slots(slots=2, images=3, image_px=4)
+
+    pixels = arrived(slots, slots.take(), 7)
+
+    assert pixels.shape == (2, 3, 4, 4)
+    assert pixels[0].unique().tolist() == [7]
+    assert pixels[1].unique().tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    "part", [lambda p: p, lambda p: p[1:, 0], lambda p: p.permute(0, 2, 3, 1).numpy()[1]]
+)
+def test_a_slot_is_taken_while_any_part_of_its_pixels_is_held(part):
+    slots = Slots(slots=1, images=2, image_px=4)
+    slot = slots.take()
+
+    held = part(arrived(slots, slot, 7))
+    gc.collect()
+    assert slots.take() is None
+
+    del held
+    gc.collect()
+    assert slots.take() == slot
+
+
+def test_a_batch_that_was_given_away_unseen_frees_its_slot():
+    slots = Slots(slots=1, images=2, image_px=4)
+    first = slots.take()
+
+    arrived(slots, first, 7)
+
+    assert slots.take() == first
+
+
+def as_made(made: object) -> object:
+    return made
+
+
+class Doubles(torch.utils.data.Dataset):
+    """Batches of one number, in a slot as long as there is one."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+
+    def __getitem__(self, asked: tuple[int, int | None]) -> object:
+        value, slot = asked
+        return torch.stack(images(value)) if slot is None else self.slots.fill(slot, images(value))
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_batches_that_are_all_kept_are_all_right(start_method):
+    slots = Slots(slots=3, images=2, image_px=4)
+    asked = ((value, slots.take()) for value in range(12))
+
+    loader = DataLoader(
+        Doubles(slots),
+        sampler=asked,
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context=start_method,
+        collate_fn=as_made,
+    )
+    kept = list(loader)
+
+    assert [int(batch.flatten()[0]) for batch in kept] == list(range(12))
+    assert slots.take() is None  # all that there are, are held
