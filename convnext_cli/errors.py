@@ -8,9 +8,11 @@ UserError              2   what, where, found value; a hint that works
 |- DataError           2   a data set, a shard or an image
 |- CheckpointError     2   a checkpoint or weight file
 |- RunError            2   a run directory
-|- StorageError        2   no space, no permission
-|- Diverged           71   the loss is not finite
-`- Stopped            75   a signal came; a checkpoint is written; run the same command again
+|- StorageError        2   a place that cannot be written to
+|  `- WriteError      74   the system refused a write: no space, no permission
+|- Diverged           71   gradients are not finite, again and again
+|- Stopped            75   a signal came; a checkpoint is written; run the same command again
+`- Hung               76   a rank is lost or stands still; run the same command again
 ```
 
 Anything else that escapes is a bug: its traceback stays, exit code 1.
@@ -59,11 +61,17 @@ class RunError(UserError):
 
 
 class StorageError(UserError):
-    """A destination cannot be written: no space, no permission, not a directory."""
+    """A destination cannot be written: it holds something else, or is no folder."""
+
+
+class WriteError(StorageError):
+    """The system refused a write: no space, no permission, no disk."""
+
+    exit_code = 74
 
 
 class Diverged(UserError):
-    """Training gave a loss that is not finite."""
+    """Training gave gradients that are not finite, again and again."""
 
     exit_code = 71
 
@@ -72,3 +80,9 @@ class Stopped(UserError):
     """A signal stopped the run after a checkpoint was written; the same command goes on."""
 
     exit_code = 75
+
+
+class Hung(UserError):
+    """Another rank is lost, or this one stands still; the same command goes on."""
+
+    exit_code = 76

@@ -7,6 +7,7 @@ import typer
 from convnext_cli import __version__
 from convnext_cli.cli import (
     bench,
+    checkpoints,
     data,
     evaluate,
     finetune,
@@ -52,6 +53,7 @@ app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
+app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(data.app, name="data")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For people; plain text where stderr is not a terminal."""
@@ -23,6 +25,18 @@ def print_table(table: Table) -> None:
     wide = Console(stderr=True, width=10_000)
     wide.width = max(1, wide.measure(table).maximum)
     wide.print(table)
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Show rows of text to people; columns as in `make_table`, all empty: without a head."""
+    table = make_table(*columns)
+    table.show_header = any(columns)
+    for column in table.columns:
+        column.header = Text(str(column.header))  # a name may hold [brackets]
+        column.overflow = "fold"  # half a path is of no use
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    print_table(table)
 
 
 def make_table(*columns: str, title: str | None = None) -> Table:

@@ -70,7 +70,7 @@ def order(
             kind=kind,
         )
         if epoch is None:
-            epoch, step = divmod(step, planned.steps_per_epoch)
+            epoch, step = planned.locate(step)
         ids = (
             planned.batch(epoch, step)
             if rank is None

@@ -1,14 +1,13 @@
 """`convnext runs`: list, show, compare and plot what runs left behind."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._console import console, print_json, print_rows
 from convnext_cli.errors import RunError, UserError
 from convnext_cli.runs.layout import RunDir, find_run, find_runs
 
@@ -44,7 +43,7 @@ def list_runs(*, root: RootOption = Path("runs"), json_output: JsonOption = Fals
     if not summaries:
         console.print(Text(f"no runs in {root}"), soft_wrap=True)
         return
-    _print_table(
+    print_rows(
         ("run", "state", ">step", ">top-1 %", ">EMA top-1 %", ">loss", ">images/s", ">time"),
         [
             (
@@ -89,7 +88,7 @@ def show(
         ("time", f"{_render_duration(summary.wall_seconds)} in {summary.attempts} attempt(s)"),
     ]
     rows += [("checkpoint", str(path)) for path in summary.checkpoints]
-    _print_table(("", ""), rows)
+    print_rows(("", ""), rows)
 
 
 @app.command()
@@ -129,7 +128,7 @@ def compare(
         )
         return
     if comparison.recipe:
-        _print_table(
+        print_rows(
             ("recipe", *(f">{label}" for label in labels)),
             [(row.key, *map(_render_value, row.values)) for row in comparison.recipe],
         )
@@ -137,7 +136,7 @@ def compare(
         console.print("the recipes are the same")
     console.print()
     if comparison.metrics:
-        _print_table(
+        print_rows(
             ("result", *(f">{label}" for label in labels)),
             [
                 (row.key, *(_render_result(row.key, value) for value in row.values))
@@ -146,6 +145,44 @@ def compare(
         )
     else:
         console.print("the results are the same")
+
+
+@app.command()
+def goodput(
+    run: RunArgument, *, root: RootOption = Path("runs"), json_output: JsonOption = False
+) -> None:
+    """Show how much of a run's time survived, and what each interruption cost.
+
+    Example: convnext runs goodput in1k_tiny
+    """
+    from convnext_cli.runs.goodput import measure_goodput
+
+    measured = measure_goodput(find_run(run, root))
+    if json_output:
+        print_json(dataclasses.asdict(measured))
+        return
+    print_rows(
+        (">attempt", ">from step", ">to step", ">time", ">start", ">steps lost", ">wait", "ended"),
+        [
+            (
+                str(place),
+                f"{attempt.first_step:,}",
+                f"{attempt.last_step:,}",
+                _render_duration(attempt.seconds),
+                f"{attempt.start_seconds:.1f} s",
+                f"{attempt.lost_steps:,}",
+                f"{attempt.waited_seconds:.1f} s",
+                attempt.ended,
+            )
+            for place, attempt in enumerate(measured.attempts, start=1)
+        ],
+    )
+    console.print(
+        f"{measured.kept_steps:,} steps of {measured.step_seconds:.3f} s are kept,"
+        f" {measured.lost_steps:,} were taken again; {measured.goodput:.1%} of"
+        f" {_render_duration(measured.wall_seconds)} went into steps that survive",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -204,18 +241,6 @@ def _plain(value: object) -> object:
             return value
         case _:
             return str(value)
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table for people; when piped, as wide as it needs to be, so that nothing is cut."""
-    table = make_table(*columns)
-    table.show_header = any(columns)
-    for column in table.columns:
-        column.header = Text(str(column.header))  # a run's name may hold [brackets]
-        column.overflow = "fold"  # half a path is of no use
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    print_table(table)
 
 
 def _path_below(root: Path, path: Path) -> str:

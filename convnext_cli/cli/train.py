@@ -1,6 +1,7 @@
 """`convnext train`: a recipe and a data set become a run directory with a trained model."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +23,20 @@ from convnext_cli.cli._inputs import (
 )
 from convnext_cli.cli.plan import show_plan
 from convnext_cli.errors import RecipeError
-from convnext_cli.plan.cluster import Cluster, count_cpus, read_rank, read_shape
+from convnext_cli.plan.cluster import (
+    Cluster,
+    count_cpus,
+    read_deadline,
+    read_job,
+    read_rank,
+    read_shape,
+)
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.schema import Recipe
 from convnext_cli.runs.compare import summarise_run
+from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.lock import RunLock
 
 NameOption = Annotated[
     str | None, typer.Option(help="Name of the run's folder (default: the recipe's name).")
@@ -96,6 +106,8 @@ def run_training(
     recipe: Recipe, *, name: str, cluster: Cluster, runs_dir: Path, resume: str
 ) -> None:
     """Plan, train, and say what came out and what to do next."""
+    request = StopRequest(deadline=read_deadline())
+    request.listen()
     if not re.fullmatch(r"[\w.=-]+", name):
         raise RecipeError(
             f"--name {name}: letters, digits, _, -, . and = are allowed in a name",
@@ -110,8 +122,10 @@ def run_training(
     from convnext_cli.training.fit import find_start, fit
 
     mode = resume if resume in {"auto", "never", "must"} else Path(resume)
-    resume_from = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
-    steps = fit(plan, run, resume_from=resume_from, console=console)
+    lock = RunLock(run.lock, job=read_job(), say=console.print) if cluster.rank == 0 else None
+    with lock or nullcontext():
+        start = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
+        steps = fit(plan, run, start=start, request=request, console=console)
     if cluster.rank == 0:
         _tell_result(run, recipe=recipe, steps=steps)
 

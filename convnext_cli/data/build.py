@@ -16,7 +16,7 @@ from convnext_cli.data.augment import AugmentPlace, EvalView, TrainView
 from convnext_cli.data.card import DatasetCard, read_card, shards_location
 from convnext_cli.data.fetch import Expected, Store, default_cache_dir, is_url
 from convnext_cli.data.mix import BatchMix
-from convnext_cli.data.order import ORDER_VERSION, Order
+from convnext_cli.data.order import ORDER_VERSION, Order, Skip
 from convnext_cli.data.prefetch import Prefetcher
 from convnext_cli.data.randaugment import build_policy
 from convnext_cli.data.reader import (
@@ -94,8 +94,13 @@ def build_eval_view(recipe: Recipe) -> EvalView:
     )
 
 
-def build_data(plan: Plan, *, first_step: int) -> "ImageData":
+def build_data(plan: Plan, *, first_step: int, skips: tuple[Skip, ...] = ()) -> "ImageData":
     """The loaders of a run that starts, or goes on, after `first_step` optimizer steps.
+
+    Args:
+        plan: What is trained on what.
+        first_step: Steps that are taken.
+        skips: Images that the run leaves out; a stream has no such places, and shuffles on.
 
     Raises:
         DataError: The data set is not there or not what the plan was made for.
@@ -107,7 +112,7 @@ def build_data(plan: Plan, *, first_step: int) -> "ImageData":
         )
     match plan.recipe.data.mode:
         case "indexed":
-            return IndexedData(plan, plan.recipe.data.path, first_step=first_step)
+            return IndexedData(plan, plan.recipe.data.path, first_step=first_step, skips=skips)
         case "stream":
             return StreamedData(plan, plan.recipe.data.path, first_step=first_step)
 
@@ -130,10 +135,13 @@ def check_shards(card: DatasetCard, store: Store) -> None:
 class IndexedData(pl.LightningDataModule):
     """Exact order, exact evaluation, exact resume, through the index beside the shards."""
 
-    def __init__(self, plan: Plan, path: str, *, first_step: int) -> None:
+    def __init__(
+        self, plan: Plan, path: str, *, first_step: int, skips: tuple[Skip, ...] = ()
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.first_step = first_step
+        self.skips = skips
         data = plan.recipe.data
         self.store = Store(
             location=path,
@@ -165,8 +173,7 @@ class IndexedData(pl.LightningDataModule):
                     " init.weights=CHECKPOINT --name NAME",
                 )
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """This rank's passes of all steps that are left."""
+    def _build_order(self) -> tuple[ImageReader, Order]:
         plan = self.plan
         reader = ImageReader(
             self.card,
@@ -182,7 +189,20 @@ class IndexedData(pl.LightningDataModule):
             global_images=plan.global_images,
             lanes=plan.recipe.data.lanes,
             kind=plan.recipe.data.order,
+            skips=self.skips,
         )
+        return reader, order
+
+    def names_at(self, run_step: int) -> list[str]:
+        """The keys, as `shard/key`, of the images that a step of the run takes, on all ranks."""
+        reader, order = self._build_order()
+        ids = order.batch(*order.locate(run_step))
+        return [key for key, _ in reader.names(ids.tolist())]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This rank's passes of all steps that are left."""
+        plan = self.plan
+        reader, order = self._build_order()
         if plan.world_size not in order.worlds:
             raise DataError(
                 f"{plan.world_size} devices cannot share {order.num_lanes} lanes of a window order",
@@ -265,6 +285,11 @@ class StreamedData(pl.LightningDataModule):
         self.first_epoch = first_step // plan.steps_per_epoch
         self.num_passes = (plan.total_steps - first_step) * plan.accumulate_steps
         self.classes: tuple[str, ...] = ()
+
+    def names_at(self, run_step: int) -> list[str]:
+        """Nothing: a stream does not know which images a step takes."""
+        del run_step
+        return []
 
     def train_dataloader(self) -> "EpochChain":
         """Passes of all steps that are left; a resume begins its epoch again."""

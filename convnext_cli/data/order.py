@@ -37,7 +37,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,6 +203,15 @@ def divisors(number: int) -> list[int]:
     return sorted({*low, *(number // d for d in low)})
 
 
+class Skip(NamedTuple):
+    """Images that a run left out after it went back to an older checkpoint."""
+
+    step: int
+    """From this step of the run on ..."""
+    length: int
+    """... it takes the images of this many steps later."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """The order of a whole training run; the same object on every rank.
@@ -226,6 +235,8 @@ class Order:
 
     kind: OrderKind = "window"
     """full: one permutation an epoch, for local disks. window: as drawn in the module."""
+
+    skips: tuple[Skip, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_images < 1 or self.lanes < 1 or self.seed < 0:
@@ -274,6 +285,11 @@ class Order:
                 return divisors(self.global_images)
             case _:
                 assert_never(self.kind)
+
+    def locate(self, run_step: int) -> tuple[int, int]:
+        """Epoch, and step in it, whose images a step of the run takes; past `skips`."""
+        skipped = sum(skip.length for skip in self.skips if skip.step <= run_step)
+        return divmod(run_step + skipped, self.steps_per_epoch)
 
     def batch(self, epoch: int, step: int) -> Ids:
         """Sample ids of one global batch, shape (global_images,); the same on every rank.

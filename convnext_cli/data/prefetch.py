@@ -88,7 +88,7 @@ def iter_needed(
     seen: set[int] = set()
     epoch = -1
     for step in range(first_step, total_steps):
-        in_epoch = divmod(step, order.steps_per_epoch)
+        in_epoch = order.locate(step)
         if in_epoch[0] != epoch:
             epoch, seen = in_epoch[0], set()
         shares = [order.share(*in_epoch, rank=rank, world=world) for rank in ranks]

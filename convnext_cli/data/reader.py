@@ -394,7 +394,7 @@ class StepSampler(Sampler[list[Place]]):
         for run_step in self.steps:
             if self.on_step is not None:
                 self.on_step(run_step)
-            epoch, step = divmod(run_step, self.order.steps_per_epoch)
+            epoch, step = self.order.locate(run_step)
             share = self.order.share(epoch, step, rank=self.rank, world=self.world)
             for ids in share.reshape(self.accumulate, -1):
                 yield [(epoch, int(sample)) for sample in ids]

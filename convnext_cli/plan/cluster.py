@@ -46,6 +46,17 @@ def read_rank(environ: Mapping[str, str] = os.environ) -> int:
     return 0
 
 
+def read_job(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Slurm's id of this job; None outside of one."""
+    return environ.get("SLURM_JOB_ID")
+
+
+def read_deadline(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When Slurm will end this job, Unix time; None where it does not say."""
+    end = environ.get("SLURM_JOB_END_TIME")
+    return float(end) if end else None
+
+
 def read_shape(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
     """(nodes, devices a node) as torchrun or a multi-task Slurm step say; None where neither."""
     if "WORLD_SIZE" in environ and "LOCAL_WORLD_SIZE" in environ:

@@ -84,6 +84,8 @@ class Plan:
     eval_every_steps: int | None
     checkpoint_every_steps: int | None
     checkpoint_every_seconds: float | None
+    """Both intervals None: by the measured cost of a save."""
+    checkpoint_keep_every_steps: int | None
     images_read: int
     """Training images over the whole run, all devices."""
     train_flops: float
@@ -197,7 +199,7 @@ def make_plan(
         augment_on = recipe.augment.augment_on
     images_read = total_steps * global_images
     every = recipe.evaluate.every
-    save = recipe.checkpoint.every
+    save, keep = recipe.checkpoint.every, recipe.checkpoint.keep_every
     return Plan(
         name=name,
         recipe=recipe,
@@ -236,8 +238,11 @@ def make_plan(
         if recipe.evaluate.per_device_images == "auto"
         else recipe.evaluate.per_device_images,
         eval_every_steps=None if every is None else max(1, _steps(every, steps_per_epoch)),
-        checkpoint_every_steps=save.to_steps(steps_per_epoch=steps_per_epoch),
-        checkpoint_every_seconds=save.value * 60 if save.unit == "min" else None,
+        checkpoint_every_steps=None
+        if save == "auto"
+        else save.to_steps(steps_per_epoch=steps_per_epoch),
+        checkpoint_every_seconds=save.value * 60 if save != "auto" and save.unit == "min" else None,
+        checkpoint_keep_every_steps=None if keep is None else max(1, _steps(keep, steps_per_epoch)),
         images_read=images_read,
         train_flops=6.0 * macs * images_read,
         state_bytes=parameters * (16 if recipe.ema.decay is None else 20),

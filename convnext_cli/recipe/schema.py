@@ -327,11 +327,40 @@ class Evaluate(Section):
 class Checkpoint(Section):
     """What is kept of a run. The best raw and averaged weights by val/top1 are always kept."""
 
-    every: AnyDuration = Duration(1, "ep")
-    """Interval of saving."""
+    every: AnyDuration | Literal["auto"] = "auto"
+    """Interval of saving; auto: so that a failure costs a minute of work or less, where that takes
+    less than 1% of the run, by the measured cost of a save."""
+
+    failure_hours: Annotated[float, Field(gt=0)] = 24.0
+    """Mean time between two failures of the run that `every: auto` assumes."""
 
     keep_last: Count = 3
     """How many of the newest are kept."""
+
+    keep_every: StepDuration | None = None
+    """Besides, those at multiples of this interval are kept for ever, where one was saved there."""
+
+
+class Guard(Section):
+    """What is done when training goes wrong by itself. The paper's code stops at the first one."""
+
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 3
+    """Steps within `window_steps` whose gradient is not finite, and which are left out: weights,
+    averages and moments stay as they are. One more, and the run goes back to a checkpoint from
+    before the first of them and takes other images from there on."""
+
+    window_steps: Count = 100
+    """Length of that window, in optimizer steps."""
+
+    max_rollbacks: Annotated[int, Field(ge=0)] = 2
+    """Times that a run goes back before it ends with exit code 71."""
+
+    hang_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """Time without an optimizer step or a validation batch after which every rank writes where it
+    stands, and the run ends with exit code 76."""
+
+    start_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """The same for the first step, which compiles and fills caches."""
 
 
 class Log(Section):
@@ -377,6 +406,7 @@ class Recipe(Section):
     compute: Compute = Compute()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     log: Log = Log()
 
     @model_validator(mode="after")

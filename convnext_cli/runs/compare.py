@@ -165,6 +165,11 @@ def read_recipe_keys(run: RunDir) -> dict[str, object]:
     return flatten_keys(recipe)
 
 
+def last_step(run: RunDir) -> int:
+    """The last step that a run has written a row of; 0 for none."""
+    return max((_step(row) for row in read_jsonl(run.metrics)), default=0)
+
+
 def number(row: Mapping[str, object], key: str) -> float | None:
     """The number under a key; None where it is absent or was not finite."""
     value = row.get(key)

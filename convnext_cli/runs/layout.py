@@ -8,9 +8,14 @@ runs/<name>/
 |- metrics.jsonl              one row per logging step or validation
 |- metrics.csv                the same rows and keys as a table
 |- events.jsonl               started, resumed, checkpoint, stopped, finished
+|- skips.json                 images that are left out after the run went back to a checkpoint
+|- bad_batch.json             keys of the images whose gradient was not finite, last time
+|- lock.json                  who writes here now; gone when nobody does
 |- train.log                  what the console said
+|- stacks/rank=00000.txt      where a rank stood when the run hung
 |- checkpoints/
 |  |- step=00000312.ckpt      kept on purpose, one per step
+|  |- step=00000312.json      its size and hash: without it, it does not count
 |  |- last.ckpt               where a resume goes on
 |  |- best.ckpt               best val/top1
 |  `- best_ema.ckpt           best val_ema/top1
@@ -78,6 +83,25 @@ class RunDir:
     def log(self) -> Path:
         """What the console said."""
         return self.root / "train.log"
+
+    @property
+    def skips(self) -> Path:
+        """Images that are left out since the run went back to an older checkpoint."""
+        return self.root / "skips.json"
+
+    @property
+    def bad_batch(self) -> Path:
+        """Keys of the images of the newest step whose gradient was not finite."""
+        return self.root / "bad_batch.json"
+
+    @property
+    def lock(self) -> Path:
+        """Who writes to this folder."""
+        return self.root / "lock.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank stood when the run hung."""
+        return self.root / "stacks" / f"rank={rank:05d}.txt"
 
     @property
     def checkpoints(self) -> Path:

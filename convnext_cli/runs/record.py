@@ -30,7 +30,7 @@ from typing import BinaryIO, Self
 
 import psutil
 
-from convnext_cli.errors import RunError, StorageError
+from convnext_cli.errors import RunError, WriteError
 
 _PACKAGES = (
     "convnext", "deepspeed", "fsspec", "lightning", "matplotlib", "mlflow", "numpy",
@@ -64,7 +64,7 @@ class JsonLines:
         path: The file; created when absent.
 
     Raises:
-        StorageError: The file cannot be written.
+        WriteError: The file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ class JsonLines:
         """Append one row and flush it to the operating system.
 
         Raises:
-            StorageError: The disk is full or gone.
+            WriteError: The disk is full or gone.
         """
         line = json.dumps(_jsonable(row), allow_nan=False, ensure_ascii=False)
         with writing_to(self.path):
@@ -90,7 +90,7 @@ class JsonLines:
         """Wait until the rows are on the disk itself; call it before a checkpoint is announced.
 
         Raises:
-            StorageError: The disk is full or gone.
+            WriteError: The disk is full or gone.
         """
         with writing_to(self.path):
             os.fsync(self._file.fileno())
@@ -103,7 +103,7 @@ class JsonLines:
 
         Raises:
             RunError: A line is not a JSON object.
-            StorageError: The file cannot be written.
+            WriteError: The file cannot be written.
         """
         kept, dropped = [], 0
         for row, line in _iter_lines(self.path):
@@ -165,7 +165,7 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON file so that a kill leaves the old one or the new one, never half of it.
 
     Raises:
-        StorageError: The file cannot be written.
+        WriteError: The file cannot be written.
     """
     text = json.dumps(_jsonable(value), indent=2, allow_nan=False, ensure_ascii=False)
     with writing_to(path):
@@ -181,7 +181,7 @@ def write_csv(rows_path: Path, table_path: Path) -> None:
 
     Raises:
         RunError: The rows cannot be read.
-        StorageError: The table cannot be written.
+        WriteError: The table cannot be written.
     """
     rows = read_jsonl(rows_path)
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -234,12 +234,12 @@ def writing_to(path: Path) -> Iterator[None]:
     """Tell a disk that cannot be written as a user's error that names `path`.
 
     Raises:
-        StorageError: The block met an `OSError`.
+        WriteError: The block met an `OSError`.
     """
     try:
         yield
     except OSError as error:
-        raise StorageError(
+        raise WriteError(
             f"cannot write {path}: {error.strerror or error}",
             hint=f"check space and permission: df -h {path.parent}; ls -ld {path.parent}",
         ) from error

@@ -10,12 +10,12 @@ from typing import assert_never
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from convnext_cli.errors import UserError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.schema import Tracker
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.training.checkpoint import AtomicCheckpointIO
 from convnext_cli.training.devices import build_strategy, lightning_precision
 from convnext_cli.training.throughput import DataClock
 
@@ -89,15 +89,16 @@ def build_trainer(
     callbacks: Sequence[pl.Callback],
     loggers: Sequence[Logger],
     clock: DataClock,
+    checkpoint_io: CheckpointIO,
 ) -> pl.Trainer:
     """A Trainer for one attempt of a run: one long epoch over the steps that are left."""
     every = plan.eval_every_steps or plan.total_steps
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if plan.cluster.device == "cuda" else "cpu",
         devices=plan.cluster.devices_per_node,
         num_nodes=plan.cluster.num_nodes,
         strategy=build_strategy(plan.cluster),
-        plugins=[AtomicCheckpointIO()],
+        plugins=[checkpoint_io],
         precision=lightning_precision(plan.precision),
         max_epochs=1,
         min_epochs=0,
@@ -116,3 +117,7 @@ def build_trainer(
         use_distributed_sampler=False,
         benchmark=plan.cluster.device == "cuda",  # every batch has the same shape
     )
+    # Its handlers save in the middle of a step, requeue by themselves and end with exit code 0.
+    connector = trainer._signal_connector  # noqa: SLF001  # Lightning has no switch for it
+    connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer

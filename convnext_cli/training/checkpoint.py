@@ -2,59 +2,117 @@
 
 ```
 step=00000312.ckpt    the whole state after 312 optimizer steps, written beside and renamed
+step=00000312.json    its size and hash (`runs/manifest.py`): without it, it does not count
 last.ckpt             -> the newest
 best.ckpt             -> the best val/top1
 best_ema.ckpt         -> the best val_ema/top1
 ```
 
-A checkpoint holds tensors and plain values only, so it is read with `weights_only=True`.
+The training loop waits until the state is copied to the host's memory; a thread writes it. A
+checkpoint holds tensors and plain values only, so it is read with `weights_only=True`.
 """
 
+import math
 import os
+import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from convnext_cli.errors import CheckpointError
+from convnext_cli.errors import CheckpointError, WriteError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir, checkpoint_step
-from convnext_cli.runs.record import writing_to, written_whole
-from convnext_cli.training.task import CHECKPOINT_KEY, Classifier
+from convnext_cli.runs.manifest import HashedFile, Manifest, manifest_path
+from convnext_cli.runs.record import JsonLines, utc_now, writing_to, written_whole
+from convnext_cli.training.agreement import Agreement
+from convnext_cli.training.task import CHECKPOINT_KEY, Classifier, as_task
+
+_FIRST_INTERVAL_SECONDS = 60.0
+"""Before anything is measured."""
+
+_LONGEST_LOSS_SECONDS = 60.0
+"""Work that an `auto` interval puts at risk, where saving is cheap enough for it."""
+
+_LARGEST_COST = 0.01
+"""Share of a run that saving may take."""
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, makes it durable, then renames it.
+def save_interval(*, cost_seconds: float, write_seconds: float, failure_hours: float) -> float:
+    """Seconds from one save to the next.
+
+    Young's optimum sqrt(2 x cost x time between failures), but no more than a minute of work at
+    risk; above both goes that saving takes less than 1% of the run, and that a write is done before
+    the next begins.
+
+    Args:
+        cost_seconds: How long training stands still for a save.
+        write_seconds: How long the write takes beside it.
+        failure_hours: Mean time between two failures of the run.
+
+    Source: Young, Comm. ACM 17(9), 1974; Daly, FGCS 22(3), 2006.
+    """
+    young = math.sqrt(2 * cost_seconds * failure_hours * 3600)
+    return max(min(young, _LONGEST_LOSS_SECONDS), cost_seconds / _LARGEST_COST, 2 * write_seconds)
+
+
+def copy_to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same values in memory of their own, which training does not change any more."""
+    copied: dict[str, Any] = tree_map(
+        lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf,
+        checkpoint,
+    )
+    return copied
+
+
+def write_checkpoint(checkpoint: dict[str, Any], target: Path, *, world_size: int) -> Manifest:
+    """Write one checkpoint beside its place, make it durable, rename it, then write its manifest.
 
     At every instant the path holds the old checkpoint or the new one, whole.
+
+    Raises:
+        WriteError: The place cannot be written; what was there is untouched.
     """
+    with writing_to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(checkpoint, target)
+        with written_whole(target) as beside:
+            with beside.open("wb") as file:
+                hashed = HashedFile(file)
+                _save(checkpoint, hashed)
+            manifest_path(target).unlink(missing_ok=True)  # the bytes that it speaks of go
+        manifest = Manifest(
+            step=int(checkpoint[CHECKPOINT_KEY]["step"]),
+            bytes=hashed.bytes,
+            sha256=hashed.sha256,
+            time=utc_now(),
+            world_size=world_size,
+        )
+        with written_whole(manifest_path(target)) as beside:
+            beside.write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
 
-    def save_checkpoint(
-        self,
-        checkpoint: dict[str, Any],
-        path: str | os.PathLike[str],
-        storage_options: Any = None,  # noqa: ANN401  # Lightning's signature
-    ) -> None:
-        """Write one checkpoint; called on rank 0 only.
 
-        Raises:
-            StorageError: The place cannot be written; what was there is untouched.
-        """
-        del storage_options
-        target = Path(path)
-        with writing_to(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(target) as beside:
-                _save(checkpoint, beside)
+def _check_space(checkpoint: dict[str, Any], target: Path) -> None:
+    tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
+    needed = sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise WriteError(
+            f"cannot write {target}: No space left for {needed:,} bytes, {free:,} are free",
+            hint=f"make room on the disk of {target.parent}: df -h {target.parent}",
+        )
 
 
-def _save(checkpoint: dict[str, Any], path: Path) -> None:
+def _save(checkpoint: dict[str, Any], file: HashedFile) -> None:
     try:
-        with path.open("wb") as file:
-            torch.save(checkpoint, file)
+        torch.save(checkpoint, file)  # type: ignore[arg-type]  # it wants write and flush alone
     except RuntimeError as error:
         # torch's zip writer raises this over the disk's own error
         cause = error.__cause__ or error.__context__
@@ -80,6 +138,114 @@ def read_step(path: Path) -> int:
         ) from error
 
 
+class BackgroundWriter(TorchCheckpointIO):
+    """Lightning's way to save and load: copies the state, and writes it in a thread.
+
+    One write is under way at a time; a second save waits for the first. What fails is raised by
+    `wait` and by the next save. Rank 0 alone writes.
+
+    Args:
+        run: Where checkpoints lie and events are written.
+        plan: Its interval, and what is kept.
+    """
+
+    def __init__(self, run: RunDir, plan: Plan) -> None:
+        super().__init__()
+        self.run = run
+        self.plan = plan
+        self.cost_seconds = 0.0
+        """What the newest save took of the training loop's time."""
+        self._interval_seconds = plan.checkpoint_every_seconds or _FIRST_INTERVAL_SECONDS
+        self._saved_at = time.monotonic()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: Future[None] | None = None
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any = None,  # noqa: ANN401  # Lightning's signature
+    ) -> None:
+        """Start to write one checkpoint.
+
+        Args:
+            checkpoint: Copied before this returns.
+            path: Its place.
+            storage_options: Names that are pointed to it when it is written.
+
+        Raises:
+            WriteError: The write before this one failed.
+        """
+        self.wait()
+        copied = copy_to_host(checkpoint)
+        self._write = self._pool.submit(self._run, copied, Path(path), tuple(storage_options))
+
+    def tell_cost(self, seconds: float) -> None:
+        """Say how long training stood still for a save that is started; on every rank."""
+        self.cost_seconds = seconds
+        self._saved_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether an interval in time is over."""
+        if self.plan.checkpoint_every_steps is not None:
+            return False
+        return time.monotonic() - self._saved_at >= self._interval_seconds
+
+    @property
+    def failed(self) -> bool:
+        """Whether the newest write has failed; does not wait."""
+        write = self._write
+        return write is not None and write.done() and write.exception() is not None
+
+    def wait(self) -> None:
+        """Until the newest write is on the disk.
+
+        Raises:
+            WriteError: It failed.
+        """
+        if self._write is not None:
+            self._write.result()
+
+    def teardown(self) -> None:
+        """Let a write that is under way come to its end, whatever ended the run."""
+        self._pool.shutdown(wait=True)
+
+    def _run(self, checkpoint: dict[str, Any], path: Path, names: tuple[Path, ...]) -> None:
+        started = time.monotonic()
+        manifest = write_checkpoint(checkpoint, path, world_size=self.plan.world_size)
+        seconds = time.monotonic() - started
+        self.point(path, names)
+        if self.plan.checkpoint_every_steps is None and self.plan.checkpoint_every_seconds is None:
+            self._interval_seconds = save_interval(
+                cost_seconds=self.cost_seconds,
+                write_seconds=seconds,
+                failure_hours=self.plan.recipe.checkpoint.failure_hours,
+            )
+        with JsonLines(self.run.events) as events:
+            row = {"event": "checkpoint", "time": utc_now(), "step": manifest.step}
+            events.write({**row, "bytes": manifest.bytes, "write_seconds": round(seconds, 3)})
+
+    def point(self, path: Path, names: tuple[Path, ...]) -> None:
+        """Make names point to a checkpoint, each in one step, and remove what nobody needs."""
+        for name in names:
+            beside = name.with_name(f".{name.name}.new")
+            with writing_to(name.parent):
+                beside.unlink(missing_ok=True)
+                beside.symlink_to(path.name)
+                beside.replace(name)
+        named = (self.run.last, self.run.best, self.run.best_ema)
+        pointed = {name.resolve() for name in named if name.exists()}
+        found = [path for path in self.run.list_checkpoints() if checkpoint_step(path) is not None]
+        for old in found[: -self.plan.recipe.checkpoint.keep_last]:
+            if old.resolve() not in pointed and not self._is_kept(old):
+                old.unlink(missing_ok=True)
+                manifest_path(old).unlink(missing_ok=True)
+
+    def _is_kept(self, path: Path) -> bool:
+        step, every = checkpoint_step(path), self.plan.checkpoint_keep_every_steps
+        return step is not None and every is not None and step % every == 0
+
+
 class Checkpoints(pl.Callback):
     """Saves at the plan's interval, after validation where both fall together, and at the end.
 
@@ -87,13 +253,16 @@ class Checkpoints(pl.Callback):
     for the best one.
     """
 
-    def __init__(self, run: RunDir, plan: Plan) -> None:
+    def __init__(
+        self, run: RunDir, plan: Plan, *, writer: BackgroundWriter, agreement: Agreement
+    ) -> None:
         self.run = run
         self.plan = plan
+        self.writer = writer
+        self.agreement = agreement
         self.best_top1: float | None = None
         self.best_ema_top1: float | None = None
         self._saved_step: int | None = None
-        self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         """The best scores so far."""
@@ -104,43 +273,56 @@ class Checkpoints(pl.Callback):
         self.best_top1 = state_dict["best_top1"]
         self.best_ema_top1 = state_dict["best_ema_top1"]
 
-    def save(self, trainer: pl.Trainer, task: Classifier) -> Path:
-        """Save now, on every rank together; a second call at the same step does nothing."""
+    def save(self, trainer: pl.Trainer, task: Classifier, *, names: tuple[Path, ...] = ()) -> Path:
+        """Save now, on every rank together, and point `names` to it when it is written."""
         path = self.run.checkpoint(task.step)
-        if self._saved_step != task.step:
-            trainer.save_checkpoint(path, weights_only=False)
-            self._saved_step = task.step
-            self._saved_at = time.monotonic()
+        names = (self.run.last, *names)
+        if self._saved_step == task.step:
+            self.writer.wait()
             if trainer.is_global_zero:
-                self._point(self.run.last, path)
-                self._prune()
+                self.writer.point(path, names)
+            return path
+        started = time.monotonic()
+        trainer.save_checkpoint(path, weights_only=False, storage_options=names)
+        self._saved_step = task.step
+        self.writer.tell_cost(time.monotonic() - started)
+        return path
+
+    def save_whole(self, trainer: pl.Trainer, task: Classifier) -> Path:
+        """Save, and wait until it is on the disk."""
+        path = self.save(trainer, task)
+        self.writer.wait()
         return path
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
     ) -> None:
         """Save where the interval falls on a step without validation."""
-        task = _task(pl_module)
-        if not task.at_step_end or self.plan.validates_at(task.step):
-            return
-        if task.step == self.plan.total_steps or self._is_due(trainer, task.step):
+        task = as_task(pl_module)
+        if task.at_step_end and not task.validation_due and self._is_due(task.step):
             self.save(trainer, task)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the best, and save where the interval falls on this step."""
-        task = _task(pl_module)
-        better = self._is_better("best_top1", task.validation.get("val/top1"))
-        better_ema = self._is_better("best_ema_top1", task.validation.get("val_ema/top1"))
-        due = task.step == self.plan.total_steps or self._is_due(trainer, task.step)
-        if not (better or better_ema or due):
-            return
-        path = self.save(trainer, task)
-        if trainer.is_global_zero:
-            if better:
-                self._point(self.run.best, path)
-            if better_ema:
-                self._point(self.run.best_ema, path)
-            self._prune()
+        task = as_task(pl_module)
+        names = []
+        if self._is_better("best_top1", task.validation.get("val/top1")):
+            names.append(self.run.best)
+        if self._is_better("best_ema_top1", task.validation.get("val_ema/top1")):
+            names.append(self.run.best_ema)
+        if names or self._is_due(task.step):
+            self.save(trainer, task, names=tuple(names))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The run is finished when its last checkpoint is on the disk."""
+        del trainer, pl_module
+        self.writer.wait()
+
+    def _is_due(self, step: int) -> bool:
+        every = self.plan.checkpoint_every_steps
+        if step == self.plan.total_steps:
+            return True
+        return self.agreement.wishes.save if every is None else step % every == 0
 
     def _is_better(self, name: str, top1: float | None) -> bool:
         best: float | None = getattr(self, name)
@@ -148,33 +330,3 @@ class Checkpoints(pl.Callback):
             return False
         setattr(self, name, top1)
         return True
-
-    def _is_due(self, trainer: pl.Trainer, step: int) -> bool:
-        if self.plan.checkpoint_every_steps is not None:
-            return step % self.plan.checkpoint_every_steps == 0
-        assert self.plan.checkpoint_every_seconds is not None
-        due = time.monotonic() - self._saved_at >= self.plan.checkpoint_every_seconds
-        # the clocks of the ranks differ a little, and all must save together
-        return trainer.strategy.reduce_boolean_decision(due, all=False)
-
-    def _point(self, name: Path, path: Path) -> None:
-        """Make `name` point to a checkpoint, in one step."""
-        beside = name.with_name(f".{name.name}.new")
-        with writing_to(name.parent):
-            beside.unlink(missing_ok=True)
-            beside.symlink_to(path.name)
-            beside.replace(name)
-
-    def _prune(self) -> None:
-        """Remove the checkpoints that are neither among the newest nor pointed to."""
-        found = [path for path in self.run.list_checkpoints() if checkpoint_step(path) is not None]
-        names = (self.run.last, self.run.best, self.run.best_ema)
-        pointed = {name.resolve() for name in names if name.exists()}
-        for path in found[: -self.plan.recipe.checkpoint.keep_last]:
-            if path.resolve() not in pointed:
-                path.unlink(missing_ok=True)
-
-
-def _task(module: pl.LightningModule) -> Classifier:
-    assert isinstance(module, Classifier)
-    return module

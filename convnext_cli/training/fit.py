@@ -6,6 +6,8 @@ fit         data, model, weights; then the run's folder; then the Trainer
 ```
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +25,10 @@ from convnext_cli.models.weights import LoadReport, ModelCard, load_into, read_w
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_recipe
-from convnext_cli.runs.compare import read_recipe_keys
+from convnext_cli.runs.compare import last_step, read_recipe_keys
+from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
 from convnext_cli.runs.record import (
     JsonLines,
     record_environment,
@@ -32,15 +36,18 @@ from convnext_cli.runs.record import (
     write_json,
     writing_to,
 )
+from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.build import build_loggers, build_trainer
-from convnext_cli.training.checkpoint import Checkpoints, read_step
+from convnext_cli.training.checkpoint import BackgroundWriter, Checkpoints, read_step
 from convnext_cli.training.devices import check_devices, quiet_lightning
-from convnext_cli.training.preempt import StopOnSignal
+from convnext_cli.training.guard import FiniteGuard, RolledBack, read_skips
+from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
 from convnext_cli.training.recorder import Recorder
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
+from convnext_cli.training.watch import HangWatch, is_lost_peer, make_lost_peer_error
 
 ResumeMode = Literal["auto", "never", "must"]
 
@@ -58,16 +65,29 @@ CHANGEABLE = (
     "evaluate.every",
     "evaluate.per_device_images",
     "checkpoint.",
+    "guard.",
     "log.",
 )
 """Keys that may change between two attempts of one run: they do not decide what is learned."""
 
 
-def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | None:
-    """The checkpoint where the same run goes on; None to start at step 0. Writes nothing.
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt begins."""
+
+    checkpoint: Path | None
+    """None: at step 0."""
+    step: int
+    damaged: Sequence[CheckpointState] = ()
+    """Newer checkpoints that are passed over."""
+
+
+def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
+    """The checkpoint where the same run goes on: the newest one that is whole. Writes nothing.
 
     Raises:
         RunError: The folder holds another run, or none where one must be.
+        CheckpointError: All checkpoints are damaged, or the one that is asked for is.
     """
     if plan.cluster.rank == 0 and run.is_run():
         _check_same_run(plan, run)
@@ -82,15 +102,23 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Path | 
                 f"--resume {resume}: there is no such file",
                 hint="leave --resume out to go on from the newest checkpoint of the run",
             )
-        return resume
-    if run.last.exists():
-        return run.last
+        require_whole(resume)
+        return Start(resume, read_step(resume))
+    newest, damaged = find_newest_whole(run)
+    if newest is not None:
+        return Start(newest.path, read_step(newest.path), damaged)
+    if damaged:
+        raise CheckpointError(
+            f"{damaged[0].path} is damaged, and there is no older one that is whole:"
+            f" {damaged[0].problem}",
+            hint=f"start the run anew with --name NAME, or first move {run.checkpoints} away",
+        )
     if resume == "must":
         raise RunError(
             f"{run.root} has no checkpoint to go on from, and --resume must asks for one",
             hint="leave --resume out to start the run",
         )
-    return None
+    return Start(None, 0)
 
 
 def _write_run(plan: Plan, run: RunDir) -> None:
@@ -126,29 +154,52 @@ def _check_same_run(plan: Plan, run: RunDir) -> None:
         )
 
 
-def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) -> int:
+def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console: Console) -> int:
     """Train to the end of the schedule, or go on from a checkpoint; returns the steps taken.
 
     Raises:
         UserError: Devices, data, weights or checkpoint do not fit (see `errors`).
-        Stopped: A signal came; a checkpoint is written.
-        Diverged: The loss is not finite.
+        Stopped: A signal came, or the job's time is over; a checkpoint is written.
+        Diverged: Gradients are not finite, again and again.
+        Hung: Another rank was lost.
     """
     check_devices(plan.cluster, precision=plan.precision)
     quiet_lightning()
     display = ProgressDisplay(plan, console=console, log=run.log)
-    first_step = 0 if resume_from is None else read_step(resume_from)
-    if first_step >= plan.total_steps:
-        return first_step
-    data = build_data(plan, first_step=first_step)
+    told: str | None = None
+    while start.step < plan.total_steps or start.checkpoint is None:
+        try:
+            return _attempt(
+                plan, run, start=start, request=request, display=display, back=told is not None
+            )
+        except RolledBack as back:
+            start, told = find_start(plan, run, resume="auto"), str(back)
+            if plan.cluster.rank == 0:
+                display.say(f"going back to step {start.step}: {told}")
+    return start.step
+
+
+def _attempt(
+    plan: Plan,
+    run: RunDir,
+    *,
+    start: Start,
+    request: StopRequest,
+    display: ProgressDisplay,
+    back: bool,
+) -> int:
+    data = build_data(plan, first_step=start.step, skips=read_skips(run))
     model = build_model(plan)
     told = f"run: {run.root}"
-    if resume_from is not None:
-        told += f", going on from {resume_from.name} at step {first_step}"
+    if start.checkpoint is not None:
+        told += f", going on from {start.checkpoint.name} at step {start.step}"
     elif plan.recipe.init.weights is not None:
         told += f"; {load_start_weights(model, plan, classes=data.classes)}"
     if plan.cluster.rank == 0:
         _write_run(plan, run)
+        for state in start.damaged:
+            display.say(f"passed over {state.path.name}: {state.problem}")
+            _record(run, plan, event="damaged", step=start.step, file=state.path.name)
         display.say(told)
         if plan.recipe.data.mode == "stream":
             display.say(WEAKER_PROMISE)
@@ -161,22 +212,37 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
     )
     if plan.channels_last:
         task.to_channels_last()
-    checkpoints = Checkpoints(run, plan)
+    writer = BackgroundWriter(run, plan)
+    agreement = Agreement(request, writer)
+    checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     clock = DataClock()
     quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
     recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, listeners=[display.show])
-    callbacks = [recorder, quarantine, checkpoints, StopOnSignal(checkpoints, plan), display]
     trainer = build_trainer(
         plan,
-        callbacks=callbacks,
-        loggers=build_loggers(plan, run, first_step=first_step),
+        # In this order at the end of a step: agree, look whether it is good, write, save, stop.
+        callbacks=[
+            agreement,
+            HangWatch(run, plan),
+            FiniteGuard(run, plan, writer=writer),
+            recorder,
+            quarantine,
+            checkpoints,
+            StopOnRequest(agreement, checkpoints, plan),
+            display,
+        ],
+        loggers=build_loggers(plan, run, first_step=start.step),
         clock=clock,
+        checkpoint_io=writer,
     )
     if plan.compile:
         model.compile()
-    event = "started" if resume_from is None else "resumed"
-    _record(run, plan, event=event, step=first_step)
-    _run_trainer(trainer, task, data, resume_from=resume_from, run=run, plan=plan)
+    if start.checkpoint is None and not back:
+        _record(run, plan, event="started", step=start.step)
+    else:
+        lost = max(0, last_step(run) - start.step)
+        _record(run, plan, event="resumed", step=start.step, lost_steps=lost)
+    _run_trainer(trainer, task, data, start=start, run=run, plan=plan)
     return task.step
 
 
@@ -185,12 +251,12 @@ def _run_trainer(
     task: Classifier,
     data: ImageData,
     *,
-    resume_from: Path | None,
+    start: Start,
     run: RunDir,
     plan: Plan,
 ) -> None:
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=resume_from, weights_only=True)
+        trainer.fit(task, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     except BaseException as error:
         _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
         if isinstance(error, DataError):
@@ -202,6 +268,8 @@ def _run_trainer(
                 hint="the same command goes on from the last checkpoint; if it happens again, use"
                 f" fewer: data.workers={max(0, plan.workers // 2)}",
             ) from error
+        if is_lost_peer(error):
+            raise make_lost_peer_error(error, step=task.step) from error
         raise
     _record(run, plan, event="finished", step=task.step)
 

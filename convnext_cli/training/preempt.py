@@ -1,82 +1,67 @@
-"""Stops a run at a step boundary after a signal: save, say how to go on, exit 75.
+"""Stops a run at a step boundary after a signal, or before the job's time is over.
 
-The handler only sets a flag. All ranks agree on it between two optimizer steps, so that no rank
-waits in a collective for one that has left.
+Everything is saved, the hint says how to go on, and the exit code is 75. A validation that is under
+way is given up and made up for at the start of the next attempt.
 """
-
-import signal
-import threading
-from types import FrameType
 
 import lightning.pytorch as pl
 
-from convnext_cli.errors import Stopped
+from convnext_cli.errors import Stopped, WriteError
 from convnext_cli.plan.resolve import Plan
+from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.checkpoint import Checkpoints
-from convnext_cli.training.task import Classifier
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, the end of a job, and Slurm's warning."""
-
-_AGREE_EVERY_STEPS = 10
-"""With several ranks, agreeing costs a wait for the device; a step is short beside a grace time."""
+from convnext_cli.training.task import Classifier, as_task
 
 
-class StopOnSignal(pl.Callback):
-    """Turns the first signal into a checkpoint and `Stopped`; a second Ctrl-C stops at once."""
+class StopOnRequest(pl.Callback):
+    """Turns the agreed wish to stop into a checkpoint and `Stopped`, on all ranks alike."""
 
-    def __init__(self, checkpoints: Checkpoints, plan: Plan) -> None:
+    def __init__(self, agreement: Agreement, checkpoints: Checkpoints, plan: Plan) -> None:
+        self.agreement = agreement
         self.checkpoints = checkpoints
         self.plan = plan
-        self.received: signal.Signals | None = None
-        self._before: dict[int, object] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers, over those that Lightning has installed for itself."""
-        del trainer, pl_module
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        """Stop before the first step where that was asked while the run was prepared."""
+        del trainer
+        if self.agreement.wishes.stop:
+            raise Stopped(
+                f"stopped by {self._reason()} before the first step; nothing was lost"
+                f" (step {as_task(pl_module).step} of {self.plan.total_steps})",
+                hint="run the same command again to go on",
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
     ) -> None:
-        """Stop here, unless this step is still to be validated."""
-        assert isinstance(pl_module, Classifier)
-        if pl_module.at_step_end and not self.plan.validates_at(pl_module.step):
-            self._stop_if_asked(trainer, pl_module)
+        """Stop at the end of a step."""
+        task = as_task(pl_module)
+        if task.at_step_end:
+            self._stop_if_asked(trainer, task)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop after a validation during which the signal came."""
-        assert isinstance(pl_module, Classifier)
-        self._stop_if_asked(trainer, pl_module)
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
+    ) -> None:
+        """Stop in the middle of a validation."""
+        self._stop_if_asked(trainer, as_task(pl_module))
+
+    def _reason(self) -> str:
+        return self.agreement.reason or "a signal on another rank"
 
     def _stop_if_asked(self, trainer: pl.Trainer, task: Classifier) -> None:
-        stop = self.received is not None
-        if trainer.world_size > 1:
-            if task.step % _AGREE_EVERY_STEPS and not self.plan.validates_at(task.step):
-                return
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if not stop or task.step == self.plan.total_steps:
+        wishes = self.agreement.wishes
+        if wishes.failed:
+            self.checkpoints.writer.wait()  # raises its own error on the rank that wrote
+            raise WriteError(
+                f"rank 0 could not write a checkpoint, at step {task.step}",
+                hint="its message says why; the same command goes on from the newest whole one",
+            )
+        # After the last step there is nothing to go on with: validation and the last save remain.
+        if not wishes.stop or task.step == self.plan.total_steps:
             return
-        path = self.checkpoints.save(trainer, task)
-        name = "a signal on another rank" if self.received is None else self.received.name
+        path = self.checkpoints.save_whole(trainer, task)
         raise Stopped(
-            f"stopped by {name} after step {task.step} of {self.plan.total_steps};"
+            f"stopped by {self._reason()} after step {task.step} of {self.plan.total_steps};"
             f" everything is saved in {path}",
             hint="run the same command again to go on",
         )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        del trainer, pl_module, stage
-        for number, before in self._before.items():
-            signal.signal(number, before)  # type: ignore[arg-type]  # as signal.signal gave it
-        self._before.clear()

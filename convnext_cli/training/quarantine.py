@@ -88,7 +88,7 @@ class Quarantine(pl.Callback):
         lost = len(self.reasons)
         if lost <= self.allowed or not pl_module.at_step_end:
             return
-        self.checkpoints.save(trainer, pl_module)
+        self.checkpoints.save_whole(trainer, pl_module)
         key, reason = min(self.reasons.items())
         enough = 10.0 ** math.ceil(math.log10((lost + 1) / self.plan.train_images))
         raise DataError(

@@ -3,20 +3,18 @@
 Values leave the device only when a row is due, so the host does not wait for it at every step.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from convnext_cli.errors import Diverged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, utc_now, write_csv
 from convnext_cli.training.build import chosen_trackers
 from convnext_cli.training.quarantine import Quarantine
-from convnext_cli.training.task import Classifier
+from convnext_cli.training.task import as_task
 from convnext_cli.training.throughput import DataClock, Meter, read_memory_gib
 
 Row = Mapping[str, Any]
@@ -44,62 +42,47 @@ class Recorder(pl.Callback):
         self.listeners = list(listeners)
         self._file: JsonLines | None = None
         self._meter = Meter(plan.per_device_images * plan.world_size, clock)
-        self._rows_since = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop rows that a resumed run will write again."""
-        assert isinstance(pl_module, Classifier)
-        self._rows_since = pl_module.step
+        task = as_task(pl_module)
         if trainer.is_global_zero:
             self._file = JsonLines(self.run.metrics)
-            self._file.truncate_after(pl_module.step)
+            self._file.truncate_after(task.step)
+            with JsonLines(self.run.events) as events:
+                events.write({"event": "ready", "time": utc_now(), "step": task.step})
         self._meter = Meter(self._meter.images_per_pass, self._meter.clock)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
-    ) -> None:
-        """Ask for the gradient's norm where a row is due."""
-        del trainer
-        assert isinstance(pl_module, Classifier)
-        pl_module.wants_grad_norm = self._is_due(pl_module.step + 1)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
     ) -> None:
         """Write the training row where it is due."""
-        assert isinstance(pl_module, Classifier)
+        task = as_task(pl_module)
         self._meter.end_batch()
-        if not pl_module.at_step_end or not self._is_due(pl_module.step):
+        if not task.at_step_end or not self._is_due(task.step):
             return
-        steps = pl_module.step - self._rows_since
-        loss = pl_module.loss_sum / (steps * self.plan.accumulate_steps)
+        # Not a number where no step of the row had a finite gradient.
+        loss = task.loss_sum / (task.loss_steps * self.plan.accumulate_steps)
         loss = trainer.strategy.reduce(loss, reduce_op="mean")
         row = {
             "train/loss": float(loss),  # waits for the device, so the rates below are true
-            "train/lr": pl_module.lr_at(pl_module.step - 1),
+            "train/lr": task.lr_at(task.step - 1),
             **self._meter.read(),
             "memory/gib": read_memory_gib(),
         }
-        if pl_module.grad_norm is not None:
-            row["train/grad_norm"] = float(pl_module.grad_norm)
-        replaced = self.quarantine.collect(trainer, pl_module)
+        if task.grad_norm is not None:
+            row["train/grad_norm"] = float(task.grad_norm)
+        replaced = self.quarantine.collect(trainer, task)
         if replaced:
             row["data/replaced_images"] = replaced
-        pl_module.loss_sum = torch.zeros_like(pl_module.loss_sum)
-        self._rows_since = pl_module.step
-        self._write(trainer, pl_module.step, row)
-        if not math.isfinite(row["train/loss"]):
-            raise Diverged(
-                f"the training loss is not finite at step {pl_module.step}"
-                f" (learning rate {row['train/lr']:.3g}, {self.plan.precision})",
-                hint="lower optim.lr, set optim.clip_norm=1.0, or use --precision bf16 or fp32;"
-                " the last checkpoint is whole",
-            )
+        task.loss_sum = torch.zeros_like(task.loss_sum)
+        task.loss_steps = 0
+        self._write(trainer, task.step, row)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the validation row and the table of all rows."""
-        assert isinstance(pl_module, Classifier)
-        self._write(trainer, pl_module.step, pl_module.validation)
+        task = as_task(pl_module)
+        self._write(trainer, task.step, task.validation)
         if trainer.is_global_zero and "csv" in chosen_trackers(self.plan):
             write_csv(self.run.metrics, self.run.metrics_csv)
         self._meter.pause()

@@ -73,15 +73,22 @@ class Classifier(pl.LightningModule):
         self.step = 0
         """Optimizer steps taken over all attempts."""
         self.grad_norm: Tensor | None = None
-        """Norm of the newest gradient before clipping, where it was measured."""
-        self.wants_grad_norm = False
-        """Set by whoever writes the next row: measuring costs a pass over the gradients."""
+        """Norm of the newest gradient before clipping."""
         self.loss_sum = torch.zeros(())
-        """Sum of the losses since the row before; stays on the device."""
+        """Sum of the losses of the passes since the row before; stays on the device."""
+        self.step_loss = torch.zeros(())
+        """Sum of the losses of the passes of the newest step."""
+        self.loss_steps = 0
+        """Steps in that sum: those whose gradient was finite."""
+        self.skipped = False
+        """Whether the newest step was left out, because its gradient is not finite."""
         self.bad: list[Unusable] = []
         """Images that this rank could not use since the row before."""
         self.at_step_end = False
         """Whether the newest pass ended an optimizer step."""
+        self.validation_due = False
+        """Whether this step is to be validated and is not yet; true in a checkpoint of a run that
+        was stopped before or in a validation, which the next attempt then begins with."""
         self.validation: dict[str, float] = {}
         """The newest validation row."""
         self.val_scores = Scores(plan.num_classes)
@@ -114,7 +121,7 @@ class Classifier(pl.LightningModule):
         )
         logits_NK = self.model(self.prepare_images(x_NCHW))
         loss: Tensor = functional.cross_entropy(logits_NK.float(), target_NK)
-        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
+        self.step_loss = loss.detach() if micro == 0 else self.step_loss + loss.detach()
         self.bad += batch.bad
         return loss
 
@@ -127,10 +134,22 @@ class Classifier(pl.LightningModule):
     ) -> None:
         """Set the learning rate of this step, step, and average the weights."""
         apply_lr(optimizer, self.lr_at(self.step))
+        self.skipped = False
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.ema_model is not None and self.plan.recipe.ema.decay is not None:
-            update_averaged(self.ema_model, self.model, decay=self.plan.recipe.ema.decay)
+        if not self.skipped:
+            if self.ema_model is not None and self.plan.recipe.ema.decay is not None:
+                update_averaged(self.ema_model, self.model, decay=self.plan.recipe.ema.decay)
+            self.loss_sum = self.loss_sum.to(self.step_loss.device) + self.step_loss
+            self.loss_steps += 1
         self.step += 1
+        self.validation_due = self.plan.validates_at(self.step)
+
+    def on_train_start(self) -> None:
+        """Make up for a validation that the attempt before was stopped in."""
+        if self.validation_due:
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
 
     def on_train_batch_end(self, *_: object) -> None:
         """Have the last step validated, whatever the interval: asked to stop, Lightning does so."""
@@ -153,19 +172,24 @@ class Classifier(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm in every precision, and measure the norm when a row wants it.
+        """Clip by norm in every precision, and leave out a step whose gradient is not finite.
 
-        Lightning calls this on unscaled gradients before every optimizer step.
+        Lightning calls this on unscaled gradients before every optimizer step. The ranks have the
+        same gradient, so they all find the same.
         """
         del optimizer, gradient_clip_val, gradient_clip_algorithm
         limit = self.plan.recipe.optim.clip_norm
-        if limit is None and not self.wants_grad_norm:
-            return
         weights = list(self.model.parameters())
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-        if limit is not None:
-            nn.utils.clip_grads_with_norm_(weights, limit, norm)
         self.grad_norm = norm.detach()
+        if not bool(torch.isfinite(norm)):
+            self.skipped = True
+            # AdamW passes over weights without a gradient: no update, no decay, no moments.
+            if self.plan.precision != "fp16":  # there the loss scaler passes over the step
+                for weight in weights:
+                    weight.grad = None
+        elif limit is not None:
+            nn.utils.clip_grads_with_norm_(weights, limit, norm)
 
     def predict_logits(self, images_NCHW: Tensor, *, ema: bool) -> Tensor:
         """Logits (N, K) in fp32 of uint8 images, from the averaged or the raw weights."""
@@ -191,6 +215,7 @@ class Classifier(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Sum over the ranks; callbacks read the row."""
         self.validation = self.compute_validation()
+        self.validation_due = False
 
     def compute_validation(self) -> dict[str, float]:
         """The validation row; the same on every rank.
@@ -237,8 +262,23 @@ class Classifier(pl.LightningModule):
         They count within one process; `step` counts over all of them and says the same.
         """
         checkpoint.pop("loops", None)
-        checkpoint[CHECKPOINT_KEY] = self.card.to_dict() | {"step": self.step}
+        checkpoint[CHECKPOINT_KEY] = self.card.to_dict() | {
+            "step": self.step,
+            "validation_due": self.validation_due,
+            # The row that comes next spans the checkpoint.
+            "loss_sum": self.trainer.strategy.reduce(self.loss_sum.clone(), reduce_op="mean"),
+            "loss_steps": self.loss_steps,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on at the step of the checkpoint."""
         self.step = int(checkpoint[CHECKPOINT_KEY]["step"])
+        self.validation_due = bool(checkpoint[CHECKPOINT_KEY]["validation_due"])
+        self.loss_sum = checkpoint[CHECKPOINT_KEY]["loss_sum"].to(self.device)
+        self.loss_steps = int(checkpoint[CHECKPOINT_KEY]["loss_steps"])
+
+
+def as_task(module: pl.LightningModule) -> Classifier:
+    """The module of this project's trainer, which is always a `Classifier`."""
+    assert isinstance(module, Classifier)
+    return module

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from convnext_cli.errors import CheckpointError, StorageError
-from convnext_cli.training.checkpoint import AtomicCheckpointIO, read_step
+from convnext_cli.training.checkpoint import read_step, write_checkpoint
 
 
 def content(step: int, size: int = 1000) -> dict[str, object]:
@@ -19,10 +19,10 @@ def content(step: int, size: int = 1000) -> dict[str, object]:
 def test_a_saved_checkpoint_says_its_step_and_leaves_nothing_beside_it(tmp_path: Path):
     path = tmp_path / "checkpoints" / "step=00000007.ckpt"
 
-    AtomicCheckpointIO().save_checkpoint(content(7), path)
+    write_checkpoint(content(7), path, world_size=1)
 
     assert read_step(path) == 7
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, "step=00000007.json"]
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path):
@@ -35,20 +35,20 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path):
         pytest.skip("mounting a small disk needs root")
     try:
         path = disk / "last.ckpt"
-        AtomicCheckpointIO().save_checkpoint(content(1), path)
+        write_checkpoint(content(1), path, world_size=1)
 
         with pytest.raises(StorageError, match="No space left"):
-            AtomicCheckpointIO().save_checkpoint(content(2, size=1_000_000), path)
+            write_checkpoint(content(2, size=1_000_000), path, world_size=1)
 
         assert read_step(path) == 1
-        assert [file.name for file in disk.iterdir()] == ["last.ckpt"]
+        assert sorted(file.name for file in disk.iterdir()) == ["last.ckpt", "last.json"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_damaged_checkpoint_is_refused_with_a_sentence(tmp_path: Path):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint(content(3), path)
+    write_checkpoint(content(3), path, world_size=1)
     path.write_bytes(path.read_bytes()[:500])
 
     with pytest.raises(CheckpointError, match="cannot be resumed from"):
@@ -57,16 +57,16 @@ def test_a_damaged_checkpoint_is_refused_with_a_sentence(tmp_path: Path):
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_old_or_the_new_one(tmp_path: Path):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint(content(0), path)
+    write_checkpoint(content(0), path, world_size=1)
     program = textwrap.dedent(
         """
         import sys, torch
         from pathlib import Path
-        from convnext_cli.training.checkpoint import AtomicCheckpointIO
+        from convnext_cli.training.checkpoint import write_checkpoint
         print("ready", flush=True)
         for step in range(1, 10_000):
             state = {"state_dict": {"w": torch.zeros(200_000)}, "convnext": {"step": step}}
-            AtomicCheckpointIO().save_checkpoint(state, Path(sys.argv[1]))
+            write_checkpoint(state, Path(sys.argv[1]), world_size=1)
             print(step, flush=True)
         """
     )

@@ -1,0 +1,123 @@
+"""How much of a run's time survived: goodput over all attempts, and what interruptions cost.
+
+```
+goodput = time of the steps that are part of the final run / time from the first start to the end
+```
+
+What is not goodput: starts (loading, compiling), validation and saving, steps that were taken
+again, and the waits between attempts. Read from `events.jsonl` and `metrics.jsonl` alone.
+"""
+
+import statistics
+from dataclasses import dataclass
+from datetime import datetime
+
+from convnext_cli.runs.compare import number
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.record import read_json, read_jsonl
+
+_STARTS = ("started", "resumed")
+_ENDS = ("stopped", "finished")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process, or set of ranks, from its start to its end."""
+
+    first_step: int
+    last_step: int
+    """The last one that is known of it."""
+    seconds: float
+    """Wall time, as far as it is known of one that was killed."""
+    start_seconds: float
+    """Until the first step could be taken."""
+    lost_steps: int
+    """Taken again by the next attempt; at least, in steps of the log's interval."""
+    waited_seconds: float
+    """From its end to the start of the next one."""
+    ended: str
+    """finished, running, killed, or what stopped it."""
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """The times of a run."""
+
+    attempts: tuple[Attempt, ...]
+    wall_seconds: float
+    """From the first start to the last sign of life."""
+    step_seconds: float
+    """Median time of a step."""
+    kept_steps: int
+    lost_steps: int
+    goodput: float
+    """Share of the wall time in steps that survive."""
+
+
+def measure_goodput(run: RunDir) -> Goodput:
+    """Read the times of a run.
+
+    Raises:
+        RunError: A file of the run cannot be read.
+    """
+    events, rows = read_jsonl(run.events), read_jsonl(run.metrics)
+    images = read_json(run.plan).get("global_images")
+    rates = [rate for row in rows if (rate := number(row, "speed/images_per_second"))]
+    step_seconds = 0.0
+    if rates and isinstance(images, int):
+        step_seconds = images / statistics.median(rates)
+    starts = [place for place, event in enumerate(events) if event.get("event") in _STARTS]
+    parts = [events[a:b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
+    attempts = []
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        last_time = _time(part[-1])
+        if following is None and rows:
+            last_time = max(last_time, _time(rows[-1]))
+        lost = 0
+        if following is not None:
+            lost = _whole(following[0], "lost_steps")
+        attempts.append(
+            Attempt(
+                first_step=_whole(part[0], "step"),
+                last_step=max(_whole(event, "step") for event in part)
+                if following
+                else _last(rows),
+                seconds=last_time - _time(part[0]),
+                start_seconds=next(
+                    (_time(e) - _time(part[0]) for e in part if e.get("event") == "ready"), 0.0
+                ),
+                lost_steps=lost,
+                waited_seconds=_time(following[0]) - last_time if following else 0.0,
+                ended=_end(part, last=following is None),
+            )
+        )
+    wall = sum(attempt.seconds + attempt.waited_seconds for attempt in attempts)
+    kept = _last(rows)
+    return Goodput(
+        attempts=tuple(attempts),
+        wall_seconds=wall,
+        step_seconds=step_seconds,
+        kept_steps=kept,
+        lost_steps=sum(attempt.lost_steps for attempt in attempts),
+        goodput=min(1.0, kept * step_seconds / wall) if wall else 0.0,
+    )
+
+
+def _end(part: list[dict[str, object]], *, last: bool) -> str:
+    for event in reversed(part):
+        if event.get("event") in _ENDS:
+            return str(event.get("why") or event["event"])
+    return "running or killed" if last else "killed"
+
+
+def _last(rows: list[dict[str, object]]) -> int:
+    return max((_whole(row, "step") for row in rows), default=0)
+
+
+def _whole(row: dict[str, object], key: str) -> int:
+    value = row.get(key, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _time(row: dict[str, object]) -> float:
+    return datetime.fromisoformat(str(row["time"])).timestamp()

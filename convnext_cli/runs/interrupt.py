@@ -1,0 +1,54 @@
+"""The wish to stop that a signal or the time limit of a job expresses; the only signal handlers.
+
+The handlers set a flag and nothing else. `training/preempt.py` has all ranks agree on it between
+two optimizer steps. They are installed at the start of the command, before anything heavy is
+loaded, so that a signal in the first seconds is kept as well.
+"""
+
+import signal
+import threading
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C, the end of a job, and Slurm's warning."""
+
+_MARGIN_SECONDS = 30.0
+
+
+class StopRequest:
+    """What this process was asked.
+
+    Args:
+        deadline: Unix time at which the job will be ended; None: nobody says.
+    """
+
+    def __init__(self, *, deadline: float | None = None) -> None:
+        self.deadline = deadline
+        self.received: signal.Signals | None = None
+
+    def listen(self) -> None:
+        """Install the handlers; does nothing outside the main thread, where Python has none."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            # Whoever presses Ctrl-C twice wants out; the newest whole checkpoint is still there.
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def reason(self, *, needed_seconds: float) -> str | None:
+        """Why to stop now, in a few words; None: go on.
+
+        Args:
+            needed_seconds: What another step and a save may take.
+        """
+        if self.received is not None:
+            return self.received.name
+        if self.deadline is None or time.time() + needed_seconds + _MARGIN_SECONDS < self.deadline:
+            return None
+        return "the time limit of the job"

@@ -1,0 +1,153 @@
+"""One writer for a run's folder: a file that says who, refreshed while that process lives.
+
+A second start is refused while the first lives. A holder that is gone is recognised at once on its
+own machine, or when it belonged to the same Slurm job; on another one when its signs of life have
+stopped, for which a start waits. File locks are not used: cluster file systems differ in them.
+"""
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from convnext_cli.errors import RunError
+from convnext_cli.runs.record import utc_now, writing_to
+
+REFRESH_SECONDS = 10.0
+STALE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that writes to a run's folder."""
+
+    host: str
+    pid: int
+    started: float
+    """When the process began, Unix time: numbers of processes are used again."""
+    job: str | None
+    """Slurm's job, where there is one."""
+    since: str
+    """When it took the lock, ISO 8601 in UTC."""
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+
+class RunLock:
+    """Holds a folder from `with` to the end of the block; rank 0 only.
+
+    Args:
+        path: The file.
+        job: Slurm's job id; None: there is none.
+        say: Called with a line for people when the start has to wait.
+
+    Raises:
+        RunError: Another process that lives holds the folder.
+    """
+
+    def __init__(self, path: Path, *, job: str | None, say: Callable[[str], None]) -> None:
+        own = psutil.Process()
+        self.path = path
+        self.holder = Holder(platform.node(), own.pid, own.create_time(), job, utc_now())
+        self._say = say
+        self._done = threading.Event()
+
+    def __enter__(self) -> Self:
+        with writing_to(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while not self._take():
+                self._wait_for_end()
+        threading.Thread(target=self._refresh, name="run-lock", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._read() == self.holder:
+            self.path.unlink(missing_ok=True)
+        if not any(self.path.parent.iterdir()):  # a start that was refused leaves no trace
+            self.path.parent.rmdir()
+
+    def _take(self) -> bool:
+        """Make the file if there is none, in one step: it is whole as soon as it has its name."""
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(asdict(self.holder)) + "\n", encoding="utf-8")
+        try:
+            os.link(beside, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink()
+        return True
+
+    def _read(self) -> Holder | None:
+        try:
+            return Holder(**json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _wait_for_end(self) -> None:
+        """Remove the lock of a holder that is gone.
+
+        Raises:
+            RunError: It lives.
+        """
+        holder = self._read()
+        told = False
+        while holder is not None and not self._is_gone(holder):
+            silent = self._silent_seconds()
+            if holder.host == self.holder.host or silent < 2 * REFRESH_SECONDS:
+                raise RunError(
+                    f"{self.path.parent} is being written by {holder}",
+                    hint="wait for it or stop it, or give this run its own folder with --name NAME",
+                )
+            if not told:
+                self._say(
+                    f"{self.path.parent} was held by {holder}; no sign of life for"
+                    f" {silent:.0f} s, waiting until {STALE_SECONDS:.0f} s"
+                )
+                told = True
+            time.sleep(1.0)
+            holder = self._read()
+        # Renamed first: of two that find the holder gone, one takes its lock away.
+        taken = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
+        try:
+            self.path.rename(taken)
+        except FileNotFoundError:
+            return
+        taken.unlink()
+
+    def _silent_seconds(self) -> float:
+        try:
+            return time.time() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return STALE_SECONDS
+
+    def _is_gone(self, holder: Holder) -> bool:
+        if holder.host == self.holder.host:
+            try:
+                alive = psutil.Process(holder.pid)
+                return (
+                    abs(alive.create_time() - holder.started) > 1.0
+                    or alive.status() == psutil.STATUS_ZOMBIE
+                )
+            except psutil.NoSuchProcess:
+                return True
+        if holder.job is not None and holder.job == self.holder.job:
+            return True  # requeued: Slurm runs a job once at a time
+        return self._silent_seconds() >= STALE_SECONDS
+
+    def _refresh(self) -> None:
+        while not self._done.wait(REFRESH_SECONDS):
+            try:
+                os.utime(self.path)
+            except OSError:  # the disk is gone or full: whoever writes data there tells it
+                continue

@@ -1,0 +1,119 @@
+"""Gradients that are not finite: counted, named, and too many of them send the run back.
+
+`Classifier` leaves such a step out, on all ranks alike because they have the same gradient. Here
+each is written to `events.jsonl`. More than `guard.max_skipped_steps` within
+`guard.window_steps`, and the run goes back to the newest whole checkpoint from before the first of
+them; the images from there to here are left out (`skips.json`, `data.order.Skip`). After
+`guard.max_rollbacks` the run ends with exit code 71.
+"""
+
+import json
+
+import lightning.pytorch as pl
+
+from convnext_cli.data.order import Skip
+from convnext_cli.errors import Diverged, RunError
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.runs.layout import RunDir, checkpoint_step
+from convnext_cli.runs.manifest import check_checkpoint, manifest_path
+from convnext_cli.runs.record import JsonLines, utc_now, write_json
+from convnext_cli.training.checkpoint import BackgroundWriter
+from convnext_cli.training.task import Classifier, as_task
+
+
+class RolledBack(Exception):  # noqa: N818  # not an error: the run goes on
+    """The run has to go on from an older checkpoint, which all ranks find anew."""
+
+
+def read_skips(run: RunDir) -> tuple[Skip, ...]:
+    """The images that a run leaves out.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    if not run.skips.is_file():
+        return ()
+    try:
+        rows = json.loads(run.skips.read_text(encoding="utf-8"))["skips"]
+        return tuple(Skip(int(step), int(length)) for step, length in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{run.skips} cannot be read: {error}",
+            hint=f"{run.events} has the same numbers in its rows rolled_back; mend the file",
+        ) from error
+
+
+class FiniteGuard(pl.Callback):
+    """Watches for steps that were left out; the same on every rank."""
+
+    def __init__(self, run: RunDir, plan: Plan, *, writer: BackgroundWriter) -> None:
+        self.run = run
+        self.plan = plan
+        self.writer = writer
+        self.skipped_steps: list[int] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
+    ) -> None:
+        """Count a step that was left out, before anything is saved at its end.
+
+        Raises:
+            RolledBack: There were too many.
+            Diverged: And the run has gone back often enough.
+        """
+        task = as_task(pl_module)
+        if not task.at_step_end or not task.skipped:
+            return
+        guard = self.plan.recipe.guard
+        first = task.step - guard.window_steps
+        self.skipped_steps = [*(step for step in self.skipped_steps if step > first), task.step]
+        if trainer.is_global_zero:
+            self._write_event("skipped", task.step)
+        if len(self.skipped_steps) > guard.max_skipped_steps:
+            self._go_back(trainer, task)
+
+    def _write_event(self, event: str, step: int, **more: object) -> None:
+        with JsonLines(self.run.events) as events:
+            events.write({"event": event, "time": utc_now(), "step": step, **more})
+
+    def _go_back(self, trainer: pl.Trainer, task: Classifier) -> None:
+        skips = read_skips(self.run)
+        # Everybody has read before somebody writes.
+        trainer.strategy.barrier()
+        last = task.step - 1
+        told = (
+            f"the gradient is not finite in {len(self.skipped_steps)} of the last"
+            f" {self.plan.recipe.guard.window_steps} steps, the newest step {task.step}"
+            f" (learning rate {task.lr_at(last):.3g}, {self.plan.precision})"
+        )
+        if trainer.is_global_zero:
+            names = trainer.datamodule.names_at(last)  # type: ignore[attr-defined]  # ImageData's
+            write_json(self.run.bad_batch, {"step": task.step, "samples": names})
+        if len(skips) >= self.plan.recipe.guard.max_rollbacks:
+            raise Diverged(
+                f"{told}, after going back {len(skips)} times",
+                hint="lower optim.lr, set optim.clip_norm=1.0, or use --precision bf16 or fp32;"
+                f" {self.run.bad_batch} names the images of the newest step; under another --name",
+            )
+        self.writer.wait()
+        if trainer.is_global_zero:
+            start = self._drop_newer_than(self.skipped_steps[0] - 1)
+            skips = (*skips, Skip(start, task.step - start))
+            write_json(self.run.skips, {"skips": [list(skip) for skip in skips]})
+            self._write_event("rolled_back", task.step, to=start, why=told)
+        trainer.strategy.barrier()
+        raise RolledBack(told)
+
+    def _drop_newer_than(self, step: int) -> int:
+        """Remove checkpoints of steps that will be taken again; the newest step that is left."""
+        start = 0
+        for path in self.run.list_checkpoints():
+            at = checkpoint_step(path)
+            if at is None:
+                continue
+            if at > step:
+                path.unlink()
+                manifest_path(path).unlink(missing_ok=True)
+            elif check_checkpoint(path).problem is None:
+                start = at
+        return start

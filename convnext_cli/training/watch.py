@@ -1,0 +1,126 @@
+"""Ends a run that stands still, after every rank has written where it stands.
+
+Each rank watches itself: without an optimizer step or a validation batch for
+`guard.hang_minutes` (`guard.start_minutes` before the first step), it writes the Python stacks of
+all its threads to `stacks/rank=00000.txt` and to stderr, with what it was doing, and ends with
+exit code 76. A rank that waits in a collective for another one writes that. When the interpreter
+itself is held, a timer of the C library writes the stacks a minute later; the exit code is 1 then.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from convnext_cli.errors import Hung
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.record import utc_now
+from convnext_cli.training.task import as_task
+
+_LOOKS = 20
+"""Within the time that is allowed."""
+_HELD_SECONDS = 60.0
+
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "NCCL error",
+    "NCCL communicator was aborted",
+    "Watchdog caught collective operation timeout",
+    "Socket closed",
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
+
+
+def make_lost_peer_error(error: BaseException, *, step: int) -> Hung:
+    """What is told of it."""
+    return Hung(
+        f"another rank was lost after step {step} ({str(error).splitlines()[0][:200]})",
+        hint="its own messages say why; the same command goes on from the last checkpoint",
+    )
+
+
+class HangWatch(pl.Callback):
+    """The watch of one rank."""
+
+    def __init__(self, run: RunDir, plan: Plan) -> None:
+        self.run = run
+        self.plan = plan
+        self.doing = "start"
+        """What the rank does now, for the message."""
+        self._allowed = plan.recipe.guard.start_minutes * 60
+        self._alive_at = time.monotonic()
+        self._done = threading.Event()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin to watch."""
+        del pl_module, stage
+        path = self.run.stacks(trainer.global_rank)
+        threading.Thread(
+            target=self._watch, args=(path, trainer.global_rank), name="hang-watch", daemon=True
+        ).start()
+        self._alive("start")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        """A batch is there."""
+        del trainer
+        self.doing = f"step {as_task(pl_module).step + 1}: forward and backward"
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
+    ) -> None:
+        """A step is done."""
+        del trainer
+        task = as_task(pl_module)
+        if task.at_step_end:
+            self._allowed = self.plan.recipe.guard.hang_minutes * 60
+            self._alive(f"after step {task.step}: next batch, saving or agreement of the ranks")
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
+    ) -> None:
+        """A batch of a validation is done."""
+        del trainer
+        self._alive(f"validation after step {as_task(pl_module).step}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Watch no more."""
+        del trainer, pl_module, stage
+        self._done.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _alive(self, doing: str) -> None:
+        self.doing = doing
+        self._alive_at = time.monotonic()
+        # A timer in C, for a rank whose interpreter is held and whose watch cannot run.
+        faulthandler.dump_traceback_later(self._allowed + _HELD_SECONDS, exit=True)
+
+    def _watch(self, path: Path, rank: int) -> None:
+        while not self._done.wait(self._allowed / _LOOKS):
+            silent = time.monotonic() - self._alive_at
+            if silent < self._allowed:
+                continue
+            told = (
+                f"{utc_now()} rank {rank} has stood still for {silent:.0f} s in: {self.doing};"
+                " the same command goes on from the last checkpoint\n"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                for out in (file, sys.stderr):
+                    out.write(told)
+                    out.flush()
+                    faulthandler.dump_traceback(file=out, all_threads=True)
+            os._exit(Hung.exit_code)

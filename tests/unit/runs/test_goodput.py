@@ -1,0 +1,47 @@
+import json
+
+import pytest
+
+from convnext_cli.runs.goodput import measure_goodput
+from convnext_cli.runs.layout import RunDir
+
+
+def at(second: int) -> str:
+    return f"2026-11-23T10:{second // 60:02d}:{second % 60:02d}.000+00:00"
+
+
+def lines(*rows: dict) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
+    run = RunDir(tmp_path)
+    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 100}))
+    # killed after step 50 at second 60; resumed 20 seconds later at step 40; finished
+    run.events.write_text(
+        lines(
+            {"event": "started", "time": at(0), "step": 0},
+            {"event": "ready", "time": at(10), "step": 0},
+            {"event": "checkpoint", "time": at(50), "step": 40},
+            {"event": "resumed", "time": at(80), "step": 40, "lost_steps": 10},
+            {"event": "ready", "time": at(90), "step": 40},
+            {"event": "finished", "time": at(150), "step": 100},
+        )
+    )
+    run.metrics.write_text(
+        lines(*({"step": s, "time": at(150), "speed/images_per_second": 100.0} for s in (50, 100)))
+    )
+
+    measured = measure_goodput(run)
+
+    first, second = measured.attempts
+    assert (first.first_step, first.last_step, first.lost_steps, first.ended) == (
+        0,
+        40,
+        10,
+        "killed",
+    )
+    assert (first.start_seconds, first.waited_seconds) == (10.0, 30.0)
+    assert (second.first_step, second.last_step, second.ended) == (40, 100, "finished")
+    assert measured.wall_seconds == 150.0
+    assert measured.goodput == pytest.approx(100 * 1.0 / 150)

@@ -1,0 +1,101 @@
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import psutil
+import pytest
+
+from convnext_cli.errors import RunError
+from convnext_cli.runs.lock import STALE_SECONDS, Holder, RunLock
+
+
+def lock(path, job=None, told=None):
+    return RunLock(path, job=job, say=(told if told is not None else []).append)
+
+
+def write_holder(path, *, silent=0.0, **changes):
+    own = psutil.Process()
+    fields = asdict(Holder(platform.node(), own.pid, own.create_time(), None, "now")) | changes
+    path.write_text(json.dumps(fields))
+    os.utime(path, (time.time() - silent, time.time() - silent))
+
+
+def test_a_folder_is_held_for_the_block_and_free_after_it(tmp_path):
+    path = tmp_path / "run" / "lock.json"
+
+    with lock(path):
+        (path.parent / "file").touch()
+        with (
+            pytest.raises(RunError, match=f"is being written by process {os.getpid()} on"),
+            lock(path),
+        ):
+            pass
+    assert not path.exists()
+    with lock(path):
+        pass
+
+
+def test_a_refused_start_leaves_no_empty_folder(tmp_path):
+    with lock(tmp_path / "run" / "lock.json"):
+        pass
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_lock_of_a_process_that_is_gone_is_taken_at_once(tmp_path):
+    path = tmp_path / "lock.json"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    write_holder(path, pid=gone.pid)
+
+    with lock(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
+    path = tmp_path / "lock.json"
+    write_holder(path, started=psutil.Process().create_time() - 1000)
+
+    with lock(path):
+        pass
+
+
+def test_a_holder_on_another_machine_holds_while_it_gives_signs_of_life(tmp_path):
+    path = tmp_path / "lock.json"
+    write_holder(path, host="elsewhere")
+
+    with pytest.raises(RunError, match="on elsewhere"), lock(path):
+        pass
+
+
+def test_a_silent_holder_on_another_machine_is_waited_for_then_passed_over(tmp_path):
+    path, told = tmp_path / "lock.json", []
+    write_holder(path, host="elsewhere", silent=STALE_SECONDS - 1.5)
+
+    with lock(path, told=told):
+        pass
+
+    assert len(told) == 1
+    assert "no sign of life for" in told[0]
+
+
+def test_a_requeued_job_takes_its_own_lock_back_on_any_machine(tmp_path):
+    path = tmp_path / "lock.json"
+    write_holder(path, host="elsewhere", job="17")
+
+    with pytest.raises(RunError, match="Slurm job 17"), lock(path, job="18"):
+        pass
+    with lock(path, job="17"):
+        pass
+
+
+def test_a_damaged_lock_is_taken(tmp_path):
+    path = tmp_path / "lock.json"
+    path.write_text("{")
+
+    with lock(path):
+        pass
