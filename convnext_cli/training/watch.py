@@ -1,7 +1,7 @@
 """Ends a run that stands still, after every rank has written where it stands.
 
 Each rank watches itself: without an optimizer step or a validation batch for
-`guard.hang_minutes` (`guard.start_minutes` before the first step), it writes the Python stacks of
+`guard.hang_minutes` (`guard.start_minutes` for the first ones), it writes the Python stacks of
 all its threads to `stacks/rank=00000.txt` and to stderr, with what it was doing, and ends with
 exit code 76. A rank that waits in a collective for another one writes that. When the interpreter
 itself is held, a timer of the C library writes the stacks a minute later; the exit code is 1 then.
@@ -62,6 +62,7 @@ class HangWatch(pl.Callback):
         self._allowed = plan.recipe.guard.start_minutes * 60
         self._alive_at = time.monotonic()
         self._done = threading.Event()
+        self._validated = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin to watch."""
@@ -89,11 +90,20 @@ class HangWatch(pl.Callback):
             self._allowed = self.plan.recipe.guard.hang_minutes * 60
             self._alive(f"after step {task.step}: next batch, saving or agreement of the ranks")
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first validation compiles, and starts loader processes, as the first step does."""
+        del trainer
+        if not self._validated:
+            self._allowed = self.plan.recipe.guard.start_minutes * 60
+        self._alive(f"start of the validation after step {as_task(pl_module).step}")
+
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
     ) -> None:
         """A batch of a validation is done."""
         del trainer
+        self._validated = True
+        self._allowed = self.plan.recipe.guard.hang_minutes * 60
         self._alive(f"validation after step {as_task(pl_module).step}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
