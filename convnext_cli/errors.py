@@ -10,7 +10,7 @@ UserError              2   what, where, found value; a hint that works
 |- RunError            2   a run directory
 |- StorageError        2   a place that cannot be written to
 |  `- WriteError      74   the system refused a write: no space, no permission
-|- Diverged           71   gradients are not finite, again and again
+|- Diverged           71   gradients or outputs are not finite
 |- Stopped            75   a signal came; a checkpoint is written; run the same command again
 `- Hung               76   a rank is lost or stands still; run the same command again
 ```
@@ -71,7 +71,7 @@ class WriteError(StorageError):
 
 
 class Diverged(UserError):
-    """Training gave gradients that are not finite, again and again."""
+    """The model gives outputs that are not finite, or gradients, again and again."""
 
     exit_code = 71
 

@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil
 
-from convnext_cli.errors import RunError
+from convnext_cli.errors import RunError, StorageError
 from convnext_cli.runs.record import utc_now, writing_to
 
 REFRESH_SECONDS = 10.0
@@ -52,6 +52,7 @@ class RunLock:
 
     Raises:
         RunError: Another process that lives holds the folder.
+        StorageError: The folder cannot be made.
     """
 
     def __init__(self, path: Path, *, job: str | None, say: Callable[[str], None]) -> None:
@@ -62,8 +63,14 @@ class RunLock:
         self._done = threading.Event()
 
     def __enter__(self) -> Self:
-        with writing_to(self.path):
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.path.parent}: {error.strerror}",
+                hint="choose another folder: --runs-dir DIR",
+            ) from error
+        with writing_to(self.path):
             while not self._take():
                 self._wait_for_end()
         threading.Thread(target=self._refresh, name="run-lock", daemon=True).start()

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,8 @@ class BackgroundWriter(TorchCheckpointIO):
         """What the newest save took of the training loop's time."""
         self._interval_seconds = plan.checkpoint_every_seconds or _FIRST_INTERVAL_SECONDS
         self._saved_at = time.monotonic()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._write: Future[None] | None = None
+        self._pool = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write: futures.Future[None] | None = None
 
     def save_checkpoint(
         self,
@@ -208,7 +208,11 @@ class BackgroundWriter(TorchCheckpointIO):
 
     def teardown(self) -> None:
         """Let a write that is under way come to its end, whatever ended the run."""
-        self._pool.shutdown(wait=True)
+        if self._write is not None:
+            # Not by joining the thread: CPython 3.11 takes one for ended whose join was interrupted
+            # by an exception, as torch's handler raises for a loader process that is lost.
+            futures.wait([self._write])
+        self._pool.shutdown(wait=False)
 
     def _run(self, checkpoint: dict[str, Any], path: Path, names: tuple[Path, ...]) -> None:
         started = time.monotonic()

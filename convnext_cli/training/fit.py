@@ -6,6 +6,7 @@ fit         data, model, weights; then the run's folder; then the Trainer
 ```
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,7 +243,10 @@ def _attempt(
     else:
         lost = max(0, last_step(run) - start.step)
         _record(run, plan, event="resumed", step=start.step, lost_steps=lost)
-    _run_trainer(trainer, task, data, start=start, run=run, plan=plan)
+    try:
+        _run_trainer(trainer, task, data, start=start, run=run, plan=plan)
+    finally:
+        writer.teardown()  # Lightning's own call may be cut short by a second loader that is lost
     return task.step
 
 
@@ -258,6 +262,9 @@ def _run_trainer(
     try:
         trainer.fit(task, datamodule=data, ckpt_path=start.checkpoint, weights_only=True)
     except BaseException as error:
+        if is_lost_worker(error):
+            # torch's handler raises for each further one, in whatever runs then.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
         if isinstance(error, DataError):
             raise from_worker(error) from error

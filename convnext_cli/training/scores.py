@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
-from convnext_cli.errors import UserError
+from convnext_cli.errors import Diverged
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Scores(Metric):
         """The scores of all images seen since the last reset; the same on every rank.
 
         Raises:
-            UserError: Some logits were not finite.
+            Diverged: Some logits were not finite.
         """
         state: Tensor = self.compute()
         top1, top5, loss, images, non_finite = state.tolist()
         if non_finite:
-            raise UserError(
+            raise Diverged(
                 f"the model gave non-finite outputs for {int(non_finite)} of {int(images)} images",
-                hint="evaluate in another precision (--precision fp32 or bf16), or an earlier"
-                " checkpoint",
+                hint="use an earlier checkpoint, or another precision (--precision fp32 or bf16);"
+                " while training, a lower optim.lr or optim.clip_norm=1.0",
             )
         counted = max(images, 1.0)
         return Summary(

@@ -9,6 +9,7 @@
 | `term`, `usr1`, `int` | it sends itself that signal at the start of the step |
 | `valterm` | the same in the validation after that step |
 | `kill` | it is killed at the start of the step |
+| `worker` | it kills its loader processes at the start of the step |
 | `slow` | from that step on, each step takes 50 ms longer |
 """
 
@@ -17,6 +18,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 FAULTS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT,
           "kill": signal.SIGKILL, "stop": signal.SIGSTOP}  # fmt: skip
@@ -58,6 +61,10 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
                 time.sleep(0.05)
             elif now == step and fault == "sleep" and once(task, fault):
                 time.sleep(1000)
+            elif now == step and fault == "worker" and once(task, fault):
+                for process in psutil.Process().children():
+                    process.kill()
+                time.sleep(1)
             elif now == step and fault in FAULTS and once(task, fault):
                 os.kill(os.getpid(), FAULTS[fault])
         return loss

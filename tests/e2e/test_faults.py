@@ -179,6 +179,16 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_and_nothing_is_lost(runne
     assert_as_undisturbed(runner.run, undisturbed[2])
 
 
+def test_a_loader_process_that_is_killed_is_told_and_the_next_start_goes_on(runner, undisturbed):
+    killed = runner(fault="worker@r0:s5")
+
+    assert killed.returncode == 2
+    assert "a loader process ended unasked" in killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert runner().returncode == 0
+    assert_as_undisturbed(runner.run, undisturbed[1])
+
+
 def test_the_time_limit_of_the_job_is_kept(runner, undisturbed):
     # Past in the middle of the run: a start takes a few seconds, 30 are the margin.
     limit = {**runner.environment(), "SLURM_JOB_END_TIME": str(int(time.time()) + 20)}

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -264,8 +263,8 @@ def test_a_checkpoint_goes_on_only_with_the_data_it_was_made_with(
 
     checkpoints = run_dir(recipe) / "checkpoints"
     shutil.copytree(finished.root, run_dir(recipe), symlinks=True)
-    (checkpoints / "last.ckpt").unlink()
-    (checkpoints / "last.ckpt").symlink_to("step=00000002.ckpt")
+    for step in range(3, 7):
+        (checkpoints / f"step={step:08d}.ckpt").unlink()
     pack(image_folder, tmp_path / "other", options=PackOptions(images_per_shard=16))
 
     other = train(recipe, tmp_path / "other")
@@ -274,32 +273,6 @@ def test_a_checkpoint_goes_on_only_with_the_data_it_was_made_with(
     assert "the checkpoint was made with data set" in other.stderr
     assert "images would come twice or never" in other.stderr
     assert "Traceback" not in other.stderr
-
-
-def test_a_loader_process_that_is_killed_is_told_and_the_next_start_goes_on(
-    recipe, tiny_shards, finished
-):
-    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data"]
-    command += [str(tiny_shards), "--name", "run", "--runs-dir", str(recipe.parent / "runs")]
-    process = subprocess.Popen(
-        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not (run_dir(recipe) / "checkpoints" / "step=00000002.ckpt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    for worker in psutil.Process(process.pid).children():
-        worker.kill()
-    _, told = process.communicate(timeout=60)
-
-    assert process.returncode == 2
-    assert "a loader process ended unasked" in told
-    assert "Traceback" not in told
-
-    again = train(recipe, tiny_shards)
-
-    assert again.returncode == 0, again.stderr
-    last = "checkpoints/last.ckpt"
-    assert_same_weights(finished.root / last, run_dir(recipe) / last)
 
 
 def test_a_stream_trains_and_prints_its_weaker_promise(recipe, tiny_shards):
@@ -338,7 +311,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_71(recipe, tiny_shards):
     done = train(recipe, tiny_shards, "optim.lr=1e30", "checkpoint.every=100st")
 
     assert done.returncode == 71, done.stderr
-    assert "the training loss is not finite" in done.stderr
+    assert "the model gave non-finite outputs for 12 of 12 images" in done.stderr
 
 
 @pytest.mark.parametrize(
