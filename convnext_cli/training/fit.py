@@ -39,6 +39,7 @@ from convnext_cli.training.preempt import StopOnSignal
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
 from convnext_cli.training.recorder import Recorder
+from convnext_cli.training.strategy import compile_network
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
 
@@ -173,7 +174,7 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
         clock=clock,
     )
     if plan.compile:
-        model.compile()
+        compile_network(model, strategy=plan.recipe.compute.strategy)
     event = "started" if resume_from is None else "resumed"
     _record(run, plan, event=event, step=first_step)
     _run_trainer(trainer, task, data, resume_from=resume_from, run=run, plan=plan)
