@@ -25,9 +25,9 @@ from convnext_cli.recipe.schema import GradientCheckpointing, Precision, Strateg
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
 _FP32_BYTES = 4
-_BLOCK_WIDTHS, _GRN_WIDTHS = 12, 8
+_BLOCK_WIDTHS, _GRN_WIDTHS = 12, 4
 """Channels that a block keeps a position, in units of its width C: the inputs of dwconv, norm,
-pwconv1 and LayerScale (4), and of GELU and pwconv2 (8); GRN keeps two tensors of 4C more."""
+pwconv1 and LayerScale (4), and of GELU and pwconv2 (8); GRN keeps a tensor of 4C more."""
 
 _ISOTROPIC_RUN = 6
 """Blocks that an isotropic model computes again together under `stages`."""
@@ -111,17 +111,20 @@ def estimate_activations(
     *,
     image_px: int,
     images: int,
+    parameters: int,
     precision: Precision,
     checkpointing: GradientCheckpointing,
 ) -> int | None:
     """Bytes that the blocks of a ConvNeXt keep for the backward pass; None for other models.
 
     Without compilation, which keeps less. Stem, downsampling and head are left out: a few percent.
+    What autocast casts is kept, too: a copy of the weights, which no strategy shares.
 
     Args:
         variant: The architecture.
         image_px: Side of an image.
         images: Images of one pass on one device.
+        parameters: Of the network.
         precision: fp32 keeps four bytes a value, the others two.
         checkpointing: What is computed again and so not kept, but for the piece at work.
     """
@@ -145,7 +148,10 @@ def estimate_activations(
             case _:
                 assert_never(checkpointing)
         side //= 2
-    return (kept + at_work) * images * (4 if precision == "fp32" else 2)
+    if precision == "fp32":
+        return (kept + at_work) * images * 4
+    cast = parameters if checkpointing == "none" else 0
+    return ((kept + at_work) * images + cast) * 2
 
 
 def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:
@@ -155,14 +161,12 @@ def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:
     if shards == 1:
         return "one device has nobody to share with: all strategies are the same"
     saved = ddp.state - fsdp.state
-    said = f"fsdp saves {saved / 1e9:.2f} of {ddp.total / 1e9:.2f} GB"
+    said = f"fsdp saves {saved / 1e9:.2f} of {ddp.total / 1e9:.2f} GB a device"
     if ddp.activations is None:
         return f"{said}, activations not counted"
-    if 2 * saved >= ddp.total:
-        return f"{said}: sharding pays where that does not fit"
-    return (
-        f"{said}: activations dominate, so smaller passes (batch.per_device_images) or"
-        " compute.gradient_checkpointing=stages save more than sharding does"
-        if ddp.activations > ddp.state
-        else f"{said}: sharding pays where ddp does not fit"
-    )
+    if ddp.activations > saved:
+        return (
+            f"{said}: activations weigh more, and smaller passes (batch.per_device_images) or"
+            " compute.gradient_checkpointing=stages save those without exchanging weights"
+        )
+    return f"{said}: sharding pays where the rest fits and the whole does not"

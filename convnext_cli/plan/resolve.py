@@ -213,6 +213,7 @@ def make_plan(
         variant,
         image_px=recipe.data.image_px,
         images=per_device_images,
+        parameters=parameters,
         precision=precision,
         checkpointing=compute.gradient_checkpointing,
     )
@@ -313,7 +314,7 @@ def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:
     if compute.shard_group == "node" and compute.strategy != "fsdp":
         raise PlanError(
             f"compute.shard_group: node is for fsdp, but compute.strategy is {compute.strategy}",
-            hint="shard by node with compute.strategy=fsdp, or set compute.shard_group=all",
+            hint="set compute.strategy=fsdp or compute.shard_group=all",
         )
     if not compute.strategy.startswith("zero"):
         return
@@ -321,12 +322,12 @@ def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:
         raise PlanError(
             f"compute.strategy: {compute.strategy} takes no fp16, for DeepSpeed would keep the"
             " weights themselves in it",
-            hint="use compute.precision=bf16, or compute.strategy=fsdp",
+            hint="use compute.strategy=fsdp or compute.precision=bf16",
         )
     if compute.strategy == "zero3" and compute.compile is True:
         raise PlanError(
             "compute.compile: zero3 fetches weights in hooks that cannot be compiled",
-            hint="set compute.compile=auto, or compute.strategy=fsdp",
+            hint="set compute.compile=auto or compute.strategy=fsdp",
         )
 
 

@@ -39,7 +39,7 @@ from convnext_cli.training.preempt import StopOnSignal
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
 from convnext_cli.training.recorder import Recorder
-from convnext_cli.training.strategy import compile_network
+from convnext_cli.training.strategy import check_strategy, compile_network
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
 
@@ -136,6 +136,7 @@ def fit(plan: Plan, run: RunDir, *, resume_from: Path | None, console: Console) 
         Diverged: The loss is not finite.
     """
     check_devices(plan.cluster, precision=plan.precision)
+    check_strategy(plan.cluster, strategy=plan.recipe.compute.strategy)
     quiet_lightning()
     display = ProgressDisplay(plan, console=console, log=run.log)
     first_step = 0 if resume_from is None else read_step(resume_from)

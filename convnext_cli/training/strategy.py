@@ -13,6 +13,7 @@ its groups. It is read before the network is shared out, and the optimizer's sta
 it is loaded.
 """
 
+from importlib.util import find_spec
 from typing import assert_never
 
 import torch
@@ -20,11 +21,26 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import nn
 from torch._dynamo import config
 
+from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.schema import ShardGroup
 from convnext_cli.recipe.schema import Strategy as StrategyName
 from convnext_cli.training.sharding import ShardedStrategy, iter_shard_units
 from convnext_cli.training.zero import ZeroStrategy
+
+
+def check_strategy(cluster: Cluster, *, strategy: StrategyName) -> None:
+    """Refuse a strategy whose library is not installed; one device needs none.
+
+    Raises:
+        DeviceError: DeepSpeed is asked for and not there.
+    """
+    asks = strategy in {"zero1", "zero2", "zero3"} and cluster.world_size > 1
+    if asks and find_spec("deepspeed") is None:
+        raise DeviceError(
+            f"compute.strategy: {strategy} needs DeepSpeed, which is not installed",
+            hint="install it with pip install 'convnext[deepspeed]', or set compute.strategy=fsdp",
+        )
 
 
 def build_strategy(
@@ -41,9 +57,6 @@ def build_strategy(
         strategy: See above.
         shard_group: Over which devices fsdp shards.
         clip_norm: For DeepSpeed, which clips by itself.
-
-    Raises:
-        DeviceError: DeepSpeed is asked for and not installed.
     """
     if cluster.world_size == 1:
         return SingleDeviceStrategy(device="cuda:0" if cluster.device == "cuda" else "cpu")

@@ -11,10 +11,10 @@ averaged weights in that precision, where a decay of .9999 moves nothing.
 """
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
-from importlib.util import find_spec
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from convnext_cli.errors import DeviceError
 from convnext_cli.training.sharding import WholeCheckpointStrategy
 
 ZeroStage = Literal[1, 2, 3]
@@ -40,20 +39,12 @@ class ZeroStrategy(WholeCheckpointStrategy):
         stage: What is shared.
         clip_norm: Largest norm of the gradient, which DeepSpeed clips by itself; None: not clipped.
         process_group_backend: nccl or gloo.
-
-    Raises:
-        DeviceError: DeepSpeed is not installed.
     """
 
     def __init__(
         self, *, stage: ZeroStage, clip_norm: float | None, process_group_backend: str
     ) -> None:
         super().__init__(process_group_backend=process_group_backend)
-        if find_spec("deepspeed") is None:
-            raise DeviceError(
-                f"compute.strategy: zero{stage} needs DeepSpeed, which is not installed",
-                hint="install it: pip install 'convnext[deepspeed]', or set compute.strategy=fsdp",
-            )
         self.stage = stage
         self.clip_norm = clip_norm
         self._engine: Any = None
@@ -81,35 +72,37 @@ class ZeroStrategy(WholeCheckpointStrategy):
         import deepspeed  # noqa: PLC0415  # optional, and takes seconds
 
         precision = self.precision_plugin.precision
-        engine, *_ = deepspeed.initialize(
-            args=Namespace(device_rank=self.local_rank),
-            model=self.task,
-            model_parameters=self._weights,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": 1,  # for its own reports only
-                "gradient_accumulation_steps": 1,  # `backward` says which pass is the last
-                "gradient_clipping": self.clip_norm or 0.0,
-                "zero_allow_untested_optimizer": True,
-                "zero_optimization": {
-                    "stage": self.stage,
-                    "overlap_comm": self.root_device.type == "cuda",
-                    "contiguous_gradients": True,
-                    "reduce_bucket_size": _BUCKET_VALUES,
-                    "allgather_bucket_size": _BUCKET_VALUES,
-                    "stage3_prefetch_bucket_size": _BUCKET_VALUES,
-                    # weights that stayed whole between steps would miss the averaging
-                    "stage3_param_persistence_threshold": 0,
-                    "stage3_max_reuse_distance": 0,
+        # it prints what it builds
+        with redirect_stdout(sys.stderr):
+            engine, *_ = deepspeed.initialize(
+                args=Namespace(device_rank=self.local_rank),
+                model=self.task,
+                model_parameters=self._weights,
+                optimizer=optimizer,
+                dist_init_required=False,
+                config={
+                    "train_micro_batch_size_per_gpu": 1,  # for its own reports only
+                    "gradient_accumulation_steps": 1,  # `backward` says which pass is the last
+                    "gradient_clipping": self.clip_norm or 0.0,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_optimization": {
+                        "stage": self.stage,
+                        "overlap_comm": self.root_device.type == "cuda",
+                        "contiguous_gradients": True,
+                        "reduce_bucket_size": _BUCKET_VALUES,
+                        "allgather_bucket_size": _BUCKET_VALUES,
+                        "stage3_prefetch_bucket_size": _BUCKET_VALUES,
+                        # weights that stayed whole between steps would miss the averaging
+                        "stage3_param_persistence_threshold": 0,
+                        "stage3_max_reuse_distance": 0,
+                    },
+                    "torch_autocast": {
+                        "enabled": precision == "bf16-mixed",
+                        "dtype": "bfloat16",
+                        "lower_precision_safe_modules": [],  # exchange everything in fp32
+                    },
                 },
-                "torch_autocast": {
-                    "enabled": precision == "bf16-mixed",
-                    "dtype": "bfloat16",
-                    "lower_precision_safe_modules": [],  # exchange everything in fp32
-                },
-            },
-        )
+            )
         return engine
 
     @contextmanager
@@ -171,13 +164,14 @@ class ZeroStrategy(WholeCheckpointStrategy):
             group | {"lr": live["lr"]}
             for group, live in zip(self._groups, stepping.param_groups, strict=True)
         ]
-        step = next(iter(stepping.state.values()))["step"]
+        step = next(iter(stepping.state.values()))["step"].detach().cpu()
         state = {}
         for index, weight in enumerate(self._weights):
             moments = {
                 key: self.keep(safe_get_full_optimizer_state(weight, key)) for key in _MOMENTS
             }
-            state[index] = {"step": torch.as_tensor(step).detach().cpu().float(), **moments}
+            # one that all share would be counted up by all, where it is loaded
+            state[index] = {"step": step.clone(), **moments}
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
