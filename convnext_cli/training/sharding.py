@@ -47,15 +47,29 @@ class WholeCheckpointStrategy(DDPStrategy):
         assert isinstance(self.lightning_module, Classifier)
         return self.lightning_module
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What learns, and its average where there is one."""
+        both = (self.task.model, self.task.ema_model)
+        return [network for network in both if network is not None]
+
+    def configure_ddp(self) -> None:
+        """Put the weights back into contiguous memory, for shares are cut from nothing else.
+
+        The activations stay in channels_last, and the operators see to the rest.
+        """
+        for network in self.networks:
+            network.to(memory_format=torch.contiguous_format)
+
     def on_validation_start(self) -> None:
         """Have all ranks evaluate with the buffers of rank 0, such as BatchNorm's, as under ddp."""
-        for network in (self.task.model, self.task.ema_model):
-            for buffer in () if network is None else network.buffers():
+        for network in self.networks:
+            for buffer in network.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
     def keep(self, value: Tensor) -> Tensor | None:
         """A whole tensor on the CPU on rank 0, where it is written; None elsewhere."""
-        return value.detach().cpu().clone() if self.is_global_zero else None
+        return value.detach().to("cpu", copy=True) if self.is_global_zero else None
 
 
 class ShardedStrategy(WholeCheckpointStrategy):
@@ -71,11 +85,14 @@ class ShardedStrategy(WholeCheckpointStrategy):
 
     def configure_ddp(self) -> None:
         """Share out the networks, which the checkpoint, if any, has filled by now."""
-        task = self.task
+        super().configure_ddp()
         mesh = self._make_mesh()
-        for network in (task.model, task.ema_model):
-            if network is not None:
-                _shard(network, mesh=mesh)
+        for network in self.networks:
+            for block in iter_shard_units(network):
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            # also at the root: after an evaluation its weights would stay whole, apart from their
+            # shares, and averaging would move what is thrown away
+            fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
     def _make_mesh(self) -> DeviceMesh:
         kind = self.root_device.type
@@ -130,23 +147,12 @@ class ShardedStrategy(WholeCheckpointStrategy):
         return self.keep(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def _shard(network: nn.Module, *, mesh: DeviceMesh) -> None:
-    # FSDP takes contiguous weights only; the activations stay in channels_last
-    network.to(memory_format=torch.contiguous_format)
-    for block in iter_shard_units(network):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    # also at the root: after an evaluation its weights would stay whole, apart from their shares,
-    # and averaging would move what is thrown away
-    fully_shard(network, mesh=mesh, reshard_after_forward=True)
-
-
 def _share_as(value: Any, weight: Tensor) -> Any:  # noqa: ANN401  # as above
     """This rank's share of a whole tensor; what is no tensor of the weight's shape stays."""
     if not isinstance(value, Tensor) or not isinstance(weight, DTensor):
         return value
     if value.shape != weight.shape:
         return value
+    whole = value.to(weight.device).contiguous()
     # every rank has the tensor, so nothing need be sent
-    return distribute_tensor(
-        value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
-    )
+    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)

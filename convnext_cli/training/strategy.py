@@ -19,7 +19,6 @@ from typing import assert_never
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
-from torch._dynamo import config
 
 from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
@@ -84,6 +83,8 @@ def compile_network(network: nn.Module, *, strategy: StrategyName) -> None:
     if strategy != "fsdp":
         network.compile()
         return
+    from torch._dynamo import config  # noqa: PLC0415  # takes seconds
+
     blocks = list(iter_shard_units(network))
     # each block has other widths and another drop rate, in training and in evaluation
     config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))

@@ -51,9 +51,6 @@ class ZeroStrategy(WholeCheckpointStrategy):
         self._weights: list[nn.Parameter] = []
         self._groups: list[dict[str, Any]] = []
 
-    def configure_ddp(self) -> None:
-        """Nothing yet: the engine wants the optimizer, too."""
-
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Build the optimizer as for one device, and hand it and the networks to an engine."""
         super().setup_optimizers(trainer)

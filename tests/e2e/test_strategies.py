@@ -137,6 +137,7 @@ def resume(root: Path, name: str, *more: str) -> list[str]:
 
 DDP, FSDP = "compute.strategy=ddp", "compute.strategy=fsdp"
 STAGES, BLOCKS = (f"compute.gradient_checkpointing={mode}" for mode in ("stages", "blocks"))
+NHWC = "compute.channels_last=true"
 SHORT = ["compute.precision=bf16", "schedule.length=4st"]
 
 
@@ -149,8 +150,8 @@ def lab(tmp_path_factory, tiny_shards) -> Lab:
     two = {
         "ddp": [DDP],
         "fsdp": [FSDP],
-        "fsdp-to-fsdp": resume(root, "fsdp", FSDP, STAGES),
-        "fsdp-to-ddp": resume(root, "fsdp", DDP),
+        "fsdp-to-fsdp": resume(root, "fsdp", FSDP, STAGES, NHWC),
+        "fsdp-to-ddp": resume(root, "fsdp", DDP, NHWC),
         "ddp-to-fsdp": resume(root, "ddp", FSDP, BLOCKS),
         "ddp-bf16": [DDP, *SHORT],
         "fsdp-bf16": [FSDP, *SHORT],
@@ -238,7 +239,7 @@ def test_deepspeed_learns_what_one_device_learns_and_its_runs_go_on_elsewhere(la
     halves = {
         "zero3-to-fsdp": resume(lab.root, "zero3", FSDP),
         "ddp-to-zero1": resume(lab.root, "ddp", zero1),
-        "fsdp-to-zero3": resume(lab.root, "fsdp", zero3),
+        "fsdp-to-zero3": resume(lab.root, "fsdp", zero3, NHWC),
     }
     bf16 = {"zero1-bf16": [zero1, *SHORT], "zero3-bf16": [zero3, *SHORT]}
     lab.launch(whole | halves | bf16, processes=2)
