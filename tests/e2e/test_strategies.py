@@ -219,17 +219,20 @@ def test_a_sharded_run_is_evaluated_as_any_other(lab, run_process):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
-def test_zero_without_deepspeed_is_told_before_anything_is_written(lab, run_process):
+def test_zero_without_deepspeed_is_told_before_anything_is_written(
+    tmp_path, tiny_shards, run_process
+):
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+
     done = run_process(
-        *("train", lab.root / "tiny.yaml", "--data", lab.data, "--device", "cpu"),
-        *("--devices", 2, "--runs-dir", lab.root / "runs", "--name", "without"),
+        *("train", "tiny.yaml", "--data", tiny_shards, "--device", "cpu", "--devices", 2),
         "compute.strategy=zero2",
     )
 
     assert done.exit_code == 2, done.stderr
     assert "zero2 needs DeepSpeed, which is not installed" in done.stderr
     assert "hint: install it with pip install 'convnext[deepspeed]'" in done.stderr
-    assert not (lab.root / "runs" / "without").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @needs_deepspeed
