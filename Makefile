@@ -36,7 +36,7 @@ check:  ## Style, types, layers, dependencies, spelling
 test:  ## Unit tests, contracts and parity, in about 90 seconds
 	python -m pytest -n $(WORKERS) tests/unit tests/contracts tests/parity
 
-e2e:  ## Real processes that train, in about five minutes
+e2e:  ## Real processes that train, in about eight minutes
 	OMP_NUM_THREADS=2 python -m pytest tests/e2e
 
 gpu:  ## Tests that need a GPU

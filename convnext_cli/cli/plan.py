@@ -94,6 +94,8 @@ def show_plan(plan: Plan) -> None:
             f"{'' if recipe.ema.decay is None else ' and EMA'}; activations come on top",
         ),
     ]
+    if plan.world_size > 1:
+        rows.append(("memory", _memory(plan)))
     if recipe.published_top1 is not None:
         rows.insert(1, ("published", f"{recipe.published_top1:g}% top-1"))
     for name, text in rows:
@@ -123,6 +125,29 @@ def _loading(plan: Plan) -> str:
     if augment and plan.augment_on == "cpu":
         return f"{told}; augment.augment_on=device saves the cores RandAugment"
     return f"{told}; smaller images help: pack them with a short side of 256 px"
+
+
+def _memory(plan: Plan) -> str:
+    """What each strategy keeps on a device, a line each, and whether sharing pays."""
+    lines = [plan.memory_note]
+    for memory in plan.memory:
+        parts = [
+            f"{name} {size / 1e9:.2f}"
+            for name, size in (
+                ("weights", memory.weights),
+                ("gradients", memory.gradients),
+                ("optimizer", memory.optimizer),
+                ("EMA", memory.averaged),
+                ("activations", memory.activations),
+            )
+            if size
+        ]
+        chosen = ", chosen" if memory.strategy == plan.recipe.compute.strategy else ""
+        lines.append(
+            f"{memory.strategy:<5} about {memory.total / 1e9:.2f} GB a device"
+            f" = {' + '.join(parts)}{chosen}"
+        )
+    return "\n".join(lines)
 
 
 def _leave_out(plan: Plan) -> str:

@@ -26,7 +26,7 @@ def build_optimizer(plan: Plan, model: nn.Module) -> torch.optim.AdamW:
         raise PlanError(
             f"{plan.recipe.model.name}: {error}", hint="set optim.layer_decay_kind=single"
         ) from error
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {
                 "params": list(group.parameters),
@@ -42,6 +42,20 @@ def build_optimizer(plan: Plan, model: nn.Module) -> torch.optim.AdamW:
         # fused unscales fp16 gradients inside its step, where they could not be clipped before
         fused=plan.cluster.device == "cuda" and plan.precision != "fp16",
     )
+    optimizer.register_load_state_dict_post_hook(lay_out_moments)
+    return optimizer
+
+
+def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Lay the moments out in memory as their weights lie, whatever wrote them; values stay.
+
+    A run that goes on may hold its weights in another memory format, and fused AdamW refuses
+    moments of other strides.
+    """
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def apply_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

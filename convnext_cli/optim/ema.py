@@ -25,8 +25,14 @@ def update_averaged(averaged: nn.Module, model: nn.Module, *, decay: float) -> N
     One fused pass over all parameters; the host does not wait for the device. Works on whole and on
     sharded parameters, because each average lies where its parameter lies.
     """
-    averages = [weight.detach() for weight in averaged.parameters()]
-    weights = [weight.detach() for weight in model.parameters()]
+    averages = [_held(weight).detach() for weight in averaged.parameters()]
+    weights = [_held(weight).detach() for weight in model.parameters()]
     torch._foreach_lerp_(averages, weights, 1 - decay)  # there is no public fused form
     for average, value in zip(averaged.buffers(), model.buffers(), strict=True):
         average.copy_(value)
+
+
+def _held(weight: nn.Parameter) -> torch.Tensor:
+    """What this device holds of a parameter: under ZeRO-3 a flat share beside an empty tensor."""
+    held: torch.Tensor = getattr(weight, "ds_tensor", weight)
+    return held

@@ -18,6 +18,13 @@ from convnext_cli.catalog.datasets import DATASETS
 from convnext_cli.catalog.models import Variant, count_parameters, estimate_macs, find_variant
 from convnext_cli.errors import PlanError
 from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.cost import (
+    STRATEGIES,
+    Memory,
+    estimate_activations,
+    estimate_memory,
+    explain_sharding,
+)
 from convnext_cli.recipe.durations import Duration
 from convnext_cli.recipe.schema import Optim, Precision, Recipe
 
@@ -92,6 +99,10 @@ class Plan:
     """Floating-point operations of the whole run: 2 a multiply-add, backward twice the forward."""
     state_bytes: int
     """Per device: weights, gradients, two moments and averaged weights in fp32; no activations."""
+    memory: tuple[Memory, ...]
+    """Per device, for every strategy on these devices, whichever is chosen."""
+    memory_note: str
+    """Whether sharing it among the devices pays."""
 
     @property
     def world_size(self) -> int:
@@ -120,9 +131,14 @@ class Plan:
         plain = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in {"recipe", "cluster"}
+            if field.name not in {"recipe", "cluster", "memory"}
         }
         return plain | {
+            "memory": [
+                dataclasses.asdict(memory) | {"state": memory.state, "total": memory.total}
+                for memory in self.memory
+            ],
+            "strategy": self.recipe.compute.strategy,
             "world_size": self.world_size,
             "model": self.recipe.model.name,
             "image_px": self.recipe.data.image_px,
@@ -193,6 +209,29 @@ def make_plan(
     precision: Precision = "bf16" if on_gpu else "fp32"
     if compute.precision != "auto":
         precision = compute.precision
+    _check_strategy(recipe, precision=precision)
+    shards = cluster.devices_per_node if compute.shard_group == "node" else cluster.world_size
+    activations = estimate_activations(
+        variant,
+        image_px=recipe.data.image_px,
+        images=per_device_images,
+        parameters=parameters,
+        precision=precision,
+        checkpointing=compute.gradient_checkpointing,
+    )
+    memory = tuple(
+        estimate_memory(
+            strategy,
+            parameters=parameters,
+            shards=shards if strategy == "fsdp" else cluster.world_size,
+            averages=recipe.ema.decay is not None,
+            accumulates=accumulate_steps > 1,
+            activations=activations,
+        )
+        for strategy in STRATEGIES
+    )
+    # ZeRO-3 moves parameters in and out of place in hooks that a compiler cannot trace
+    compiles = on_gpu and compute.strategy != "zero3"
     workers = _workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers
     augment_on: Literal["cpu", "device"] = "device" if on_gpu else "cpu"
     if recipe.augment.augment_on != "auto":
@@ -222,7 +261,7 @@ def make_plan(
         lr_note=lr_note,
         min_lr=recipe.optim.min_lr,
         precision=precision,
-        compile=on_gpu if compute.compile == "auto" else compute.compile,
+        compile=compiles if compute.compile == "auto" else compute.compile,
         channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
         workers=workers,
         augment_on=augment_on,
@@ -245,7 +284,9 @@ def make_plan(
         checkpoint_keep_every_steps=None if keep is None else max(1, _steps(keep, steps_per_epoch)),
         images_read=images_read,
         train_flops=6.0 * macs * images_read,
-        state_bytes=parameters * (16 if recipe.ema.decay is None else 20),
+        state_bytes=next(m.state for m in memory if m.strategy == compute.strategy),
+        memory=memory,
+        memory_note=explain_sharding(memory, shards=shards),
     )
 
 
@@ -270,6 +311,29 @@ def _find_built_variant(recipe: Recipe) -> Variant:
     if model.layer_scale_init == "auto":
         return variant
     return dataclasses.replace(variant, layer_scale_init=model.layer_scale_init)
+
+
+def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:
+    """Refuse what a strategy cannot do."""
+    compute = recipe.compute
+    if compute.shard_group == "node" and compute.strategy != "fsdp":
+        raise PlanError(
+            f"compute.shard_group: node is for fsdp, but compute.strategy is {compute.strategy}",
+            hint="set compute.strategy=fsdp or compute.shard_group=all",
+        )
+    if not compute.strategy.startswith("zero"):
+        return
+    if precision == "fp16":
+        raise PlanError(
+            f"compute.strategy: {compute.strategy} takes no fp16, for DeepSpeed would keep the"
+            " weights themselves in it",
+            hint="use compute.strategy=fsdp or compute.precision=bf16",
+        )
+    if compute.strategy == "zero3" and compute.compile is True:
+        raise PlanError(
+            "compute.compile: zero3 fetches weights in hooks that cannot be compiled",
+            hint="set compute.compile=auto or compute.strategy=fsdp",
+        )
 
 
 def _steps(duration: Duration, steps_per_epoch: int) -> int:

@@ -17,6 +17,8 @@ from convnext_cli.recipe.durations import AnyDuration, Duration, StepDuration
 
 Precision = Literal["fp32", "bf16", "fp16"]
 GradientCheckpointing = Literal["none", "stages", "blocks"]
+Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
+ShardGroup = Literal["all", "node"]
 Interpolation = Literal["bicubic", "bilinear"]
 EvalCrop = Literal["center", "warp"]
 LayerDecayKind = Literal["grouped", "single"]
@@ -303,8 +305,14 @@ class Compute(Section):
     gradient_checkpointing: GradientCheckpointing = "none"
     """Recompute activations in the backward pass to save memory: per stage or per block."""
 
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How several devices share the work; auto: ddp where there is more than one."""
+    strategy: Strategy = "ddp"
+    """What devices share besides the batch. ddp: nothing; fsdp: weights, gradients, optimizer and
+    EMA; by DeepSpeed zero1: the optimizer, zero2: gradients too, zero3: weights and EMA too.
+    Checkpoints are the same for all, so it may change from one attempt to the next."""
+
+    shard_group: ShardGroup = "all"
+    """Devices that share one set of weights under fsdp: all, or those of a node, so that only
+    gradients cross between nodes."""
 
 
 class Evaluate(Section):

@@ -16,7 +16,8 @@ from convnext_cli.errors import UserError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.schema import Tracker
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.training.devices import build_strategy, lightning_precision
+from convnext_cli.training.devices import lightning_precision
+from convnext_cli.training.strategy import build_strategy
 from convnext_cli.training.throughput import DataClock
 
 
@@ -97,7 +98,14 @@ def build_trainer(
         accelerator="gpu" if plan.cluster.device == "cuda" else "cpu",
         devices=plan.cluster.devices_per_node,
         num_nodes=plan.cluster.num_nodes,
-        strategy=build_strategy(plan.cluster),
+        strategy=build_strategy(
+            plan.cluster,
+            strategy=plan.recipe.compute.strategy,
+            shard_group=plan.recipe.compute.shard_group,
+            clip_norm=plan.recipe.optim.clip_norm,
+        ),
+        # weights that are put together in inference mode could not be trained with again
+        inference_mode=plan.recipe.compute.strategy == "ddp",
         plugins=[checkpoint_io],
         precision=lightning_precision(plan.precision),
         max_epochs=1,

@@ -5,7 +5,6 @@ import warnings
 from typing import Literal, assert_never
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
@@ -63,16 +62,6 @@ def _check_gpus(asked: int, *, precision: Precision) -> None:
             f"{torch.cuda.get_device_name()} has no bf16 arithmetic",
             hint="use --precision fp16 or --precision fp32",
         )
-
-
-def build_strategy(cluster: Cluster) -> Strategy:
-    """How devices share the work; fresh each time, for Lightning keeps state in it."""
-    if cluster.world_size == 1:
-        return SingleDeviceStrategy(device="cuda:0" if cluster.device == "cuda" else "cpu")
-    return DDPStrategy(
-        gradient_as_bucket_view=True,
-        process_group_backend="nccl" if cluster.device == "cuda" else "gloo",
-    )
 
 
 def quiet_lightning() -> None:

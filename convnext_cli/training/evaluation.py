@@ -29,16 +29,12 @@ from convnext_cli.data.reader import (
 from convnext_cli.errors import DataError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.schema import Precision
-from convnext_cli.training.devices import (
-    build_strategy,
-    check_devices,
-    lightning_precision,
-    quiet_lightning,
-)
+from convnext_cli.training.devices import check_devices, lightning_precision, quiet_lightning
 from convnext_cli.training.diagnosis import Diagnosis, Diagnostics
 from convnext_cli.training.loading import LoadedModel
 from convnext_cli.training.report import WORST_PAIRS, ClassRow, PairRow, Report
 from convnext_cli.training.scores import Scores, Summary
+from convnext_cli.training.strategy import build_strategy
 
 Listener = Callable[[int, int], None]
 """Called with (batches done, batches in all) of this rank."""

@@ -46,6 +46,7 @@ from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
 from convnext_cli.training.recorder import Recorder
+from convnext_cli.training.strategy import check_strategy, compile_network
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
 from convnext_cli.training.watch import HangWatch, is_lost_peer, make_lost_peer_error
@@ -165,6 +166,7 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
         Hung: Another rank was lost.
     """
     check_devices(plan.cluster, precision=plan.precision)
+    check_strategy(plan.cluster, strategy=plan.recipe.compute.strategy)
     quiet_lightning()
     display = ProgressDisplay(plan, console=console, log=run.log)
     told: str | None = None
@@ -237,7 +239,7 @@ def _attempt(
         checkpoint_io=writer,
     )
     if plan.compile:
-        model.compile()
+        compile_network(model, strategy=plan.recipe.compute.strategy)
     if start.checkpoint is None and not back:
         _record(run, plan, event="started", step=start.step)
     else:

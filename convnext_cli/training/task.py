@@ -27,6 +27,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from convnext_cli.data.mix import BatchMix, normalise
@@ -181,6 +182,8 @@ class Classifier(pl.LightningModule):
         limit = self.plan.recipe.optim.clip_norm
         weights = list(self.model.parameters())
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # of the whole gradient, the same on every rank
         self.grad_norm = norm.detach()
         if not bool(torch.isfinite(norm)):
             self.skipped = True

@@ -44,7 +44,26 @@ def test_a_piped_table_is_not_cut(run_cli):
     done = run_cli(*PUBLISHED)
 
     assert "other ones every time" in done.stderr
-    assert len(done.stderr.splitlines()) == 11
+    assert len(done.stderr.splitlines()) == 17
+
+
+def test_several_devices_are_shown_the_memory_of_every_strategy(run_cli):
+    done = run_cli(*PUBLISHED, "compute.strategy=fsdp")
+    plan = json.loads(run_cli(*PUBLISHED, "--json").stdout)
+
+    lines = done.stderr.splitlines()[-5:]
+    assert [line.split()[0] for line in lines] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+    assert [line.rstrip().endswith(", chosen") for line in lines] == [False, True] + 3 * [False]
+    assert "activations weigh more" in done.stderr
+    assert [memory["strategy"] for memory in plan["memory"]][:2] == ["ddp", "fsdp"]
+    assert plan["memory"][0]["state"] == plan["state_bytes"] == 20 * 28_589_128
+    assert plan["memory"][1]["state"] < plan["state_bytes"] / 30
+
+
+def test_one_device_is_shown_none_of_it(run_cli):
+    done = run_cli("plan", "quickstart", "--device", "cpu")
+
+    assert "zero1" not in done.stderr
 
 
 def test_a_cpu_gets_no_estimate_in_device_hours(run_cli):
@@ -111,6 +130,9 @@ def test_an_empty_name_of_a_data_set_is_refused(run_cli):
         ("in1k_tiny model.num_classes=10", "head has 10 classes", "model.num_classes=1000"),
         ("in1k_tiny schedule.length=10ep", "6240 warm-up steps", "schedule.warmup=312st"),
         ("quickstart batch.global_images=2048", "has only 1437", "batch.global_images=64"),
+        ("in1k_tiny compute.strategy=horovod", "should be 'ddp', 'fsdp'", "--fields"),
+        ("in1k_tiny compute.shard_group=node", "is for fsdp", "compute.strategy=fsdp"),
+        ("in1k_tiny compute.strategy=zero2 --precision fp16", "no fp16", "compute.strategy=fsdp"),
         ("small_data", "number of images is not known", "--data DIR"),
         ("small_data --data nowhere", "nowhere", "convnext data pack"),
         ("in1k_tiny data.mode=stream data.path=a.tar", "a.tar", "train_images"),
@@ -140,6 +162,9 @@ def test_a_mistake_is_one_sentence_with_a_hint_and_no_data(run_cli, arguments, m
         "quickstart batch.global_images=1433 optim.lr_rule=none",
         "in1k_tiny compute.compile=off",
         "in1k_tiny mix.mixup=off",
+        "in1k_tiny compute.shard_group=node",
+        "in1k_tiny compute.strategy=zero1 compute.precision=fp16",
+        "in1k_tiny compute.strategy=zero3 compute.compile=true",
     ],
 )
 def test_the_edit_that_a_hint_names_works(run_cli, arguments):

@@ -50,6 +50,24 @@ def test_a_learning_rate_is_scaled_by_layer():
     assert lr["downsample_layers.0.0.weight"] == pytest.approx(1e-3 * 0.8**7)
 
 
+def test_loaded_moments_lie_as_the_weights_that_go_on_with_them():
+    plan, _ = make()
+    before, after = (build_convnext(find_variant("convnextv2_atto"), num_classes=3) for _ in "ab")
+    after.to(memory_format=torch.channels_last)
+    written = build_optimizer(plan, before)
+    for weight in before.parameters():
+        weight.grad = torch.randn_like(weight)
+    written.step()
+    optimizer = build_optimizer(plan, after)
+
+    optimizer.load_state_dict(written.state_dict())
+
+    kernel = after.downsample_layers[1][1].weight
+    moment = optimizer.state[kernel]["exp_avg"]
+    assert moment.stride() == kernel.stride() != before.downsample_layers[1][1].weight.stride()
+    assert torch.equal(moment, written.state[before.downsample_layers[1][1].weight]["exp_avg"])
+
+
 def test_layer_decay_of_a_kind_that_the_model_lacks_is_refused_with_a_hint_that_works():
     plan, network = make("convnextv2_atto", layer_decay=0.9, layer_decay_kind="grouped")
 

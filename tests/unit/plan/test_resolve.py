@@ -271,6 +271,42 @@ def test_averaged_weights_are_part_of_the_state():
     assert plan_of("ema.decay=null").state_bytes == 28_589_128 * 16
 
 
+def test_the_state_is_that_of_the_chosen_strategy():
+    plan = plan_of("compute.strategy=fsdp", "ema.decay=null")
+
+    share = -(-4 * plan.parameters // 32)
+    assert plan.state_bytes == 4 * share
+    assert [memory.strategy for memory in plan.memory][:2] == ["ddp", "fsdp"]
+
+
+def test_a_node_that_shards_among_its_own_devices_holds_more():
+    plan = plan_of("compute.strategy=fsdp", "compute.shard_group=node", "ema.decay=null")
+
+    assert plan.state_bytes == 4 * -(-4 * plan.parameters // 8)
+
+
+def test_zero3_is_not_compiled():
+    assert plan_of("compute.strategy=zero2").compile
+    assert not plan_of("compute.strategy=zero3").compile
+    with pytest.raises(PlanError, match="hooks that cannot be compiled") as caught:
+        plan_of("compute.strategy=zero3", "compute.compile=true")
+    assert follow(caught.value.hint, "compute.compile=true").compile is True
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("compute.strategy=zero1", "compute.precision=fp16"),
+        ("compute.strategy=ddp", "compute.shard_group=node"),
+    ],
+)
+def test_what_a_strategy_cannot_do_is_refused_with_a_way_out(overrides):
+    with pytest.raises(PlanError, match="compute") as caught:
+        plan_of(*overrides)
+
+    assert follow(caught.value.hint, *overrides).total_steps == 93_600
+
+
 def test_validation_happens_at_its_interval_and_at_the_end():
     plan = plan_of("evaluate.every=2ep", "schedule.length=5ep", "schedule.warmup=null")
 

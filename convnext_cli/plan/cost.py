@@ -1,0 +1,172 @@
+"""What a training step keeps on each device, by strategy: arithmetic only, no torch.
+
+```
+        weights  gradients  optimizer  EMA     each in fp32, P parameters, S devices that share
+ddp     4P       4P         8P         4P
+fsdp    4P/S     4P/S       8P/S       4P/S
+zero1   4P       4P         12P/S      4P      DeepSpeed steps on a second copy of the weights,
+zero2   4P       4P/S       12P/S      4P      of which each device has its share
+zero3   4P/S     4P/S       12P/S      4P/S
+```
+
+Gradients that accumulate over several passes stay whole under fsdp, so that nothing is exchanged
+before the last pass. Buffers of a few layers, in which shares are put together, come on top.
+
+Source: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054) section 5; runtime/zero of DeepSpeed 0.19
+for its copy of fp32 weights.
+"""
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from convnext_cli.catalog.models import Variant
+from convnext_cli.recipe.schema import GradientCheckpointing, Precision, Strategy
+
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+_FP32_BYTES = 4
+_BLOCK_WIDTHS, _GRN_WIDTHS = 12, 4
+"""Channels that a block keeps a position, in units of its width C: the inputs of dwconv, norm,
+pwconv1 and LayerScale (4), and of GELU and pwconv2 (8); GRN keeps a tensor of 4C more."""
+
+_ISOTROPIC_RUN = 6
+"""Blocks that an isotropic model computes again together under `stages`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device under one strategy."""
+
+    strategy: Strategy
+    weights: int
+    gradients: int
+    optimizer: int
+    averaged: int
+    activations: int | None
+    """What the backward pass needs of the forward pass; None where no estimate is known."""
+
+    @property
+    def state(self) -> int:
+        """Everything but the activations."""
+        return self.weights + self.gradients + self.optimizer + self.averaged
+
+    @property
+    def total(self) -> int:
+        """With the activations, as far as they are known."""
+        return self.state + (self.activations or 0)
+
+
+def estimate_memory(
+    strategy: Strategy,
+    *,
+    parameters: int,
+    shards: int,
+    averages: bool,
+    accumulates: bool,
+    activations: int | None,
+) -> Memory:
+    """Memory of one device.
+
+    Args:
+        strategy: What is shared.
+        parameters: Of the network.
+        shards: Devices that share; 1: every device holds everything, whatever the strategy.
+        averages: Whether there are averaged weights.
+        accumulates: Whether a step takes several passes.
+        activations: Bytes of them on a device.
+    """
+    whole = parameters * _FP32_BYTES
+    share = -(-whole // shards)
+    weights = gradients = averaged = whole
+    optimizer = 2 * whole
+    if shards > 1:
+        match strategy:
+            case "ddp":
+                pass
+            case "fsdp":
+                weights = averaged = share
+                gradients = whole if accumulates else share
+                optimizer = 2 * share
+            case "zero1":
+                optimizer = 3 * share
+            case "zero2":
+                gradients, optimizer = share, 3 * share
+            case "zero3":
+                weights = gradients = averaged = share
+                optimizer = 3 * share
+            case _:
+                assert_never(strategy)
+    return Memory(
+        strategy=strategy,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        averaged=averaged if averages else 0,
+        activations=activations,
+    )
+
+
+def estimate_activations(
+    variant: Variant,
+    *,
+    image_px: int,
+    images: int,
+    parameters: int,
+    precision: Precision,
+    checkpointing: GradientCheckpointing,
+) -> int | None:
+    """Bytes that the blocks of a ConvNeXt keep for the backward pass; None for other models.
+
+    Without compilation, which keeps less. Stem, downsampling and head are left out: a few percent.
+    What autocast casts is kept, too: a copy of the weights, which no strategy shares.
+
+    Args:
+        variant: The architecture.
+        image_px: Side of an image.
+        images: Images of one pass on one device.
+        parameters: Of the network.
+        precision: fp32 keeps four bytes a value, the others two.
+        checkpointing: What is computed again and so not kept, but for the piece at work.
+    """
+    if variant.family == "timm":
+        return None
+    widths = _BLOCK_WIDTHS + (_GRN_WIDTHS if variant.grn else 0)
+    side = image_px // (16 if variant.isotropic else 4)
+    kept, at_work = 0, 0
+    for depth, dim in zip(variant.depths, variant.dims, strict=True):
+        values = side**2 * dim
+        match checkpointing:
+            case "none":
+                kept += depth * values * widths
+            case "stages":
+                run = _ISOTROPIC_RUN if variant.isotropic else depth
+                kept += -(-depth // run) * values
+                at_work = max(at_work, run * values * widths)
+            case "blocks":
+                kept += depth * values
+                at_work = max(at_work, values * widths)
+            case _:
+                assert_never(checkpointing)
+        side //= 2
+    if precision == "fp32":
+        return (kept + at_work) * images * 4
+    cast = parameters if checkpointing == "none" else 0
+    return ((kept + at_work) * images + cast) * 2
+
+
+def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:
+    """One sentence: whether sharing the state among devices is worth it."""
+    by_name = {memory.strategy: memory for memory in memories}
+    ddp, fsdp = by_name["ddp"], by_name["fsdp"]
+    if shards == 1:
+        return "one device has nobody to share with: all strategies are the same"
+    saved = ddp.state - fsdp.state
+    said = f"fsdp saves {saved / 1e9:.2f} of {ddp.total / 1e9:.2f} GB a device"
+    if ddp.activations is None:
+        return f"{said}, activations not counted"
+    if ddp.activations > saved:
+        return (
+            f"{said}: activations weigh more, and smaller passes (batch.per_device_images) or"
+            " compute.gradient_checkpointing=stages save those without exchanging weights"
+        )
+    return f"{said}: sharding pays where the rest fits and the whole does not"

@@ -1,0 +1,92 @@
+"""How devices share a step, and one form of checkpoint for all of it.
+
+```
+ddp             each device holds everything; gradients are averaged as they come
+fsdp            FSDP2: each device holds a share of every tensor, of the averaged weights too
+zero1 .. zero3  DeepSpeed: a share of the optimizer, of the gradients, of the weights
+```
+
+The network computes as under ddp in every precision: weights are exchanged and gradients averaged
+in fp32, and autocast casts within the blocks, so that a strategy changes no number but for the
+order of sums. A checkpoint is always ddp's: whole tensors, the optimizer's state in the order of
+its groups. It is read before the network is shared out, and the optimizer's state is shared out as
+it is loaded.
+"""
+
+from importlib.util import find_spec
+from typing import assert_never
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from torch import nn
+
+from convnext_cli.errors import DeviceError
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.recipe.schema import ShardGroup
+from convnext_cli.recipe.schema import Strategy as StrategyName
+from convnext_cli.training.sharding import ShardedStrategy, iter_shard_units
+from convnext_cli.training.zero import ZeroStrategy
+
+
+def check_strategy(cluster: Cluster, *, strategy: StrategyName) -> None:
+    """Refuse a strategy whose library is not installed; one device needs none.
+
+    Raises:
+        DeviceError: DeepSpeed is asked for and not there.
+    """
+    asks = strategy in {"zero1", "zero2", "zero3"} and cluster.world_size > 1
+    if asks and find_spec("deepspeed") is None:
+        raise DeviceError(
+            f"compute.strategy: {strategy} needs DeepSpeed, which is not installed",
+            hint="install it with pip install 'convnext[deepspeed]', or set compute.strategy=fsdp",
+        )
+
+
+def build_strategy(
+    cluster: Cluster,
+    *,
+    strategy: StrategyName = "ddp",
+    shard_group: ShardGroup = "all",
+    clip_norm: float | None = None,
+) -> Strategy:
+    """How devices share the work; fresh each time, for Lightning keeps state in it.
+
+    Args:
+        cluster: What there is; one device has nobody to share with.
+        strategy: See above.
+        shard_group: Over which devices fsdp shards.
+        clip_norm: For DeepSpeed, which clips by itself.
+    """
+    if cluster.world_size == 1:
+        return SingleDeviceStrategy(device="cuda:0" if cluster.device == "cuda" else "cpu")
+    backend = "nccl" if cluster.device == "cuda" else "gloo"
+    match strategy:
+        case "ddp":
+            return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend)
+        case "fsdp":
+            return ShardedStrategy(shard_group=shard_group, process_group_backend=backend)
+        case "zero1":
+            return ZeroStrategy(stage=1, clip_norm=clip_norm, process_group_backend=backend)
+        case "zero2":
+            return ZeroStrategy(stage=2, clip_norm=clip_norm, process_group_backend=backend)
+        case "zero3":
+            return ZeroStrategy(stage=3, clip_norm=clip_norm, process_group_backend=backend)
+        case _:
+            assert_never(strategy)
+
+
+def compile_network(network: nn.Module, *, strategy: StrategyName) -> None:
+    """Have a network compiled when it first runs: whole, or block by block where it is sharded.
+
+    FSDP's hooks, which fetch the weights of a block, stay outside of what is compiled.
+    """
+    if strategy != "fsdp":
+        network.compile()
+        return
+    from torch._dynamo import config  # noqa: PLC0415  # takes seconds
+
+    blocks = list(iter_shard_units(network))
+    # each block has other widths and another drop rate, in training and in evaluation
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.forward = torch.compile(block.forward)

@@ -1,0 +1,39 @@
+"""The estimate of activations against what autograd really keeps."""
+
+import pytest
+import torch
+
+from convnext_cli.catalog.models import find_variant
+from convnext_cli.models.convnext import build_convnext
+from convnext_cli.plan.cost import estimate_activations
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_nano", "convnext_isotropic_small"])
+def test_activations_are_those_that_autograd_keeps(name, precision):
+    variant = find_variant(name)
+    model = build_convnext(variant, num_classes=10, drop_path=0.1).train()
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        if value.untyped_storage().data_ptr() not in weights:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        logits = model(images)
+
+    assert logits.requires_grad
+    assert estimate_activations(
+        variant,
+        image_px=64,
+        images=2,
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        precision=precision,
+        checkpointing="none",
+    ) == pytest.approx(sum(value.untyped_storage().nbytes() for value in kept.values()), rel=0.1)

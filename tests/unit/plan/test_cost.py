@@ -1,0 +1,104 @@
+"""Memory of a device by strategy: the arithmetic of sharing, and the advice."""
+
+import dataclasses
+
+import pytest
+
+from convnext_cli.catalog.models import find_variant
+from convnext_cli.plan.cost import (
+    STRATEGIES,
+    Memory,
+    estimate_activations,
+    estimate_memory,
+    explain_sharding,
+)
+
+
+def memory_of(strategy, *, shards=4, averages=True, accumulates=False, activations=0) -> Memory:
+    return estimate_memory(
+        strategy,
+        parameters=1000,
+        shards=shards,
+        averages=averages,
+        accumulates=accumulates,
+        activations=activations,
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [
+        ("ddp", (4000, 4000, 8000, 4000)),
+        ("fsdp", (1000, 1000, 2000, 1000)),
+        ("zero1", (4000, 4000, 3000, 4000)),
+        ("zero2", (4000, 1000, 3000, 4000)),
+        ("zero3", (1000, 1000, 3000, 1000)),
+    ],
+)
+def test_each_strategy_shares_what_its_name_says(strategy, sizes):
+    memory = memory_of(strategy)
+
+    assert (memory.weights, memory.gradients, memory.optimizer, memory.averaged) == sizes
+    assert memory.state == sum(sizes)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_device_holds_everything(strategy):
+    alone = memory_of(strategy, shards=1)
+
+    assert alone == dataclasses.replace(memory_of("ddp"), strategy=strategy)
+
+
+def test_gradients_that_accumulate_stay_whole_under_fsdp_alone():
+    assert memory_of("fsdp", accumulates=True).gradients == 4000
+    assert memory_of("zero3", accumulates=True).gradients == 1000
+
+
+def test_without_averages_nothing_is_kept_for_them():
+    assert memory_of("ddp", averages=False).state == 16_000
+
+
+def test_a_share_that_does_not_divide_is_rounded_up():
+    assert memory_of("fsdp", shards=3).weights == 1334
+
+
+def activations(name: str, **changed) -> int | None:
+    asked = {
+        "image_px": 224, "images": 8, "parameters": 0, "precision": "fp32", "checkpointing": "none",
+    }  # fmt: skip
+    return estimate_activations(find_variant(name), **asked | changed)
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_base", "convnext_isotropic_small"])
+def test_activations_grow_with_images_and_shrink_where_they_are_computed_again(name):
+    whole = activations(name)
+
+    assert activations(name, images=16) == 2 * whole
+    assert activations(name, precision="bf16") == whole / 2
+    assert activations(name, checkpointing="blocks") < activations(name, checkpointing="stages")
+    assert activations(name, checkpointing="stages") < whole
+
+
+def test_autocast_keeps_a_copy_of_the_weights():
+    less = activations("convnext_tiny", precision="bf16")
+
+    assert activations("convnext_tiny", precision="bf16", parameters=1000) == less + 2000
+
+
+def test_other_models_have_no_estimate():
+    assert activations("resnet50") is None
+
+
+@pytest.mark.parametrize(
+    ("shards", "size", "said"),
+    [
+        (1, 0, "one device has nobody to share with"),
+        (4, None, "fsdp saves 0.00 of 0.00 GB a device, activations not counted"),
+        (4, 10**6, "activations weigh more"),
+        (4, 10, "sharding pays"),
+    ],
+)
+def test_the_advice_follows_what_weighs_most(shards, size, said):
+    memories = tuple(memory_of(name, shards=shards, activations=size) for name in STRATEGIES)
+
+    assert said in explain_sharding(memories, shards=shards)
