@@ -8,6 +8,7 @@ UserError              2   what, where, found value; a hint that works
 |- DataError           2   a data set, a shard or an image
 |- CheckpointError     2   a checkpoint or weight file
 |- RunError            2   a run directory
+|- LaunchError         2   a launcher is not there, or refuses
 |- StorageError        2   no space, no permission
 |- Diverged           71   the loss is not finite
 `- Stopped            75   a signal came; a checkpoint is written; run the same command again
@@ -56,6 +57,10 @@ class CheckpointError(UserError):
 
 class RunError(UserError):
     """A run directory is missing, incomplete or belongs to another run."""
+
+
+class LaunchError(UserError):
+    """Processes cannot be started elsewhere: no scheduler, or it refuses."""
 
 
 class StorageError(UserError):

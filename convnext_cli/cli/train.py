@@ -92,15 +92,24 @@ def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cl
     )
 
 
-def run_training(
-    recipe: Recipe, *, name: str, cluster: Cluster, runs_dir: Path, resume: str
-) -> None:
-    """Plan, train, and say what came out and what to do next."""
+def check_name(name: str) -> None:
+    """Refuse a name that is no plain folder's.
+
+    Raises:
+        RecipeError: The name holds something else than letters, digits, _, -, . and =.
+    """
     if not re.fullmatch(r"[\w.=-]+", name):
         raise RecipeError(
             f"--name {name}: letters, digits, _, -, . and = are allowed in a name",
             hint="for example --name tiny_lr2",
         )
+
+
+def run_training(
+    recipe: Recipe, *, name: str, cluster: Cluster, runs_dir: Path, resume: str
+) -> None:
+    """Plan, train, and say what came out and what to do next."""
+    check_name(name)
     if cluster.rank != 0:
         console.quiet = True
     recipe = _with_builtin_data(recipe)
