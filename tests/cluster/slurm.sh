@@ -75,7 +75,7 @@ GresTypes=gpu
 $(for i in $(seq "$1"); do
         echo "NodeName=node$i NodeAddr=$net.$((10 + i)) CPUs=4 RealMemory=$memory Gres=gpu:2"
     done)
-PartitionName=batch Nodes=ALL Default=YES MaxTime=60 OverTimeLimit=0 State=UP
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 }
 
