@@ -166,7 +166,7 @@ esac
 # --- Train --------------------------------------------------------------------------------------
 
 # A task sees what torchrun would tell it. So one way of starting serves everywhere, and Lightning
-# does not take requeueing upon itself: it would save in the middle of a step.
+# does not requeue by itself: it would save in the middle of a step.
 # shellcheck disable=SC2016 # the variables are those of a task
 task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID; exec "$@"'
 
@@ -235,6 +235,6 @@ if [[ ${state:-} != RUNNING && ${why:-} != TimeLimit ]]; then
     say "exit code $code at step $last_step; the job is ${state:-gone} (${why:-}${told:+, $told}): Slurm decides"
     exit "$code"
 fi
-say "exit code $code at step $last_step; requeueing"
+say "exit code $code at step $last_step; requeued"
 scontrol requeue "$job" || say "cannot be requeued; submit again to go on from step $last_step"
 exit "$code"
