@@ -177,6 +177,7 @@ def test_a_requeue_from_outside_saves_first_and_goes_on_exactly(cluster):
     cluster.call("scontrol", "requeue", job.number)
 
     job.assert_done_after_a_restart()
+    assert "exit code 75" in job.log()
 
 
 def test_killed_processes_of_a_node_are_replaced_and_the_run_goes_on_exactly(cluster):
