@@ -95,13 +95,18 @@ class Job:
         while (state := (shown := self.show())["JobState"]) in {"PENDING", "RUNNING", "COMPLETING"}:
             assert time.monotonic() < deadline, self.log()
             if state == "PENDING" and shown["Restarts"] != "0":
+                # Slurm refuses a credential of the very second in which it revoked the last one.
+                time.sleep(2.5)
                 self.cluster.call("scontrol", "update", f"jobid={self.number}", "StartTime=now")
             time.sleep(0.5)
         return state
 
     def log(self) -> str:
         """What the job and its processes said."""
-        paths = (*self.cluster.folder.glob("convnext-*.log"), *self.run.launch.glob("*.log"))
+        controller = self.cluster.folder / "slurm" / "log" / "slurmctld.log"
+        job = self.cluster.folder / f"convnext-{self.number}.log"
+        paths = [path for path in (job, controller) if path.exists()]
+        paths += self.run.launch.glob("*.log")
         return "\n".join(path.read_text() for path in paths)
 
     def assert_done_after_a_restart(self) -> None:
