@@ -2,7 +2,7 @@
 # A real Slurm of several nodes on this machine, for tests. Needs root on Debian or Ubuntu.
 #
 #     slurm.sh up [NODES]     install what is missing, start; nothing to do where it runs (default 2)
-#     slurm.sh down           end it and remove everything but the installed packages
+#     slurm.sh down           end it, wherever it was started, and remove all but the packages
 #     slurm.sh status         nodes and jobs
 #     slurm.sh cut NODE       kill every process of a node at once, as a power cut does
 #     slurm.sh mend NODE      start it again
@@ -124,6 +124,10 @@ up() {
     local nodes=${1:-2} i
     install
     if ! is_alive "$dir/run/ctl.host"; then
+        if [[ -n $(ip netns pids "$tag-ctl" 2>/dev/null) ]]; then
+            echo "slurm.sh: a cluster of another folder runs here; end it with: $0 down" >&2
+            return 1
+        fi
         down
         write_config "$nodes"
     fi
@@ -157,6 +161,7 @@ down() {
     done
     if is_alive "$dir/run/munged.pid"; then kill "$(<"$dir/run/munged.pid")"; fi
     for space in $(ip netns list 2>/dev/null | awk '{print $1}' | grep "^$tag-" || true); do
+        ip netns pids "$space" | xargs -r kill -9 || true # of a folder that is gone
         ip netns del "$space"
         rm -rf "/etc/netns/${space:?}"
     done

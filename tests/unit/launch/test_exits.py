@@ -1,9 +1,11 @@
 """Exit codes: who tells which, which one is that of the whole, and what is tried again."""
 
+import subprocess
 import threading
 import time
 
 import pytest
+from ruamel.yaml import YAML
 
 from convnext_cli.launch.exits import (
     choose_exit_code,
@@ -12,6 +14,7 @@ from convnext_cli.launch.exits import (
     read_exit_codes,
     repeat,
 )
+from convnext_cli.launch.slurm import slurm_folder
 
 
 def environ(folder, rank, ranks=2):
@@ -102,3 +105,18 @@ def test_a_final_code_ends_it_at_once():
 
     assert code == 71
     assert next(codes) == 0
+
+
+def test_the_manifest_for_kubernetes_holds_the_same_codes_for_final():
+    text = (slurm_folder() / "kubernetes.yaml").read_text()
+    (job,) = YAML(typ="safe").load(text)["spec"]["replicatedJobs"]
+    (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+
+    codes = rule["onExitCodes"]["values"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert [is_worth_another(code) for code in codes] == [False, False, False]
+    assert sorted(codes) == [2, 71, 74]
+    assert "--module convnext_cli train in1k_tiny" in container["command"][-1]
+    subprocess.run(["bash", "-n", "-c", container["command"][-1]], check=True)
