@@ -6,7 +6,7 @@
 #     slurm.sh status         nodes and jobs
 #     slurm.sh cut NODE       kill every process of a node at once, as a power cut does
 #     slurm.sh mend NODE      start it again
-#     slurm.sh kill NODE WORDS    SIGKILL the processes of a node whose command line holds WORDS
+#     slurm.sh kill NODE WORDS [SIGNAL]    signal a node's processes that hold WORDS (default KILL)
 #
 # A node is a network namespace with its own address on a bridge, a UTS namespace with its own
 # name, and a PID namespace; the file system is shared, as on a cluster. The GPUs are empty files:
@@ -169,11 +169,11 @@ down() {
     rm -rf "$dir"
 }
 
-kill_in() { # node, words
+kill_in() { # node, words, signal
     local space pid
     space=$(readlink "/proc/$(first_process "$1")/ns/pid")
     for pid in $(pgrep -f -- "$2"); do
-        [[ $(readlink "/proc/$pid/ns/pid" || true) != "$space" ]] || kill -9 "$pid" || true
+        [[ $(readlink "/proc/$pid/ns/pid" || true) != "$space" ]] || kill -s "$3" "$pid" || true
     done
 }
 
@@ -183,6 +183,6 @@ case ${1:-} in
     status) sinfo --Node --long && squeue ;;
     cut) cut_host "$2" ;;
     mend) start_node "$2" ;;
-    kill) kill_in "$2" "$3" ;;
+    kill) kill_in "$2" "$3" "${4:-KILL}" ;;
     *) sed -n '2,14s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac
