@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test e2e gpu golden clean
+.PHONY: help setup fmt check test e2e cluster gpu golden clean
 
 help:  ## Say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ test:  ## Unit tests, contracts and parity, in about 90 seconds
 
 e2e:  ## Real processes that train, in about eight minutes
 	OMP_NUM_THREADS=2 python -m pytest tests/e2e
+
+cluster:  ## A real Slurm of two nodes on this machine (root; installs Debian's Slurm)
+	OMP_NUM_THREADS=1 python -m pytest tests/cluster
 
 gpu:  ## Tests that need a GPU
 	OMP_NUM_THREADS=8 python -m pytest tests/gpu

@@ -1,5 +1,6 @@
 """`convnext`: run the application; show a user's mistake as message, hint and exit code."""
 
+import os
 import sys
 
 from rich.text import Text
@@ -7,18 +8,31 @@ from rich.text import Text
 from convnext_cli.cli import app
 from convnext_cli.cli._console import console
 from convnext_cli.errors import UserError
+from convnext_cli.runs.exit_code import leave_exit_code
 
 
 def main() -> None:
     """Run the command line; the only place that ends the process."""
+    code = 1  # whatever else escapes is a bug
+    try:
+        code = _run()
+    finally:
+        leave_exit_code(code, os.environ)
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         app()
+    except SystemExit as end:  # typer's own way
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         # Text, not markup: a message may hold brackets, which rich would take for tags.
         console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         if error.hint:
             console.print(Text.assemble("\n", ("hint: ", "cyan"), error.hint), soft_wrap=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ UserError              2   what, where, found value; a hint that works
 |- DataError           2   a data set, a shard or an image
 |- CheckpointError     2   a checkpoint or weight file
 |- RunError            2   a run directory
+|- LaunchError         2   a launcher is not there, or refuses
 |- StorageError        2   a place that cannot be written to
 |  `- WriteError      74   the system refused a write: no space, no permission
 |- Diverged           71   gradients or outputs are not finite
@@ -58,6 +59,10 @@ class CheckpointError(UserError):
 
 class RunError(UserError):
     """A run directory is missing, incomplete or belongs to another run."""
+
+
+class LaunchError(UserError):
+    """Processes cannot be started elsewhere: no scheduler, or it refuses."""
 
 
 class StorageError(UserError):

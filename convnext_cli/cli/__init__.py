@@ -11,6 +11,7 @@ from convnext_cli.cli import (
     data,
     evaluate,
     finetune,
+    launch,
     plan,
     predict,
     recipes,
@@ -55,6 +56,7 @@ app.command()(plan.plan)
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(data.app, name="data")
+app.add_typer(launch.app, name="launch")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(runs.app, name="runs")
 app.add_typer(weights.app, name="weights")

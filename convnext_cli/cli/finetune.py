@@ -25,6 +25,7 @@ from convnext_cli.cli.train import (
     ResumeOption,
     RunsDirOption,
     find_cluster,
+    listen_for_stop,
     run_training,
 )
 from convnext_cli.data.card import read_card
@@ -107,6 +108,7 @@ def finetune(
 
     Example: convnext finetune --from convnext_base_22k_224.pth --data /data/imagenet
     """
+    request = listen_for_stop()
     asked = [*([recipe] if recipe is not None else []), *(overrides or ())]
     if asked and "=" in asked[0]:  # the recipe was left out, so its place holds an override
         recipe = None
@@ -137,6 +139,7 @@ def finetune(
         cluster=find_cluster(devices=devices, nodes=nodes, device=device),
         runs_dir=runs_dir,
         resume=resume,
+        request=request,
     )
 
 

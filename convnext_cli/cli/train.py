@@ -72,14 +72,22 @@ def train(
 
     Example: convnext train in1k_tiny --data /data/imagenet optim.lr=2e-3 --name tiny_lr2
     """
-    asked = load_asked_recipe(recipe, overrides, data=data, precision=precision)
+    request = listen_for_stop()
     run_training(
-        asked,
+        load_asked_recipe(recipe, overrides, data=data, precision=precision),
         name=name or Path(recipe).stem,
         cluster=find_cluster(devices=devices, nodes=nodes, device=device),
         runs_dir=runs_dir,
         resume=resume,
+        request=request,
     )
+
+
+def listen_for_stop() -> StopRequest:
+    """Take note of signals and of the job's time from here on, before anything heavy is loaded."""
+    request = StopRequest(deadline=read_deadline())
+    request.listen()
+    return request
 
 
 def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cluster:
@@ -102,17 +110,30 @@ def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cl
     )
 
 
-def run_training(
-    recipe: Recipe, *, name: str, cluster: Cluster, runs_dir: Path, resume: str
-) -> None:
-    """Plan, train, and say what came out and what to do next."""
-    request = StopRequest(deadline=read_deadline())
-    request.listen()
+def check_name(name: str) -> None:
+    """Refuse a name that is no plain folder's.
+
+    Raises:
+        RecipeError: The name holds something else than letters, digits, _, -, . and =.
+    """
     if not re.fullmatch(r"[\w.=-]+", name):
         raise RecipeError(
             f"--name {name}: letters, digits, _, -, . and = are allowed in a name",
             hint="for example --name tiny_lr2",
         )
+
+
+def run_training(
+    recipe: Recipe,
+    *,
+    name: str,
+    cluster: Cluster,
+    runs_dir: Path,
+    resume: str,
+    request: StopRequest,
+) -> None:
+    """Plan, train, and say what came out and what to do next."""
+    check_name(name)
     if cluster.rank != 0:
         console.quiet = True
     recipe = _with_builtin_data(recipe)

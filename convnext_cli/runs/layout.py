@@ -19,6 +19,7 @@ runs/<name>/
 |  |- last.ckpt               where a resume goes on
 |  |- best.ckpt               best val/top1
 |  `- best_ema.ckpt           best val_ema/top1
+|- launch/                     job file and what each process said, where a launcher started them
 |- plots/curves.png           written by `convnext runs plot`
 `- trackers/                  files of TensorBoard and of other trackers
 ```
@@ -141,6 +142,16 @@ class RunDir:
     def trackers(self) -> Path:
         """The folder that TensorBoard and other trackers write to."""
         return self.root / "trackers"
+
+    @property
+    def launch(self) -> Path:
+        """The folder of launchers: the job file, and what each process said."""
+        return self.root / "launch"
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint that is named by its step; 0 where there is none."""
+        steps = (checkpoint_step(path) for path in self.list_checkpoints())
+        return max((step for step in steps if step is not None), default=0)
 
     def is_run(self) -> bool:
         """Whether a recipe and a plan are on disk here."""

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 
 from convnext_cli.errors import Hung
 from convnext_cli.plan.resolve import Plan
+from convnext_cli.runs.exit_code import leave_exit_code
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import utc_now
 from convnext_cli.training.task import as_task
@@ -133,4 +134,5 @@ class HangWatch(pl.Callback):
                     out.write(told)
                     out.flush()
                     faulthandler.dump_traceback(file=out, all_threads=True)
+            leave_exit_code(Hung.exit_code, os.environ, wait_seconds=0)
             os._exit(Hung.exit_code)

@@ -7,7 +7,13 @@ import pytest
 from convnext_cli.recipe.files import list_recipes, load_recipe, recipes_folder
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "recipes/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    "recipes/README.md",
+    "slurm/README.md",
+)
 
 
 def check_command(line: str, tree) -> None:

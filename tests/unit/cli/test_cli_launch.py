@@ -1,0 +1,44 @@
+"""`convnext launch`: what is refused before anything starts, and what a dry run shows."""
+
+import pytest
+
+
+def test_a_dry_run_writes_the_job_file_to_stdout_and_nothing_to_disk(run_cli, tmp_path):
+    done = run_cli("launch", "slurm", "in1k_tiny", "--nodes", "4", "--partition", "gpu",
+                   "--dry-run", "optim.lr=2e-3")  # fmt: skip
+
+    assert done.exit_code == 0, done.stderr
+    assert "#SBATCH --nodes=4\n" in done.stdout
+    assert "#SBATCH --partition=gpu\n" in done.stdout
+    assert "export EXTRA='optim.lr=2e-3 --device cuda'\n" in done.stdout
+    assert "4 x 8 cuda" in done.stderr
+    assert "93,600" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_sbatch_there_is_one_sentence_and_exit_code_2(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = run_cli("launch", "slurm", "in1k_tiny")
+
+    assert done.exit_code == 2
+    assert "error: there is no sbatch on this machine" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("slurm", "in1k_tiny", "--time", "soon"), "--time soon"),
+        (("slurm", "in1k_tiny", "--name", "a/b"), "--name a/b"),
+        (("slurm", "in1k_tiny", "--nodes", "3"), "do not split"),
+        (("local", "in1k_tinny"), "in1k_tinny"),
+        (("local", "in1k_tiny", "optim.lr=fast"), "optim.lr"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_starts(run_cli, tmp_path, words, sentence):
+    done = run_cli("launch", *words)
+
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert "hint: " in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,94 @@
+"""The sbatch file: what is asked in its head, the shipped script below; what sbatch says."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from convnext_cli.errors import LaunchError
+from convnext_cli.launch.slurm import SlurmJob, find_sbatch, render_job, slurm_folder, submit
+
+JOB = SlurmJob(
+    recipe="in1k_tiny",
+    name="tiny_lr2",
+    folder=Path("/home/me/work"),
+    extra=("optim.lr=2e-3", "data.path=/with space", "--device", "cuda"),
+    data="/data/imagenet",
+    nodes=4,
+    sbatch_options=("--partition=gpu", "--comment=two words"),
+    venv=Path("/home/me/.venv"),
+)
+
+
+@pytest.fixture
+def fake_sbatch(tmp_path, monkeypatch):
+    """A sbatch that says what it is told to, for there is no cluster here."""
+
+    def make(script: str) -> None:
+        path = tmp_path / "bin" / "sbatch"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{path.parent}:/usr/bin:/bin")
+
+    return make
+
+
+def test_below_its_head_a_job_file_is_the_shipped_script():
+    shipped = (slurm_folder() / "multinode.sh").read_text()
+    body = shipped[shipped.index("# NAME\n") :]
+
+    text = render_job(JOB)
+    assert text.endswith(body)
+    assert text.count("#SBATCH --nodes=") == text.count("#SBATCH --time=") == 1
+    for option in ("--requeue", "--open-mode=append", "--signal=USR1@120"):
+        assert f"#SBATCH {option}\n" in text
+
+
+def test_the_variables_of_a_job_file_mean_in_a_shell_what_was_asked():
+    head = render_job(JOB).partition("\n#\n# NAME")[0]
+    show = 'printf "%s\\n" "$RECIPE" "$NODES" "$GPUS" "$EXTRA" "$CONTAINER"'
+    done = subprocess.run(["bash", "-c", f"{head}\n{show}"], capture_output=True, text=True)
+
+    recipe, nodes, gpus, extra, container = done.stdout.split("\n")[:5]
+    assert (recipe, nodes, gpus, container) == ("in1k_tiny", "4", "8", "")
+    assert tuple(shlex.split(extra)) == JOB.extra
+
+
+@pytest.mark.parametrize("name", ["multinode.sh", "array.sh"])
+def test_a_shipped_script_is_valid_and_without_a_recipe_says_how_to_begin(name):
+    script = slurm_folder() / name
+
+    subprocess.run(["bash", "-n", script], check=True)
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "RECIPE" in done.stderr
+    assert "hint: RECIPE=in1k_tiny" in done.stderr
+
+
+def test_a_machine_without_sbatch_is_told_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(LaunchError, match="there is no sbatch on this machine") as caught:
+        find_sbatch()
+    assert "--dry-run" in str(caught.value.hint)
+
+
+def test_a_job_file_lies_beside_the_run_and_its_number_comes_back(tmp_path, fake_sbatch):
+    fake_sbatch('[ "$1" = --parsable ] && [ -s "$2" ] && echo "4711;north"')
+    job = SlurmJob(recipe="in1k_tiny", name="a", folder=tmp_path, runs_dir=tmp_path / "runs")
+
+    assert submit(job) == "4711"
+    assert (tmp_path / "runs" / "a" / "launch" / "job.sh").read_text() == render_job(job)
+
+
+def test_what_sbatch_refuses_is_told_with_its_reason(tmp_path, fake_sbatch):
+    fake_sbatch('echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
+    job = SlurmJob(recipe="in1k_tiny", name="a", folder=tmp_path, runs_dir=tmp_path / "runs")
+
+    with pytest.raises(
+        LaunchError, match="exit code 1: sbatch: error: invalid partition"
+    ) as caught:
+        submit(job)
+    assert "sinfo" in str(caught.value.hint)
