@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test e2e cluster gpu golden clean
+.PHONY: help setup fmt check test e2e cluster faults gpu golden clean
 
 help:  ## Say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,11 +36,15 @@ check:  ## Style, types, layers, dependencies, spelling
 test:  ## Unit tests, contracts and parity, in about 90 seconds
 	python -m pytest -n $(WORKERS) tests/unit tests/contracts tests/parity
 
-e2e:  ## Real processes that train, in about eight minutes
+e2e:  ## Real processes that train, in about 20 minutes
 	OMP_NUM_THREADS=2 python -m pytest tests/e2e
 
 cluster:  ## A real Slurm of two nodes on this machine (root; installs Debian's Slurm)
 	OMP_NUM_THREADS=1 python -m pytest tests/cluster
+
+faults:  ## Every fault, and a run that is killed 100 times; tests/faults/README.md is the report
+	OMP_NUM_THREADS=1 python -m pytest tests/e2e/test_faults.py tests/e2e/test_torn_saves.py
+	OMP_NUM_THREADS=1 python tests/faults/soak.py --kills 100 --out tests/faults/soak.json
 
 gpu:  ## Tests that need a GPU
 	OMP_NUM_THREADS=8 python -m pytest tests/gpu

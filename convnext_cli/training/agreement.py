@@ -22,6 +22,15 @@ from convnext_cli.training.task import as_task
 
 
 @dataclass(frozen=True)
+class RankTime:
+    """What one rank took of a step by itself, in seconds."""
+
+    data_seconds: float
+    """Waiting for its batches."""
+    forward_seconds: float
+
+
+@dataclass(frozen=True)
 class Wishes:
     """What the ranks wished at one boundary."""
 
@@ -30,8 +39,8 @@ class Wishes:
     """Rank 0's interval is over; the clocks of the others are not asked."""
     failed: bool = False
     """A save did not come to its end."""
-    step_seconds: tuple[float, ...] = ()
-    """Each rank's own time for a step, waiting for others left out; by rank."""
+    times: tuple[RankTime, ...] = ()
+    """By rank."""
 
 
 class SaveClock(Protocol):
@@ -47,12 +56,19 @@ class SaveClock(Protocol):
         """Whether the interval is over."""
 
 
-class Agreement(pl.Callback):
-    """Gathers the wishes of all ranks; the first of the callbacks, so that the others see them."""
+class RankTimes(Protocol):
+    """Who times this rank."""
 
-    def __init__(self, request: StopRequest, clock: SaveClock) -> None:
+    own: RankTime
+
+
+class Agreement(pl.Callback):
+    """Gathers the wishes of all ranks; before the callbacks that act on them."""
+
+    def __init__(self, request: StopRequest, clock: SaveClock, *, timer: RankTimes) -> None:
         self.request = request
         self.clock = clock
+        self.timer = timer
         self.wishes = Wishes()
         self.reason: str | None = None
         """Why this rank wants to stop."""
@@ -104,7 +120,8 @@ class Agreement(pl.Callback):
         needed = 2 * (self._step_seconds + self.clock.cost_seconds)
         self.reason = self.request.reason(needed_seconds=needed)
         wishes = (self.reason is not None, self.clock.is_due(), self.clock.failed)
-        return [*(float(wish) for wish in wishes), self._step_seconds]
+        own = self.timer.own
+        return [*(float(wish) for wish in wishes), own.data_seconds, own.forward_seconds]
 
     def _exchange(self) -> None:
         """Act on the gather of the boundary before, and start one of this boundary."""
@@ -131,5 +148,5 @@ def _read(parts: list[Tensor]) -> Wishes:
         stop=any(row[0] for row in rows),
         save=bool(rows[0][1]),
         failed=any(row[2] for row in rows),
-        step_seconds=tuple(row[3] for row in rows),
+        times=tuple(RankTime(row[3], row[4]) for row in rows),
     )

@@ -45,8 +45,9 @@ from convnext_cli.training.guard import FiniteGuard, RolledBack, read_skips
 from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
+from convnext_cli.training.ranks import RankTimer, SameWeights, Stragglers
 from convnext_cli.training.recorder import Recorder
-from convnext_cli.training.strategy import check_strategy, compile_network
+from convnext_cli.training.strategy import WHOLE_WEIGHTS, check_strategy, compile_network
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
 from convnext_cli.training.watch import HangWatch, is_lost_peer, make_lost_peer_error
@@ -216,16 +217,20 @@ def _attempt(
     if plan.channels_last:
         task.to_channels_last()
     writer = BackgroundWriter(run, plan)
-    agreement = Agreement(request, writer)
-    checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     clock = DataClock()
+    timer = RankTimer(clock)
+    agreement = Agreement(request, writer, timer=timer)
+    checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
     recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, listeners=[display.show])
     trainer = build_trainer(
         plan,
-        # In this order at the end of a step: agree, look whether it is good, write, save, stop.
+        # At the end of a step: time, agree, look whether it is good, write, save, stop.
         callbacks=[
+            timer,
             agreement,
+            *([SameWeights()] if plan.recipe.compute.strategy in WHOLE_WEIGHTS else []),
+            Stragglers(run, agreement, say=display.say),
             HangWatch(run, plan),
             FiniteGuard(run, plan, writer=writer),
             recorder,

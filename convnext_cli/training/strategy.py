@@ -27,6 +27,9 @@ from convnext_cli.recipe.schema import Strategy as StrategyName
 from convnext_cli.training.sharding import ShardedStrategy, iter_shard_units
 from convnext_cli.training.zero import ZeroStrategy
 
+WHOLE_WEIGHTS: frozenset[StrategyName] = frozenset({"ddp", "zero1", "zero2"})
+"""Strategies under which every rank holds all weights."""
+
 
 def check_strategy(cluster: Cluster, *, strategy: StrategyName) -> None:
     """Refuse a strategy whose library is not installed; one device needs none.

@@ -187,7 +187,8 @@ def test_killed_processes_of_a_node_are_replaced_and_the_run_goes_on_exactly(clu
     cluster.call(SLURM, "kill", "node2", "convnext_cli train")
 
     job.assert_done_after_a_restart()
-    assert "exit code 137" in job.log()
+    # The one that is left tells of the loss, if srun lets it live long enough.
+    assert "exit code 76" in job.log() or "exit code 137" in job.log()
 
 
 def test_a_job_at_its_time_limit_is_warned_and_goes_on_exactly(cluster):

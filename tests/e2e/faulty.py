@@ -10,6 +10,7 @@
 | `valterm` | the same in the validation after that step |
 | `kill` | it is killed at the start of the step |
 | `worker` | it kills its loader processes at the start of the step |
+| `flip` | the lowest bit of one of its weights is flipped at the start of that step |
 | `slow` | from that step on, each step takes 50 ms longer |
 """
 
@@ -35,6 +36,8 @@ def parse(text: str) -> list[tuple[str, int, int]]:
 
 
 def inject(faults: list[tuple[str, int, int]]) -> None:
+    import torch
+
     from convnext_cli.training.task import Classifier
 
     real_step, real_validation = Classifier.training_step, Classifier.validation_step
@@ -59,6 +62,9 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
                 loss = loss * float("nan")
             elif fault == "slow":
                 time.sleep(0.05)
+            elif now == step and fault == "flip":
+                weight = next(task.model.parameters()).data.view(torch.int32).view(-1)
+                weight[0] ^= 1
             elif now == step and fault == "sleep" and once(task, fault):
                 time.sleep(1000)
             elif now == step and fault == "worker" and once(task, fault):

@@ -333,6 +333,26 @@ def test_a_hang_prints_where_each_rank_stands_and_ends_with_76(runner, undisturb
     assert_as_undisturbed(runner.run, undisturbed[2])
 
 
+def test_a_rank_whose_weights_are_not_those_of_the_others_ends_the_run_with_71(runner):
+    flipped = runner(fault="flip@r1:s3", world=2)
+
+    assert flipped.returncode == 1
+    assert "exitcode  : 71" in flipped.stderr, flipped.stderr
+    assert "after step 4 the weights of rank 1 are not those of the other" in flipped.stderr
+
+
+def test_a_rank_that_all_wait_for_is_named(runner):
+    longer = ("schedule.length=60st", "evaluate.every=60st", "checkpoint.every=60st")
+
+    done = runner(*longer, fault="slow@r1:s1", world=2)
+
+    assert done.returncode == 0, done.stderr
+    assert "all ranks wait for rank 1" in done.stderr
+    named = [event for event in events(runner.run) if event["event"] == "straggler"]
+    assert [event["rank"] for event in named] == [1]
+    assert named[0]["forward_seconds"] > named[0]["median_forward_seconds"] + 0.04
+
+
 def test_a_run_goes_on_with_the_same_batches_on_one_two_and_four_ranks(runner, tmp_path):
     plain = "model.drop_path=0.0"  # each rank draws its own
     whole = make_runner(tmp_path / "whole", runner.data)
