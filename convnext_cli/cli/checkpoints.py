@@ -97,6 +97,27 @@ def verify(
 
 
 @app.command()
+def fetch(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="checkpoint.copy_to, and the name of the run.")
+    ],
+    *,
+    runs_dir: Annotated[Path, typer.Option(help="Folder that the run is put into.")] = Path("runs"),
+) -> None:
+    """Bring a run back from the copies that checkpoint.copy_to made, to go on with it.
+
+    Example: convnext checkpoints fetch s3://bucket/runs/in1k_tiny
+    """
+    from convnext_cli.runs.copies import fetch_run
+
+    run, step = fetch_run(url, runs_dir)
+    console.print(
+        f"{run.root} is back at step {step:,}; the command that started it goes on from there",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def consolidate(
     path: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint, or a run.")],
     *,

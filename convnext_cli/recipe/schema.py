@@ -348,6 +348,10 @@ class Checkpoint(Section):
     keep_every: StepDuration | None = None
     """Besides, those at multiples of this interval are kept for ever, where one was saved there."""
 
+    copy_to: str | None = None
+    """URL of a folder, such as s3://BUCKET/runs, under which the run's checkpoints and tables are
+    copied beside training; `convnext checkpoints fetch` brings them back."""
+
 
 class Guard(Section):
     """What is done when training goes wrong by itself. The paper's code stops at the first one."""

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from convnext_cli.errors import CheckpointError, WriteError
 from convnext_cli.plan.resolve import Plan
+from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import HashedFile, Manifest, manifest_path
 from convnext_cli.runs.record import JsonLines, utc_now, writing_to, written_whole
@@ -147,12 +148,14 @@ class BackgroundWriter(TorchCheckpointIO):
     Args:
         run: Where checkpoints lie and events are written.
         plan: Its interval, and what is kept.
+        copier: Copies each checkpoint elsewhere.
     """
 
-    def __init__(self, run: RunDir, plan: Plan) -> None:
+    def __init__(self, run: RunDir, plan: Plan, *, copier: Copier | None = None) -> None:
         super().__init__()
         self.run = run
         self.plan = plan
+        self.copier = copier
         self.cost_seconds = 0.0
         """What the newest save took of the training loop's time."""
         self._interval_seconds = plan.checkpoint_every_seconds or _FIRST_INTERVAL_SECONDS
@@ -213,6 +216,8 @@ class BackgroundWriter(TorchCheckpointIO):
             # by an exception, as torch's handler raises for a loader process that is lost.
             futures.wait([self._write])
         self._pool.shutdown(wait=False)
+        if self.copier is not None:
+            self.copier.finish()
 
     def _run(self, checkpoint: dict[str, Any], path: Path, names: tuple[Path, ...]) -> None:
         started = time.monotonic()
@@ -228,6 +233,8 @@ class BackgroundWriter(TorchCheckpointIO):
         with JsonLines(self.run.events) as events:
             row = {"event": "checkpoint", "time": utc_now(), "step": manifest.step}
             events.write({**row, "bytes": manifest.bytes, "write_seconds": round(seconds, 3)})
+        if self.copier is not None:
+            self.copier.start()
 
     def point(self, path: Path, names: tuple[Path, ...]) -> None:
         """Make names point to a checkpoint, each in one step, and remove what nobody needs."""

@@ -7,7 +7,7 @@ fit         data, model, weights; then the run's folder; then the Trainer
 """
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_recipe
 from convnext_cli.runs.compare import last_step, read_recipe_keys
+from convnext_cli.runs.copies import Copier, RemoteFolder
 from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
@@ -115,6 +116,13 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
             f"{damaged[0].path} is damaged, and there is no older one that is whole:"
             f" {damaged[0].problem}",
             hint=f"start the run anew with --name NAME, or first move {run.checkpoints} away",
+        )
+    copies = find_copies(plan, run) if plan.cluster.rank == 0 else None
+    if copies is not None and resume != "never" and copies.list_steps():
+        raise RunError(
+            f"{run.root} has no checkpoint, but {copies.url} has copies of one",
+            hint=f"move {run.root} away if it is there, then: convnext checkpoints fetch"
+            f" {copies.url} --runs-dir {run.root.parent}; or start anew with --name NAME",
         )
     if resume == "must":
         raise RunError(
@@ -216,7 +224,7 @@ def _attempt(
     )
     if plan.channels_last:
         task.to_channels_last()
-    writer = BackgroundWriter(run, plan)
+    writer = BackgroundWriter(run, plan, copier=_build_copier(run, plan, say=display.say))
     clock = DataClock()
     timer = RankTimer(clock)
     agreement = Agreement(request, writer, timer=timer)
@@ -255,6 +263,19 @@ def _attempt(
     finally:
         writer.teardown()  # Lightning's own call may be cut short by a second loader that is lost
     return task.step
+
+
+def find_copies(plan: Plan, run: RunDir) -> RemoteFolder | None:
+    """Where the run is copied to; None: nowhere."""
+    url = plan.recipe.checkpoint.copy_to
+    return None if url is None else RemoteFolder(f"{url.rstrip('/')}/{run.name}")
+
+
+def _build_copier(run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> Copier | None:
+    copies = find_copies(plan, run)
+    if copies is None or plan.cluster.rank != 0:
+        return None
+    return Copier(run, copies, say=say)
 
 
 def _run_trainer(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -260,6 +261,26 @@ def test_a_full_disk_ends_the_run_with_74_and_the_last_checkpoint_is_whole(runne
         assert_as_undisturbed(runner.run, undisturbed[1])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_whose_disk_is_gone_comes_back_from_its_copies(runner, undisturbed, tmp_path):
+    copies = f"file://{tmp_path}/elsewhere"
+    assert runner(f"checkpoint.copy_to={copies}", fault="int@r0:s6").returncode == 75
+    shutil.rmtree(runner.run)
+
+    refused = runner(f"checkpoint.copy_to={copies}")
+
+    assert refused.returncode == 2, refused.stderr
+    assert f"{copies}/run has copies of one" in refused.stderr
+    assert not runner.run.exists()
+
+    command = ["checkpoints", "fetch", f"{copies}/run", "--runs-dir", str(runner.run.parent)]
+    fetched = subprocess.run(
+        [sys.executable, "-m", "convnext_cli", *command], capture_output=True, text=True
+    )
+    assert "is back at step 6" in fetched.stderr
+    assert runner(f"checkpoint.copy_to={copies}").returncode == 0
+    assert_as_undisturbed(runner.run, undisturbed[1])
 
 
 def test_a_second_start_in_the_same_folder_is_refused_and_says_who_holds_it(runner):

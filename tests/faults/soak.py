@@ -2,10 +2,10 @@
 
     python tests/faults/soak.py --kills 100 [--seed 0] [--out report.json]
 
-A run of the smallest model on the quick-start images is killed (SIGKILL to its main process, to all of
-its processes, or to a loader process) at random times after its start; after the last kill it runs
-to its end. Then the whole state and every row have to be equal, to the bit, to those of the same
-run undisturbed. Exit code 1 where they are not.
+A run of the smallest model on the quick-start images is killed (SIGKILL to its main process, to all
+of its processes, or to a loader process) at random times after its start; after the last kill it
+runs to its end. Then the whole state and every row have to be equal, to the bit, to those of the
+same run undisturbed. Exit code 1 where they are not.
 """
 
 import argparse

@@ -1,0 +1,214 @@
+"""Copies of a run's checkpoints and tables at a URL, through fsspec.
+
+```
+URL/NAME/recipe.yaml, plan.json, metrics.jsonl, ...   small files, at each copy
+URL/NAME/checkpoints/step=00000312.ckpt               then its manifest: a copy without one is torn
+URL/NAME/checkpoints/links.json                       what last, best and best_ema are
+```
+
+A copy holds what the run's folder holds: what is removed there is removed here, after the new ones
+have arrived. A copy that fails does not end a run: it is told, and the next one makes up for it.
+"""
+
+import json
+from collections.abc import Callable
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from convnext_cli.errors import CheckpointError, RunError
+from convnext_cli.runs.layout import RunDir, checkpoint_step
+from convnext_cli.runs.manifest import check_checkpoint, manifest_path
+from convnext_cli.runs.record import JsonLines, utc_now, writing_to
+
+_LINKS = "links.json"
+
+
+class RemoteFolder:
+    """The copy of one run.
+
+    Args:
+        url: Its folder, with the run's name.
+
+    Raises:
+        RunError: Nothing can read such URLs, or the package for them is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            files, root = url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise RunError(
+                f"{url}: {error}",
+                hint="give a URL of fsspec, such as s3://BUCKET/FOLDER with the extra s3",
+            ) from error
+        self._files: Any = files
+        self._root: str = root
+
+    def list_steps(self) -> list[int]:
+        """The steps whose copies are complete, oldest first."""
+        names = self._names()
+        steps = ((checkpoint_step(Path(name)), name) for name in names)
+        return sorted(step for step, name in steps if step is not None and _beside(name) in names)
+
+    def push(self, run: RunDir) -> None:
+        """Make this folder hold what the run's folder holds."""
+        self._files.makedirs(f"{self._root}/checkpoints", exist_ok=True)
+        for path in (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips):
+            if path.is_file():
+                self._files.put_file(str(path), f"{self._root}/{path.name}")
+        there = self._names()
+        wanted = [
+            path
+            for path in run.list_checkpoints()
+            if checkpoint_step(path) is not None and manifest_path(path).is_file()
+        ]
+        for path in wanted:
+            manifest = manifest_path(path)
+            if path.name in there and manifest.name in there:
+                continue
+            try:
+                for one in (path, manifest):
+                    self._files.put_file(str(one), f"{self._root}/checkpoints/{one.name}")
+            except FileNotFoundError:
+                if path.exists():
+                    raise
+                continue  # meanwhile there are newer ones
+        links = {
+            link.name: link.resolve().name
+            for link in (run.last, run.best, run.best_ema)
+            if link.exists()
+        }
+        content = json.dumps(links).encode()
+        self._files.pipe_file(f"{self._root}/checkpoints/{_LINKS}", content)
+        kept = {path.name for path in wanted} | {manifest_path(path).name for path in wanted}
+        for name in there - kept:
+            if checkpoint_step(Path(name).with_suffix(".ckpt")) is None:
+                continue  # not of a run
+            self._files.rm_file(f"{self._root}/checkpoints/{name}")
+
+    def pull(self, run: RunDir) -> int:
+        """Bring a run back to where it can go on; returns the step of its newest whole checkpoint.
+
+        Raises:
+            CheckpointError: There is no copy, or none of them is whole.
+        """
+        steps = self.list_steps()
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        links: dict[str, str] = {}
+        if _LINKS in self._names():
+            links = json.loads(self._files.cat_file(f"{self._root}/checkpoints/{_LINKS}"))
+        newest = None
+        for step in reversed(steps):
+            if self._pull_checkpoint(run.checkpoint(step)):
+                newest = step
+                break
+        if newest is None:
+            raise CheckpointError(
+                f"{self.url} has no whole checkpoint",
+                hint="give the URL of checkpoint.copy_to with the name of the run at its end",
+            )
+        for path in (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips):
+            if self._files.exists(f"{self._root}/{path.name}"):
+                self._files.get_file(f"{self._root}/{path.name}", str(path))
+        known = {run.checkpoint(step).name for step in steps}
+        for link in (run.last, run.best, run.best_ema):
+            target = links.get(link.name)
+            if target not in known:  # the file is from elsewhere, and may say anything
+                continue
+            path = run.checkpoints / target
+            if path.exists() or self._pull_checkpoint(path):
+                link.symlink_to(target)
+        return newest
+
+    def _pull_checkpoint(self, path: Path) -> bool:
+        for one in (path, manifest_path(path)):
+            self._files.get_file(f"{self._root}/checkpoints/{one.name}", str(one))
+        if check_checkpoint(path).problem is None:
+            return True
+        path.unlink()
+        manifest_path(path).unlink()
+        return False
+
+    def _names(self) -> set[str]:
+        try:
+            found = self._files.ls(f"{self._root}/checkpoints", detail=False)
+        except FileNotFoundError:
+            return set()
+        return {str(name).rstrip("/").rpartition("/")[2] for name in found}
+
+
+class Copier:
+    """Copies a run in a thread of its own, one copy at a time.
+
+    Args:
+        run: What is copied.
+        folder: Where to.
+        say: Called with a line for people when a copy fails.
+    """
+
+    def __init__(self, run: RunDir, folder: RemoteFolder, *, say: Callable[[str], None]) -> None:
+        self.run = run
+        self.folder = folder
+        self.say = say
+        self._pool = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
+        self._copy: futures.Future[None] | None = None
+        self._behind = False
+
+    def start(self) -> None:
+        """Copy what there is now; while a copy is under way, the next one makes up for it."""
+        if self._copy is not None and not self._copy.done():
+            self._behind = True
+            return
+        self._behind = False
+        self._copy = self._pool.submit(self._push)
+
+    def finish(self) -> None:
+        """Wait until everything is copied or has failed."""
+        if self._copy is not None:
+            futures.wait([self._copy])
+        if self._behind:
+            self.start()
+            self.finish()
+        self._pool.shutdown(wait=False)
+
+    def _push(self) -> None:
+        try:
+            self.folder.push(self.run)
+        except Exception as error:  # noqa: BLE001  # each fsspec back end raises its own
+            self.say(f"could not copy to {self.folder.url}, will try at the next save: {error}")
+            with JsonLines(self.run.events) as events:
+                row = {"event": "copy_failed", "time": utc_now(), "url": self.folder.url}
+                events.write({**row, "why": f"{type(error).__name__}: {error}"})
+
+
+def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
+    """Bring a run back from its copies into `runs_dir`; returns it and the step it goes on from.
+
+    Raises:
+        RunError: There is a folder of that name.
+        CheckpointError: There is no whole copy.
+        WriteError: The disk refuses it.
+    """
+    folder = RemoteFolder(url)
+    run = RunDir(runs_dir / folder.url.rpartition("/")[2])
+    if run.root.exists():
+        raise RunError(
+            f"{run.root} is there already",
+            hint=f"move it away, or fetch beside it: convnext checkpoints fetch {url} --runs-dir"
+            " OTHER",
+        )
+    with writing_to(run.root):
+        try:
+            return run, folder.pull(run)
+        finally:
+            if not any(run.checkpoints.glob("step=*.ckpt")):
+                run.checkpoints.rmdir()
+                run.root.rmdir()
+
+
+def _beside(name: str) -> str:
+    return manifest_path(Path(name)).name

@@ -1,0 +1,122 @@
+import hashlib
+import time
+
+import pytest
+
+from convnext_cli.errors import CheckpointError, RunError
+from convnext_cli.runs.copies import Copier, RemoteFolder, fetch_run
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.manifest import (
+    Manifest,
+    check_checkpoint,
+    find_newest_whole,
+    manifest_path,
+)
+from convnext_cli.runs.record import read_jsonl
+
+
+def write(run: RunDir, step: int, *, content: bytes = b"weights" * 500) -> None:
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.checkpoint(step).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = Manifest(step, len(content), digest, "2026-11-23T00:00:00+00:00", 1)
+    manifest_path(run.checkpoint(step)).write_text(manifest.to_json())
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    run = RunDir(tmp_path / "runs" / "mine")
+    for step in (2, 4):
+        write(run, step, content=f"weights {step}".encode() * 500)
+    run.recipe.write_text("about: x\n")
+    run.plan.write_text("{}")
+    run.metrics.write_text('{"step": 4}\n')
+    run.last.symlink_to("step=00000004.ckpt")
+    run.best.symlink_to("step=00000002.ckpt")
+    return run
+
+
+@pytest.fixture
+def url(tmp_path) -> str:
+    return f"file://{tmp_path}/elsewhere/mine"
+
+
+def test_a_run_comes_back_as_it_was(run, url, tmp_path):
+    RemoteFolder(url).push(run)
+
+    back, step = fetch_run(url, tmp_path / "back")
+
+    assert step == 4
+    assert back.root == tmp_path / "back" / "mine"
+    assert back.is_run()
+    assert back.metrics.read_text() == run.metrics.read_text()
+    for link in ("last", "best"):
+        ours, theirs = getattr(back, link), getattr(run, link)
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert check_checkpoint(ours).problem is None
+    assert find_newest_whole(back)[0].manifest.step == 4
+
+
+def test_a_copy_follows_what_is_removed_and_sends_nothing_twice(run, url):
+    folder = RemoteFolder(url)
+    folder.push(run)
+    run.checkpoint(4).write_bytes(b"no longer sent")  # its name is there already
+    run.best.unlink()
+    run.checkpoint(2).unlink()
+    manifest_path(run.checkpoint(2)).unlink()
+    write(run, 6)
+
+    folder.push(run)
+
+    assert folder.list_steps() == [4, 6]
+
+
+def test_a_torn_copy_does_not_count_and_a_damaged_one_is_passed_over(run, url, tmp_path):
+    write(run, 6)
+    RemoteFolder(url).push(run)
+    there = tmp_path / "elsewhere" / "mine" / "checkpoints"
+    (there / "step=00000006.json").unlink()
+    (there / "step=00000004.ckpt").write_bytes(b"half")
+
+    assert RemoteFolder(url).list_steps() == [2, 4]
+    back, step = fetch_run(url, tmp_path / "back")
+
+    assert step == 2
+    assert not back.checkpoint(4).exists()
+
+
+def test_where_there_is_no_copy_nothing_is_left_behind(url, tmp_path):
+    with pytest.raises(CheckpointError, match="has no whole checkpoint"):
+        fetch_run(url, tmp_path / "back")
+
+    assert not (tmp_path / "back" / "mine").exists()
+
+
+def test_a_run_that_is_there_is_not_written_over(run, url):
+    RemoteFolder(url).push(run)
+
+    with pytest.raises(RunError, match="is there already"):
+        fetch_run(url, run.root.parent)
+
+
+def test_a_url_that_nothing_can_read_gets_a_sentence():
+    with pytest.raises(RunError, match="nosuch"):
+        RemoteFolder("nosuch://bucket/runs/mine")
+
+
+def test_a_copy_that_fails_is_told_and_the_next_one_makes_up_for_it(run, url, tmp_path):
+    told: list[str] = []
+    blocked = tmp_path / "elsewhere"
+    blocked.write_text("a file where the folder should be")
+    copier = Copier(run, RemoteFolder(url), say=told.append)
+
+    copier.start()
+    while not told:
+        time.sleep(0.01)
+    blocked.unlink()
+    copier.start()
+    copier.finish()
+
+    assert "could not copy to" in told[0]
+    assert [event["event"] for event in read_jsonl(run.events)] == ["copy_failed"]
+    assert RemoteFolder(url).list_steps() == [2, 4]
