@@ -9,6 +9,7 @@ from convnext_cli.cli import (
     bench,
     checkpoints,
     data,
+    doctor,
     evaluate,
     finetune,
     launch,
@@ -53,6 +54,7 @@ app.command()(finetune.finetune)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(plan.plan)
+app.command()(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(data.app, name="data")

@@ -356,14 +356,14 @@ def _git_state(path: Path) -> dict[str, object] | None:
     folder = path if path.is_dir() else path.parent
     git = ("git", "--no-optional-locks", "-C", str(folder))
     # A package below site-packages may lie inside somebody's repository without being part of it.
-    if path.is_file() and _output_of(*git, "ls-files", "--error-unmatch", path.name) is None:
+    if path.is_file() and output_of(*git, "ls-files", "--error-unmatch", path.name) is None:
         return None
-    commit = _output_of(*git, "rev-parse", "HEAD")
+    commit = output_of(*git, "rev-parse", "HEAD")
     if commit is None:
         return None
-    changes = _output_of(*git, "status", "--porcelain", "--untracked-files=no")
+    changes = output_of(*git, "status", "--porcelain", "--untracked-files=no")
     return {
-        "root": _output_of(*git, "rev-parse", "--show-toplevel"),
+        "root": output_of(*git, "rev-parse", "--show-toplevel"),
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
     }
@@ -371,7 +371,7 @@ def _git_state(path: Path) -> dict[str, object] | None:
 
 def _list_gpus() -> list[dict[str, object]]:
     fields = ("name", "memory.total", "driver_version", "uuid")
-    text = _output_of(
+    text = output_of(
         "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"
     )
     rows = [[cell.strip() for cell in line.split(",")] for line in (text or "").splitlines()]
@@ -386,7 +386,7 @@ def _list_gpus() -> list[dict[str, object]]:
     ]
 
 
-def _output_of(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """What a program prints, stripped; None when it is absent, fails or hangs."""
     program = shutil.which(command[0])
     if program is None:

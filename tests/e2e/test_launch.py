@@ -1,5 +1,6 @@
 """`convnext launch local`: two processes under torchrun, disturbed, end as if they were not."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def test_a_killed_process_is_replaced_and_the_run_ends_with_the_same_weights(
     _, stderr = process.communicate(timeout=120)
 
     assert process.returncode == 0, stderr
-    assert "exit code 137 at step" in stderr
+    # 137 of the killed one, or 76 of the other, which may be the first to say that it is alone.
+    assert re.search(r"exit code (137|76) at step", stderr), stderr
     ours, theirs = weights(run), weights(alone)
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 

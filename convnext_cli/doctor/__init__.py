@@ -1,0 +1,1 @@
+"""What `convnext doctor` looks at; it changes nothing."""

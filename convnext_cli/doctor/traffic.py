@@ -1,0 +1,134 @@
+"""What moves between nodes and from storage: a measured all-reduce, and images that are read."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from torch import distributed
+
+from convnext_cli.data.augment import EvalView
+from convnext_cli.data.card import read_card
+from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.fetch import Store
+from convnext_cli.data.reader import ImageReader
+from convnext_cli.doctor.findings import Finding
+from convnext_cli.errors import UserError
+
+_TIMEOUT = timedelta(seconds=120)
+_ROUNDS = 5
+_SIZES = {"gloo": (1 << 20, 16 << 20), "nccl": (1 << 20, 64 << 20, 256 << 20)}
+_SLOWEST = {"gloo": 50e6, "nccl": 5e9}
+"""Bytes a second below which the exchange of gradients is likely what a step waits for."""
+
+
+def join_ranks(*, local_rank: int) -> None:
+    """Open the process group that the launcher describes, torchrun or a plain srun."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        distributed.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    slurm = SLURMEnvironment()
+    distributed.init_process_group(
+        backend,
+        init_method=f"tcp://{slurm.main_address}:{slurm.main_port}",
+        rank=slurm.global_rank(),
+        world_size=slurm.world_size(),
+        timeout=_TIMEOUT,
+    )
+
+
+def measure_all_reduce() -> Finding:
+    """Exchange tensors between all ranks; every rank calls it.
+
+    The rate is the bus bandwidth, 2 (n - 1) / n x bytes / seconds, which does not depend on the
+    number of ranks where the network is good.
+    """
+    backend = distributed.get_backend()
+    device = "cuda" if backend == "nccl" else "cpu"
+    ranks = distributed.get_world_size()
+    rates = []
+    for size in _SIZES[backend]:
+        values = torch.zeros(size // 4, device=device)
+        seconds = statistics.median(
+            _time(lambda values=values: distributed.all_reduce(values), device=device)  # type: ignore[misc]
+            for _ in range(_ROUNDS + 1)
+        )
+        rates.append((size, seconds, 2 * (ranks - 1) / ranks * size / seconds))
+    return judge_all_reduce(rates, ranks=ranks, backend=backend)
+
+
+def judge_all_reduce(rates: list[tuple[int, float, float]], *, ranks: int, backend: str) -> Finding:
+    """A finding of (bytes, seconds, bytes a second) by size."""
+    shown = ", ".join(
+        f"{size >> 20} MiB in {seconds * 1e3:.1f} ms ({rate / 1e9:.2f} GB/s)"
+        for size, seconds, rate in rates
+    )
+    found = f"{ranks} ranks over {backend}: {shown}"
+    if rates[-1][2] < _SLOWEST[backend]:
+        advice = "export NCCL_DEBUG=INFO shows which network is taken; NCCL_SOCKET_IFNAME chooses"
+        if backend == "gloo":
+            advice = "export GLOO_SOCKET_IFNAME with the name of the fast network's interface"
+        return Finding("all-reduce", "warning", found, advice)
+    return Finding("all-reduce", "ok", found)
+
+
+def _time(work: Callable[[], object], *, device: str) -> float:
+    distributed.barrier()
+    started = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def read_shards(location: str, *, cache_dir: Path, images: int) -> list[Finding]:
+    """Read, check and decode images spread over the shards of each split."""
+    try:
+        card = read_card(location)
+        store = Store(location=location, cache_dir=cache_dir)
+        return [
+            _read_split(
+                ImageReader(
+                    card,
+                    store=store,
+                    split=split,
+                    view=EvalView(image_px=224),
+                    seed=0,
+                    on_bad="raise",
+                ),
+                split=split,
+                images=images,
+            )
+            for split in card.splits
+        ]
+    except UserError as error:
+        return [Finding("shards", "problem", str(error), error.hint or "")]
+
+
+def _read_split(reader: ImageReader, *, split: str, images: int) -> Finding:
+    samples = range(0, len(reader), max(1, len(reader) // images))[:images]
+    started, volume = time.perf_counter(), 0
+    bad: list[str] = []
+    for sample in samples:
+        try:
+            data, _ = reader.read(sample)
+            volume += len(data)
+            decode_rgb(data, key=reader.key(sample))
+        except BadImage as error:
+            bad.append(f"{reader.key(sample)}: {error}")
+    seconds = time.perf_counter() - started
+    found = (
+        f"{split}: {len(samples)} of {len(reader):,} images read and decoded on one core,"
+        f" {len(samples) / seconds:.0f} images/s, {volume / seconds / 1e6:.0f} MB/s"
+    )
+    if bad:
+        told = f"{found}; {len(bad)} cannot be used, the first {bad[0]}"
+        return Finding("shards", "problem", told, "read them all: convnext data check DIR")
+    return Finding("shards", "ok", found)
