@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test e2e cluster faults gpu golden clean
+.PHONY: help setup fmt check test e2e cluster docker lock faults gpu golden clean
 
 help:  ## Say what the verbs do
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,8 @@ check:  ## Style, types, layers, dependencies, spelling
 	lint-imports --no-logo
 	deptry .
 	typos
+	shellcheck .ci/run slurm/*.sh docker/*.sh
+	hadolint --failure-threshold style docker/Dockerfile docker/Dockerfile.cpu
 
 test:  ## Unit tests, contracts and parity, in about 90 seconds
 	python -m pytest -n $(WORKERS) tests/unit tests/contracts tests/parity
@@ -41,6 +43,20 @@ e2e:  ## Real processes that train, in about 20 minutes
 
 cluster:  ## A real Slurm of two nodes on this machine (root; installs Debian's Slurm)
 	OMP_NUM_THREADS=1 python -m pytest tests/cluster
+
+docker:  ## The install steps of the CPU image, in a fresh virtual environment
+	rm -rf build/image
+	bash docker/install.sh build/image docker/requirements.txt
+	cd build && image/bin/convnext plan quickstart && image/bin/convnext doctor --data quickstart --images 2
+	rm -rf build/image
+
+LOCK = uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --custom-compile-command 'make lock'
+lock:  ## Write the pinned requirements of the images anew
+	echo hatchling setuptools wheel | tr ' ' '\n' | $(LOCK) - --output-file docker/build.txt
+	$(LOCK) pyproject.toml --extra s3 --extra gcs --output-file docker/requirements.txt
+	$(LOCK) pyproject.toml --extra s3 --extra gcs --extra decode --extra deepspeed \
+		--excludes docker/in-base-image.txt --output-file docker/requirements-cuda.txt
 
 faults:  ## Every fault, and a run that is killed 100 times; tests/faults/README.md is the report
 	OMP_NUM_THREADS=1 python -m pytest tests/e2e/test_faults.py tests/e2e/test_torn_saves.py

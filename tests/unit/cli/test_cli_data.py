@@ -128,11 +128,11 @@ def test_check_warns_of_images_that_are_in_train_and_val(run_cli, image_folder):
 
 @pytest.mark.timeout(120)
 def test_ctrl_c_ends_with_75_and_the_same_command_goes_on(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / "images" / name / "0.png")
-        for number in range(1, 100):
+        for number in range(1, 800):
             (tmp_path / "images" / name / f"{number}.png").hardlink_to(
                 tmp_path / "images" / name / "0.png"
             )
