@@ -45,10 +45,11 @@ cluster:  ## A real Slurm of two nodes on this machine (root; installs Debian's 
 	OMP_NUM_THREADS=1 python -m pytest tests/cluster
 
 docker:  ## The install steps of the CPU image, in a fresh virtual environment
-	rm -rf build/image
+	rm -rf build/image build/image-runs
 	bash docker/install.sh build/image docker/requirements.txt
-	cd build && image/bin/convnext plan quickstart && image/bin/convnext doctor --data quickstart --images 2
-	rm -rf build/image
+	build/image/bin/convnext train quickstart schedule.length=4st schedule.warmup=1st \
+		--device cpu --runs-dir build/image-runs
+	rm -rf build/image build/image-runs
 
 LOCK = uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
