@@ -1,4 +1,4 @@
-"""What a comparison of loaders came to, as plain values that light modules can read."""
+"""What a comparison came to, as plain values that light modules can read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as many images a core loads here as there: the median of the rounds."""
+    """How many times as fast this project is: the median of the rounds."""
 
     ours: str
     peer: str
@@ -60,3 +60,50 @@ class LoaderReport:
         """Share of the limit that a system reaches."""
         rate = next(rate for rate in self.rates if rate.system == system)
         return rate.images_per_core_second / self.limit_images_per_core_second
+
+
+@dataclass(frozen=True)
+class StepRate:
+    """Whole training steps of one system over all rounds."""
+
+    system: str
+    images_per_second: float
+    """Median."""
+    low: float
+    high: float
+    matmul_frac: float
+    """FLOPs of the model a second, against those of one large matrix product on this device."""
+    peak_bytes: int | None
+    """Peak of the device's memory, without what the other systems hold; None on a CPU."""
+    start_seconds: float
+    """First step: compilation, and the choice of algorithms."""
+    loss: float
+    """Of the last step: finite, or the rate means nothing."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A whole comparison of training steps."""
+
+    model: str
+    device: str
+    """Its own name."""
+    versions: Mapping[str, str]
+    images: int
+    """In a batch."""
+    image_px: int
+    precision: str
+    compiled: bool
+    steps: int
+    """In a round."""
+    rounds: int
+    flops_per_image: float
+    """Forward and backward: six for each multiply-add of the forward pass."""
+    matmul_flops_per_second: float
+    """Measured, in the precision of the step."""
+    copy_bytes_per_second: float
+    """Measured: bytes read and written."""
+    rates: tuple[StepRate, ...]
+    ratios: tuple[Ratio, ...]
+    failed: Mapping[str, str]
+    """Systems that could not be run, and why."""

@@ -1,19 +1,95 @@
-"""`convnext bench`: measure the loader against its peers, and what an order costs."""
+"""`convnext bench`: measure steps and loader against their peers, and what an order costs."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from convnext_cli.bench.report import LoaderReport
+from convnext_cli.bench.report import LoaderReport, Ratio, StepReport
 from convnext_cli.cli._console import console, make_table, print_json, print_table
-from convnext_cli.cli._inputs import JsonOption
-from convnext_cli.errors import DataError
+from convnext_cli.cli._inputs import (
+    DeviceOption,
+    JsonOption,
+    OverridesArgument,
+    PrecisionOption,
+    RecipeArgument,
+    load_asked_recipe,
+)
+from convnext_cli.errors import DataError, RecipeError
+from convnext_cli.plan.resolve import make_plan
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, paired with named peers.")
 
 PEERS = ("timm", "timm-unfetched", "timm-uint8", "timm-plain", "torchvision", "webdataset", "dali")
+STEP_PEERS = ("timm", "timm-max-autotune", "timm-eager", "torchvision")
+
+
+@app.command()
+def step(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    against: Annotated[
+        str, typer.Option(help="Peers, with commas between them.", metavar="NAMES")
+    ] = "timm,torchvision",
+    batch: Annotated[int, typer.Option(help="Images in a batch.", min=2)] = 128,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images (default: recipe's).")
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile all systems (default: on a GPU)."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each system in a round.", min=1)] = 20,
+    rounds: Annotated[int, typer.Option(help="How often each system is measured.", min=1)] = 5,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare whole training steps on one device: images per second, images on the device.
+
+    A step is erasing and mixing, forward, backward, AdamW and averaged weights, with the numbers
+    of the recipe. Peers: timm (compiled as this project is), timm-max-autotune, timm-eager, and
+    torchvision.
+
+    Example: convnext bench step in1k_tiny --batch 128 --against timm,timm-max-autotune
+    """
+    from convnext_cli.bench.step import compare_steps
+    from convnext_cli.cli.train import find_cluster
+    from convnext_cli.training.devices import check_devices
+
+    names = _read_peers(against, STEP_PEERS)
+    asked = [f"batch.global_images={batch}", f"batch.per_device_images={batch}"]
+    asked.append("optim.lr_rule=linear")
+    if size is not None:
+        asked.append(f"data.image_px={size}")
+    if compiled is not None:
+        asked.append(f"compute.compile={str(compiled).lower()}")
+    plan = make_plan(
+        load_asked_recipe(recipe, [*asked, *(overrides or ())], precision=precision),
+        find_cluster(devices=1, nodes=1, device=device),
+        name="bench",
+    )
+    if plan.accumulate_steps > 1 or plan.precision == "fp16":
+        raise RecipeError(
+            "a step is measured as one pass, in bf16 or fp32",
+            hint="leave batch.per_device_images out, and take --precision bf16",
+        )
+    check_devices(plan.cluster, precision=plan.precision)
+    with console.status("starting") as status:
+        report = compare_steps(
+            plan,
+            peers=names,  # type: ignore[arg-type]  # checked above
+            steps=steps,
+            rounds=rounds,
+            on_progress=status.update,
+        )
+    if json_output:
+        print_json(asdict(report))
+        return
+    _show_steps(report)
 
 
 @app.command()
@@ -41,13 +117,7 @@ def loader(
     from convnext_cli.bench.loader import compare_loaders
     from convnext_cli.data.fetch import is_url
 
-    names = [name.strip() for name in against.split(",") if name.strip()]
-    for name in names:
-        if name not in PEERS:
-            raise DataError(
-                f"--against: there is no system named {name}",
-                hint=f"take some of {','.join(PEERS)}",
-            )
+    names = _read_peers(against, PEERS)
     if is_url(data):
         raise DataError(
             f"--data {data}: a loader is measured on local files",
@@ -123,6 +193,67 @@ def order(
     )
 
 
+def _read_peers(against: str, known: tuple[str, ...]) -> list[str]:
+    """The names of --against.
+
+    Raises:
+        DataError: One is not known.
+    """
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise DataError(
+                f"--against: there is no system named {name}",
+                hint=f"take some of {','.join(known)}",
+            )
+    return names
+
+
+def _show_steps(report: StepReport) -> None:
+    console.print(
+        f"{report.model} at {report.image_px} px, batches of {report.images}, {report.precision},"
+        f" {'compiled' if report.compiled else 'eager'}, on {report.device};"
+        f" {report.rounds} rounds of {report.steps} steps",
+        soft_wrap=True,
+    )
+    table = make_table(
+        *("system", ">images/s", ">low", ">high", ">of the matrix rate", ">peak GB", ">start s")
+    )
+    for rate in sorted(report.rates, key=lambda rate: -rate.images_per_second):
+        table.add_row(
+            rate.system,
+            f"{rate.images_per_second:,.1f}",
+            f"{rate.low:,.1f}",
+            f"{rate.high:,.1f}",
+            f"{rate.matmul_frac:.1%}",
+            "" if rate.peak_bytes is None else f"{rate.peak_bytes / 1e9:.2f}",
+            f"{rate.start_seconds:.1f}",
+        )
+    print_table(table)
+    _show_ratios(report.ratios)
+    console.print(
+        "measured on the device: a large matrix product"
+        f" {report.matmul_flops_per_second / 1e12:,.2f} TFLOP/s, a copy"
+        f" {report.copy_bytes_per_second / 1e9:,.0f} GB/s; the model takes"
+        f" {report.flops_per_image / 1e9:,.1f} GFLOP an image",
+        soft_wrap=True,
+    )
+    _show_failed(report.failed)
+
+
+def _show_ratios(ratios: tuple[Ratio, ...]) -> None:
+    table = make_table("this project", "against", ">times as fast", ">low", ">high")
+    for pair in ratios:
+        low_high = (f"{pair.low:.2f}", f"{pair.high:.2f}")
+        table.add_row(pair.ours, pair.peer, f"{pair.ratio:.2f}", *low_high)
+    print_table(table)
+
+
+def _show_failed(failed: Mapping[str, str]) -> None:
+    for name, why in failed.items():
+        console.print(f"{name} was left out: {why}", soft_wrap=True, style="yellow")
+
+
 def _show(report: LoaderReport) -> None:
     console.print(
         f"{report.images:,} images of {report.mean_bytes / 1e3:,.0f} kB, {report.image_px} px,"
@@ -141,16 +272,11 @@ def _show(report: LoaderReport) -> None:
             f"{rate.wall_images_per_second:,.0f}",
         )
     print_table(table)
-    table = make_table("this project", "against", ">times as fast", ">low", ">high")
-    for pair in report.ratios:
-        low_high = (f"{pair.low:.2f}", f"{pair.high:.2f}")
-        table.add_row(pair.ours, pair.peer, f"{pair.ratio:.2f}", *low_high)
-    print_table(table)
+    _show_ratios(report.ratios)
     stages = ", ".join(f"{stage.name} {stage.milliseconds:.2f}" for stage in report.stages)
     console.print(
         f"milliseconds an image, alone: {stages}; reading and decoding the crop alone are the"
         f" limit: {report.limit_images_per_core_second:,.0f} images/s a core",
         soft_wrap=True,
     )
-    for name, why in report.failed.items():
-        console.print(f"{name} was left out: {why}", soft_wrap=True, style="yellow")
+    _show_failed(report.failed)

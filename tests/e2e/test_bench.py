@@ -85,3 +85,41 @@ def test_an_order_that_cannot_be_is_refused(run_cli, options, told):
 
     assert done.exit_code == 2
     assert told in done.stderr
+
+
+def test_whole_steps_are_measured_beside_their_peers(run_process):
+    done = run_process(
+        *("bench", "step", "v2_in1k_atto", "--batch", 2, "--size", 32, "--device", "cpu"),
+        *("--steps", 2, "--rounds", 2, "--against", "timm,timm-eager,torchvision", "--json"),
+    )
+
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    rates = {rate["system"]: rate for rate in report["rates"]}
+    assert set(rates) == {"convnext", "timm", "timm-eager"}
+    assert list(report["failed"]) == ["torchvision"]
+    assert [pair["peer"] for pair in report["ratios"]] == ["timm", "timm-eager"]
+    for rate in rates.values():
+        assert 0 < rate["low"] <= rate["images_per_second"] <= rate["high"]
+        assert 0 < rate["loss"] < 20
+        assert rate["peak_bytes"] is None
+    assert report["flops_per_image"] == pytest.approx(6 * 0.55e9 / 49, rel=0.05)
+    assert (report["images"], report["precision"], report["compiled"]) == (2, "fp32", False)
+
+
+def test_torchvision_takes_the_same_steps(run_process):
+    done = run_process(
+        *("bench", "step", "in1k_tiny", "--batch", 2, "--size", 32, "--device", "cpu"),
+        *("--steps", 1, "--rounds", 1, "--against", "torchvision", "mix.cutmix=null"),
+    )
+
+    assert done.exit_code == 0, done.stderr
+    assert "torchvision" in done.stderr.split("times as fast")[1]
+    assert "left out" not in done.stderr
+
+
+def test_a_step_of_several_passes_is_refused(run_cli):
+    done = run_cli("bench", "step", "in1k_tiny", "--batch", "8", "batch.per_device_images=4")
+
+    assert done.exit_code == 2
+    assert "measured as one pass" in done.stderr
