@@ -38,7 +38,7 @@ check:  ## Style, types, layers, dependencies, spelling
 test:  ## Unit tests, contracts and parity, in about 90 seconds
 	python -m pytest -n $(WORKERS) tests/unit tests/contracts tests/parity
 
-e2e:  ## Real processes that train, in about 20 minutes
+e2e:  ## Real processes that train, in about 30 minutes
 	OMP_NUM_THREADS=2 python -m pytest tests/e2e
 
 cluster:  ## A real Slurm of two nodes on this machine (root; installs Debian's Slurm)
