@@ -1,6 +1,5 @@
 """`convnext doctor`: look at the machines before a run spends them."""
 
-import os
 import platform
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from convnext_cli.cli._console import console, print_json
 from convnext_cli.cli._inputs import DataOption, JsonOption
-from convnext_cli.plan.cluster import read_rank, read_shape
+from convnext_cli.plan.cluster import read_local_rank, read_rank, read_shape
 
 if TYPE_CHECKING:
     from convnext_cli.doctor.findings import Finding
@@ -44,7 +43,7 @@ def doctor(
 
     shape = read_shape()
     ranks = 1 if shape is None else shape[0] * shape[1]
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    local_rank = read_local_rank()
     cache = cache_dir or default_cache_dir()
     own: list[Finding] = []
     if local_rank == 0:

@@ -46,6 +46,11 @@ def read_rank(environ: Mapping[str, str] = os.environ) -> int:
     return 0
 
 
+def read_local_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """This process's number on its node; 0 where no launcher says."""
+    return int(environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")))
+
+
 def read_job(environ: Mapping[str, str] = os.environ) -> str | None:
     """Slurm's id of this job; None outside of one."""
     return environ.get("SLURM_JOB_ID")

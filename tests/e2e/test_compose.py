@@ -1,11 +1,11 @@
 """docker/compose.yaml without Docker: what its two containers start, as two processes here."""
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from ruamel.yaml import YAML
 
 from convnext_cli.runs.layout import RunDir
@@ -13,15 +13,9 @@ from convnext_cli.runs.layout import RunDir
 ROOT = Path(__file__).parents[2]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def test_the_two_nodes_of_the_compose_file_train_together(tmp_path):
     services = YAML(typ="safe").load(ROOT / "docker" / "compose.yaml")["services"]
-    port = str(free_port())
+    port = str(find_free_network_port())
     nodes = []
     for service in services.values():
         words = [*service["entrypoint"], *service["command"]]

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 FAULTY = Path(__file__).with_name("faulty.py")
 STEPS = 8
@@ -48,7 +49,7 @@ class Runner:
         start = [sys.executable]
         if world > 1:
             start += ["-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-            start += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+            start += ["--master_addr", "127.0.0.1", "--master_port", str(find_free_network_port())]
         start += [str(FAULTY), fault, "train", str(self.folder / "tiny.yaml")]
         start += ["--data", str(self.data), "--name", "run", "--device", "cpu"]
         return [*start, "--runs-dir", str(self.folder / "runs"), *more]
@@ -75,12 +76,6 @@ class Runner:
             stderr=subprocess.PIPE,
             text=True,
         )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_runner(folder: Path, data: Path) -> Runner:

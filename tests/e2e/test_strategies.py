@@ -7,7 +7,6 @@ starting one takes longer than twenty steps.
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 RECIPE = """
 about: A few steps of the smallest model, for tests.
@@ -66,9 +66,7 @@ class Lab:
         common = [str(self.root / "tiny.yaml"), "--data", str(self.data), "--device", "cpu"]
         common += ["--runs-dir", str(self.root / "runs")]
         arguments = [[*common, "--name", name, *more] for name, more in runs.items()]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = find_free_network_port()
         (self.root / "driver.py").write_text(DRIVER)
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         command += [f"--nnodes={nodes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
