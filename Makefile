@@ -35,8 +35,9 @@ check:  ## Style, types, layers, dependencies, spelling
 	shellcheck .ci/run slurm/*.sh docker/*.sh
 	hadolint --failure-threshold style docker/Dockerfile docker/Dockerfile.cpu
 
-test:  ## Unit tests, contracts and parity, in about 90 seconds
+test:  ## Unit tests, contracts, parity, and kernels in their interpreter, in about 3 minutes
 	python -m pytest -n $(WORKERS) tests/unit tests/contracts tests/parity
+	TRITON_INTERPRET=1 python -m pytest -n $(WORKERS) tests/kernels
 
 e2e:  ## Real processes that train, in about 30 minutes
 	OMP_NUM_THREADS=2 python -m pytest tests/e2e

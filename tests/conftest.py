@@ -21,7 +21,7 @@ from PIL import Image
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-TIERS = ("unit", "contracts", "parity", "e2e", "cluster", "gpu")
+TIERS = ("unit", "contracts", "parity", "kernels", "e2e", "cluster", "gpu")
 
 # What a launcher, a cluster or a person set must not reach a test.
 USER_SETTINGS = (

@@ -33,9 +33,11 @@ from convnext_cli.data.order import seeded_random
 from convnext_cli.data.reader import Batch
 from convnext_cli.errors import PlanError
 from convnext_cli.models.build import build_model
+from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.training.fit import make_card
+from convnext_cli.training.kernels import resolve_ways
 from convnext_cli.training.strategy import compile_network
 from convnext_cli.training.task import Classifier
 
@@ -88,6 +90,10 @@ class OwnStep:
         self.task.to(_device(plan)).train()
         if plan.channels_last:
             self.task.to_channels_last()
+        ways = resolve_ways(plan, model)
+        if ways is not None:
+            assert isinstance(model, ConvNeXt)
+            model.use_ways(ways)
         if plan.compile:
             compile_network(model, strategy="ddp")
         self.optimizer: Any = self.task.configure_optimizers()

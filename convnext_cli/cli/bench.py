@@ -40,9 +40,9 @@ def step(
     ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
-    compiled: Annotated[
-        bool | None,
-        typer.Option("--compile/--no-compile", help="Compile all systems (default: on a GPU)."),
+    kernels: Annotated[
+        Literal["auto", "fused", "compile", "eager"] | None,
+        typer.Option(help="compute.kernels; eager compiles no system (default: recipe's)."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of each system in a round.", min=1)] = 20,
     rounds: Annotated[int, typer.Option(help="How often each system is measured.", min=1)] = 5,
@@ -65,8 +65,8 @@ def step(
     asked.append("optim.lr_rule=linear")
     if size is not None:
         asked.append(f"data.image_px={size}")
-    if compiled is not None:
-        asked.append(f"compute.compile={str(compiled).lower()}")
+    if kernels is not None:
+        asked.append(f"compute.kernels={kernels}")
     plan = make_plan(
         load_asked_recipe(recipe, [*asked, *(overrides or ())], precision=precision),
         find_cluster(devices=1, nodes=1, device=device),

@@ -1,7 +1,7 @@
 """`convnext plan`: every number a run would use, before anything is spent."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.text import Text
@@ -19,6 +19,7 @@ from convnext_cli.cli._inputs import (
 )
 from convnext_cli.plan.cluster import Cluster, DeviceKind, count_cpus
 from convnext_cli.plan.resolve import SUSTAINED_FLOPS, Plan, make_plan
+from convnext_cli.recipe.schema import Kernels
 
 
 def plan(
@@ -77,7 +78,7 @@ def show_plan(plan: Plan) -> None:
         (
             "cluster",
             f"{plan.cluster.num_nodes} x {plan.cluster.devices_per_node} {plan.cluster.device},"
-            f" {plan.precision}{', compiled' if plan.compile else ''}",
+            f" {plan.precision}, {_KERNELS[plan.kernels]}",
         ),
         ("loading", _loading(plan)),
         ("batch", plan.batch_equation),
@@ -101,6 +102,14 @@ def show_plan(plan: Plan) -> None:
     for name, text in rows:
         table.add_row(Text(name, style="bold"), Text(text))
     print_table(table)
+
+
+_KERNELS: dict[Kernels | Literal["auto"], str] = {
+    "auto": "compiled, with the kernels that are fastest for each stage",
+    "fused": "with fused kernels",
+    "compile": "compiled",
+    "eager": "not compiled",
+}
 
 
 def _loading(plan: Plan) -> str:

@@ -20,9 +20,13 @@ from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from convnext_cli.catalog.models import Variant
+from convnext_cli.catalog.ways import Way, list_ways
+from convnext_cli.kernels.block import block as fused_block
+from convnext_cli.kernels.block import positions as fused_positions
 from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm
 
 Checkpointing = Literal["none", "stages", "blocks"]
@@ -58,6 +62,14 @@ class Block(nn.Module):
         if layer_scale_init is not None:
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init))
         self.drop_path = DropPath(drop_frac)
+        self.way: Way = "plain"
+        """How the block is computed; the numbers are the same to rounding."""
+
+    def ways(self) -> tuple[Way, ...]:
+        """The ways in which this block can be computed, the most fused one last."""
+        if type(self.pwconv1) is not nn.Linear:  # such as one in float8
+            return ("plain",)
+        return list_ways(self.pwconv1.in_features, grn=self.grn is not None)
 
     def mix_positions(self, x_NCHW: Tensor) -> Tensor:
         """The half over space: (N, C, H, W) to (N, H, W, C), normalised."""
@@ -66,15 +78,59 @@ class Block(nn.Module):
 
     def mix_channels(self, y_NHWC: Tensor) -> Tensor:
         """The half over channels: (N, H, W, C) to the same shape."""
-        h_NHWC: Tensor = self.act(self.pwconv1(y_NHWC))
+        return self.mix_hidden(self.pwconv1(y_NHWC))
+
+    def mix_hidden(self, h_NHWC: Tensor) -> Tensor:
+        """The half over channels from its hidden units on: (N, H, W, 4C) to (N, H, W, C)."""
+        h_NHWC = self.act(h_NHWC)
         if self.grn is not None:
             h_NHWC = self.grn(h_NHWC)
         out_NHWC: Tensor = self.pwconv2(h_NHWC)
         return out_NHWC
 
+    def fold_norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight (in `dtype`) and bias of `pwconv1` with the affine part of `norm` in them."""
+        weight = (self.pwconv1.weight * self.norm.weight).to(dtype)
+        return weight, self.pwconv1.bias + (self.pwconv1.weight * self.norm.bias).sum(dim=1)
+
+    def forward_fused(self, x_NHWC: Tensor, *, recomputed: bool) -> Tensor:
+        """The whole block as one operator: (N, H, W, C) to the same shape and dtype."""
+        weight, bias = self.fold_norm(x_NHWC.dtype)
+        out_NHWC: Tensor = fused_block(
+            x_NHWC,
+            self.dwconv.weight,
+            self.dwconv.bias,
+            weight,
+            bias,
+            self.pwconv2.weight.to(x_NHWC.dtype),
+            self.pwconv2.bias,
+            self.gamma,
+            None if self.grn is None else self.grn.gamma.view(-1),
+            None if self.grn is None else self.grn.beta.view(-1),
+            self.drop_path.draw_factor(x_NHWC),
+            self.norm.eps,
+            recomputed,
+        )[0]
+        return out_NHWC
+
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape and dtype."""
-        y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
+        match self.way:
+            case "plain":
+                y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
+            case "positions":
+                x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+                y_NHWC, _rstd = fused_positions(
+                    x_NHWC, self.dwconv.weight, self.dwconv.bias, self.norm.eps
+                )
+                weight, bias = self.fold_norm(x_NHWC.dtype)
+                y_NHWC = self.mix_hidden(functional.linear(y_NHWC, weight, bias.to(weight.dtype)))
+            case "kept" | "recomputed":
+                x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+                y_NHWC = self.forward_fused(x_NHWC, recomputed=self.way == "recomputed")
+                return y_NHWC.permute(0, 3, 1, 2)
+            case _:
+                assert_never(self.way)
         if self.gamma is not None:
             y_NHWC = self.gamma * y_NHWC
         y_NHWC = self.drop_path(y_NHWC)
@@ -183,6 +239,24 @@ class ConvNeXt(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(head_init_scale)
             self.head.bias.mul_(head_init_scale)
+
+    def list_stages(self) -> list[list[Block]]:
+        """The blocks of each stage; an isotropic model has one."""
+        stages = (self.blocks,) if self.isotropic else tuple(self.stages)
+        return [[part for part in stage.modules() if isinstance(part, Block)] for stage in stages]
+
+    def use_ways(self, ways: Sequence[Way]) -> None:
+        """Have the blocks of each stage computed in a way; parameters and their names stay.
+
+        Raises:
+            ValueError: A stage cannot be computed so.
+        """
+        for blocks, way in zip(self.list_stages(), ways, strict=True):
+            for block in blocks:
+                if way not in block.ways():
+                    dim = block.pwconv1.in_features
+                    raise ValueError(f"blocks of {dim} channels have no way {way}")
+                block.way = way
 
     def forward_features(self, x_NCHW: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to pooled and normalised features (N, C)."""

@@ -110,15 +110,24 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_frac must be in [0, 1), not {drop_frac}")
         self.drop_frac = drop_frac
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, ...) to the same shape; draws N numbers from the device's generator."""
+    def draw_factor(self, x: Tensor) -> Tensor | None:
+        """Factor (N) of each image's branch: 0, or 1 over the share kept; None: none is dropped.
+
+        Draws N numbers from the device's generator.
+        """
         if not self.training or self.drop_frac == 0:
-            return x
+            return None
         keep_frac = 1 - self.drop_frac
         dtype = torch.promote_types(x.dtype, torch.float32)
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        kept = torch.empty(shape, dtype=dtype, device=x.device).bernoulli_(keep_frac)
-        return (x * (kept / keep_frac)).to(x.dtype)
+        kept = torch.empty(x.shape[0], dtype=dtype, device=x.device).bernoulli_(keep_frac)
+        return kept / keep_frac
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, ...) to the same shape and dtype."""
+        factor_N = self.draw_factor(x)
+        if factor_N is None:
+            return x
+        return (x * factor_N.view(-1, *(1,) * (x.ndim - 1))).to(x.dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

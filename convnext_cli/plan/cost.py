@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from convnext_cli.catalog.models import Variant
+from convnext_cli.catalog.ways import count_kept_widths, list_ways
 from convnext_cli.recipe.schema import GradientCheckpointing, Precision, Strategy
 
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
 _FP32_BYTES = 4
-_BLOCK_WIDTHS, _GRN_WIDTHS = 12, 4
-"""Channels that a block keeps a position, in units of its width C: the inputs of dwconv, norm,
-pwconv1 and LayerScale (4), and of GELU and pwconv2 (8); GRN keeps a tensor of 4C more."""
-
 _ISOTROPIC_RUN = 6
 """Blocks that an isotropic model computes again together under `stages`."""
 
@@ -114,6 +111,7 @@ def estimate_activations(
     parameters: int,
     precision: Precision,
     checkpointing: GradientCheckpointing,
+    fused: bool = False,
 ) -> int | None:
     """Bytes that the blocks of a ConvNeXt keep for the backward pass; None for other models.
 
@@ -127,14 +125,16 @@ def estimate_activations(
         parameters: Of the network.
         precision: fp32 keeps four bytes a value, the others two.
         checkpointing: What is computed again and so not kept, but for the piece at work.
+        fused: Whether every block is computed in the most fused way that it has.
     """
     if variant.family == "timm":
         return None
-    widths = _BLOCK_WIDTHS + (_GRN_WIDTHS if variant.grn else 0)
     side = image_px // (16 if variant.isotropic else 4)
     kept, at_work = 0, 0
     for depth, dim in zip(variant.depths, variant.dims, strict=True):
         values = side**2 * dim
+        way = list_ways(dim, grn=variant.grn)[-1] if fused else "plain"
+        widths = count_kept_widths(way, grn=variant.grn)
         match checkpointing:
             case "none":
                 kept += depth * values * widths

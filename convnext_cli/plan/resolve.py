@@ -26,7 +26,7 @@ from convnext_cli.plan.cost import (
     explain_sharding,
 )
 from convnext_cli.recipe.durations import Duration
-from convnext_cli.recipe.schema import Optim, Precision, Recipe
+from convnext_cli.recipe.schema import Kernels, Optim, Precision, Recipe
 
 SUSTAINED_FLOPS = 1e14
 """What a device is assumed to sustain, in floating-point operations a second: said beside every
@@ -78,7 +78,8 @@ class Plan:
     lr_note: str
     min_lr: float
     precision: Precision
-    compile: bool
+    kernels: Kernels | Literal["auto"]
+    """auto: chosen on the device, see `training.kernels`."""
     channels_last: bool
     workers: int
     augment_on: Literal["cpu", "device"]
@@ -108,6 +109,12 @@ class Plan:
     def world_size(self) -> int:
         """Number of processes, one a device."""
         return self.cluster.world_size
+
+    @property
+    def compile(self) -> bool:
+        """Whether torch.compile takes the network; on a CPU only where it is asked for."""
+        on_gpu = self.cluster.device == "cuda"
+        return self.kernels == "compile" or (self.kernels in {"auto", "fused"} and on_gpu)
 
     @property
     def batch_equation(self) -> str:
@@ -218,6 +225,7 @@ def make_plan(
         parameters=parameters,
         precision=precision,
         checkpointing=compute.gradient_checkpointing,
+        fused=compute.kernels == "fused",
     )
     memory = tuple(
         estimate_memory(
@@ -230,8 +238,11 @@ def make_plan(
         )
         for strategy in STRATEGIES
     )
-    # ZeRO-3 moves parameters in and out of place in hooks that a compiler cannot trace
-    compiles = on_gpu and compute.strategy != "zero3"
+    kernels = compute.kernels
+    if kernels == "auto" and (not on_gpu or compute.strategy == "zero3"):
+        kernels = "eager"
+    elif kernels == "auto" and variant.family == "timm":
+        kernels = "compile"
     workers = _workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers
     augment_on: Literal["cpu", "device"] = "device" if on_gpu else "cpu"
     if recipe.augment.augment_on != "auto":
@@ -261,7 +272,7 @@ def make_plan(
         lr_note=lr_note,
         min_lr=recipe.optim.min_lr,
         precision=precision,
-        compile=compiles if compute.compile == "auto" else compute.compile,
+        kernels=kernels,
         channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
         workers=workers,
         augment_on=augment_on,
@@ -301,6 +312,11 @@ def _find_built_variant(recipe: Recipe) -> Variant:
             hint=f"use at least {smallest_px} px: data.image_px={smallest_px}",
         )
     if variant.family == "timm":
+        if recipe.compute.kernels == "fused":
+            raise PlanError(
+                f"compute.kernels: there are none for {model.name}, found fused",
+                hint="leave it to torch.compile: compute.kernels=compile",
+            )
         if recipe.compute.gradient_checkpointing != "none":
             raise PlanError(
                 f"compute.gradient_checkpointing: {model.name} has none,"
@@ -329,10 +345,11 @@ def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:
             " weights themselves in it",
             hint="use compute.strategy=fsdp or compute.precision=bf16",
         )
-    if compute.strategy == "zero3" and compute.compile is True:
+    if compute.strategy == "zero3" and compute.kernels in {"fused", "compile"}:
         raise PlanError(
-            "compute.compile: zero3 fetches weights in hooks that cannot be compiled",
-            hint="set compute.compile=auto or compute.strategy=fsdp",
+            f"compute.kernels: {compute.kernels} cannot be had under zero3, which fetches weights"
+            " layer by layer in hooks that are neither compiled nor fused",
+            hint="set compute.kernels=auto or compute.strategy=fsdp",
         )
 
 

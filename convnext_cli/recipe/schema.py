@@ -18,6 +18,7 @@ from convnext_cli.recipe.durations import AnyDuration, Duration, StepDuration
 Precision = Literal["fp32", "bf16", "fp16"]
 GradientCheckpointing = Literal["none", "stages", "blocks"]
 Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
+Kernels = Literal["fused", "compile", "eager"]
 ShardGroup = Literal["all", "node"]
 Interpolation = Literal["bicubic", "bilinear"]
 EvalCrop = Literal["center", "warp"]
@@ -296,8 +297,10 @@ class Compute(Section):
     precision: Precision | Literal["auto"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. Paper: fp32 (V1), fp16 (V2 fine-tuning)."""
 
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile; auto: on a GPU."""
+    kernels: Kernels | Literal["auto"] = "auto"
+    """What computes the network. fused: this project's kernels, the rest by torch.compile; compile:
+    torch.compile alone; eager: PyTorch's operators one by one. auto: on a GPU the fastest for each
+    stage, measured once and kept on disk; on a CPU eager. The numbers agree to rounding."""
 
     channels_last: bool | Literal["auto"] = "auto"
     """NHWC memory format; auto: on a GPU."""

@@ -43,6 +43,7 @@ from convnext_cli.training.build import build_loggers, build_trainer
 from convnext_cli.training.checkpoint import BackgroundWriter, Checkpoints, read_step
 from convnext_cli.training.devices import check_devices, quiet_lightning
 from convnext_cli.training.guard import FiniteGuard, RolledBack, read_skips
+from convnext_cli.training.kernels import ChooseKernels
 from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
@@ -235,6 +236,7 @@ def _attempt(
         plan,
         # At the end of a step: time, agree, look whether it is good, write, save, stop.
         callbacks=[
+            ChooseKernels(plan, say=display.say),
             timer,
             agreement,
             *([SameWeights()] if plan.recipe.compute.strategy in WHOLE_WEIGHTS else []),

@@ -34,9 +34,9 @@ def train(tmp_path, tiny_shards, run_cli):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("compiled", ["true", "false"])
-def test_every_precision_learns_compiled_or_not(train, precision, compiled):
-    rows = train("run", f"compute.compile={compiled}", "--precision", precision, "--device", "cuda")
+@pytest.mark.parametrize("kernels", ["auto", "fused", "compile", "eager"])
+def test_every_precision_learns_with_all_kernels(train, precision, kernels):
+    rows = train("run", f"compute.kernels={kernels}", "--precision", precision, "--device", "cuda")
 
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 8
@@ -44,7 +44,7 @@ def test_every_precision_learns_compiled_or_not(train, precision, compiled):
 
 
 def test_a_gpu_gives_the_losses_of_a_cpu(train):
-    plain = ["compute.compile=false", "--precision", "fp32", "model.drop_path=0"]
+    plain = ["compute.kernels=eager", "--precision", "fp32", "model.drop_path=0"]
     plain.append("augment.erasing=null")  # its noise is drawn on the device
 
     gpu = train("gpu", *plain, "--device", "cuda")

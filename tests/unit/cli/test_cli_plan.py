@@ -160,11 +160,12 @@ def test_a_mistake_is_one_sentence_with_a_hint_and_no_data(run_cli, arguments, m
         "in1k_tiny batch.global_images=64",
         "quickstart batch.global_images=2048",
         "quickstart batch.global_images=1433 optim.lr_rule=none",
-        "in1k_tiny compute.compile=off",
+        "in1k_tiny compute.channels_last=off",
         "in1k_tiny mix.mixup=off",
         "in1k_tiny compute.shard_group=node",
         "in1k_tiny compute.strategy=zero1 compute.precision=fp16",
-        "in1k_tiny compute.strategy=zero3 compute.compile=true",
+        "in1k_tiny compute.strategy=zero3 compute.kernels=fused",
+        "compare_resnet50 compute.kernels=fused",
     ],
 )
 def test_the_edit_that_a_hint_names_works(run_cli, arguments):

@@ -243,7 +243,7 @@ def test_a_gpu_computes_in_bf16_compiled_and_a_cpu_does_neither():
 
 def test_what_is_asked_goes_before_what_fits_the_device():
     plan = plan_of(
-        "compute.precision=fp16", "compute.compile=false", "data.workers=3",
+        "compute.precision=fp16", "compute.kernels=eager", "data.workers=3",
         "evaluate.per_device_images=50",
     )  # fmt: skip
 
@@ -288,9 +288,9 @@ def test_a_node_that_shards_among_its_own_devices_holds_more():
 def test_zero3_is_not_compiled():
     assert plan_of("compute.strategy=zero2").compile
     assert not plan_of("compute.strategy=zero3").compile
-    with pytest.raises(PlanError, match="hooks that cannot be compiled") as caught:
-        plan_of("compute.strategy=zero3", "compute.compile=true")
-    assert follow(caught.value.hint, "compute.compile=true").compile is True
+    with pytest.raises(PlanError, match="neither compiled nor fused") as caught:
+        plan_of("compute.strategy=zero3", "compute.kernels=compile")
+    assert follow(caught.value.hint, "compute.kernels=compile").kernels == "auto"
 
 
 @pytest.mark.parametrize(

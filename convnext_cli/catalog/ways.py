@@ -1,0 +1,51 @@
+"""The ways in which a ConvNeXt block can be computed, for which widths, and what each keeps.
+
+| way | what it is |
+|---|---|
+| plain | PyTorch's operators, one by one or compiled |
+| positions | depthwise convolution and LayerNorm in kernels of this project, the rest plain |
+| kept | the whole block in such kernels; its hidden units are kept for the backward pass |
+| recomputed | the same, and the hidden units are computed again: more arithmetic, fewer bytes |
+"""
+
+from typing import Literal, assert_never
+
+Way = Literal["plain", "positions", "kept", "recomputed"]
+
+NARROWEST = 32
+"""A width in kernels for the tensor cores is a multiple of this."""
+
+WIDEST_RECOMPUTED = 256
+"""Widths up to which a program has room for whole rows. Above, the products are bound by arithmetic
+anyway, and computing them twice would cost more than the bytes."""
+
+
+def list_ways(dim: int, *, grn: bool) -> tuple[Way, ...]:
+    """The ways of a block of `dim` channels, the most fused one last.
+
+    GRN needs all hidden units of an image at once, so they cannot be recomputed a tile at a time.
+    """
+    ways: tuple[Way, ...] = ("plain", "positions")
+    if dim % NARROWEST:
+        return ways
+    return (*ways, "kept") if grn or dim > WIDEST_RECOMPUTED else (*ways, "kept", "recomputed")
+
+
+def count_kept_widths(way: Way, *, grn: bool) -> int:
+    """Values a position that a block keeps for its backward pass, in units of its width.
+
+    Plain: the inputs of dwconv, norm, pwconv1 and LayerScale (4), and of GELU and pwconv2 (8); GRN
+    keeps a tensor of 4 more. In kernels: the block's input and the normalised one (2), and the
+    hidden units before GELU (4).
+    """
+    match way:
+        case "plain":
+            return 16 if grn else 12
+        case "positions":
+            return 15 if grn else 11
+        case "kept":
+            return 6
+        case "recomputed":
+            return 2
+        case _:
+            assert_never(way)

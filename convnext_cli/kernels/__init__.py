@@ -1,0 +1,1 @@
+"""Fast operators of a ConvNeXt block, each with a plain PyTorch twin that defines it."""

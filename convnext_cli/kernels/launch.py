@@ -1,0 +1,30 @@
+"""Where Triton kernels run, and what their launches have in common."""
+
+import torch
+import triton
+from torch import Tensor
+
+SUMMING_PROGRAMS = 2
+"""Programs for each multiprocessor in a reduction over rows: what its registers leave room for."""
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether kernels run on the device of a tensor, or in Triton's interpreter (tests)."""
+    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+
+
+def count_programs(device: torch.device) -> int:
+    """Programs that fill a device in a reduction over rows."""
+    if device.type != "cuda":
+        return SUMMING_PROGRAMS
+    return SUMMING_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_two_in(number: int, *, most: int) -> int:
+    """The largest power of two, `most` or less, that divides a number."""
+    return min(most, number & -number)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Triton's word for products of operands that are not rounded; 16-bit ones never are."""
+    return "ieee" if dtype == torch.float32 else "tf32"

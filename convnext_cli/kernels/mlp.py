@@ -1,0 +1,365 @@
+"""The network over channels of a block, from the normalised input to the block's output.
+
+```
+out = x + keep gamma (act(xhat w1' + b1) w2' + b2)
+```
+
+Two ways to the gradients. `kept`: h = xhat w1' + b1 is kept for the backward pass, GELU and its
+derivative are computed again while the next product reads it; the products that nothing is fused
+into are cuBLAS's. `recomputed`: h never leaves the registers; half as many bytes again and 1.5
+times the arithmetic, which pays where a product is bound by memory (few channels).
+
+Each operator has a twin in plain PyTorch, which defines it and runs where Triton does not.
+
+Shapes: M = images x positions rows, C channels, K = 4 C hidden units, N images; xhat, x, out
+(M, C); h (M, K); w1 (K, C) and w2 (C, K) in the dtype of x, as nn.Linear holds them; b1 (K), b2 and
+gamma (C), keep (N), float32. The affine part of LayerNorm is in w1 and b1 already.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from convnext_cli.kernels.launch import (
+    count_programs,
+    dot_precision,
+    power_of_two_in,
+    uses_triton,
+)
+from convnext_cli.kernels.norm import normalise_backward
+from convnext_cli.kernels.triton_mlp import (
+    mlp_forward_kernel,
+    mlp_hidden_grad_kernel,
+    mlp_input_grad_kernel,
+    mlp_project_kernel,
+    mlp_weight_grad_kernel,
+)
+
+_WIDEST_FUSED_GRADS = 128
+"""Channels up to which a program has the registers for the gradients of both matrices. Above, the
+backward pass computes h again with one product, and goes on as if it had been kept."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """What the network over channels is made of."""
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    gamma: Tensor | None
+    """LayerScale."""
+    keep: Tensor | None
+    """Factor of drop path on each image: 0, or 1 over the share that is kept."""
+
+
+@dataclass(frozen=True)
+class MlpGrads:
+    """Gradients, those of weights in the dtype of the weight."""
+
+    z: Tensor
+    """Of what LayerNorm normalised."""
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    gamma: Tensor | None
+
+
+def hidden(xhat_MC: Tensor, mlp: Mlp) -> Tensor:
+    """h, before GELU, in the dtype of xhat."""
+    return functional.linear(xhat_MC, mlp.w1, mlp.b1.to(xhat_MC.dtype))
+
+
+def forward_recomputed(xhat_MC: Tensor, x_MC: Tensor, mlp: Mlp) -> Tensor:
+    """The block's output; keeps nothing of K units."""
+    if not uses_triton(x_MC):
+        return project_twin(hidden(xhat_MC, mlp), x_MC, mlp)
+    rows, channels = x_MC.shape
+    out_MC = torch.empty_like(x_MC)
+    block = 128
+    mlp_forward_kernel[(triton.cdiv(rows, block),)](
+        xhat_MC,
+        mlp.w1,
+        mlp.b1,
+        mlp.w2,
+        mlp.b2,
+        *_factors(mlp),
+        x_MC,
+        out_MC,
+        rows,
+        _positions(mlp, rows),
+        **_constants(mlp, x_MC, rows=block, units=_unit_block(channels, most=64)),
+    )
+    return out_MC
+
+
+def backward_recomputed(grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, mlp: Mlp) -> MlpGrads:
+    """All gradients but that of the residual, from the block's."""
+    rows, channels = xhat_MC.shape
+    if not uses_triton(xhat_MC) or channels > _WIDEST_FUSED_GRADS:
+        h_MK = hidden(xhat_MC, mlp)
+        return backward_kept(grad_MC, xhat_MC, rstd_M, h_MK, mlp)
+    units = len(mlp.w1)
+    dz_MC = torch.empty_like(xhat_MC)
+    positions = _positions(mlp, rows)
+    block = 128 if channels < 128 else 64
+    mlp_input_grad_kernel[(triton.cdiv(rows, block),)](
+        grad_MC,
+        xhat_MC,
+        rstd_M,
+        mlp.w1,
+        mlp.b1,
+        mlp.w2,
+        *_factors(mlp),
+        dz_MC,
+        rows,
+        positions,
+        **_constants(mlp, xhat_MC, rows=block, units=_unit_block(channels, most=64)),
+    )
+    block, unit_block = 32, _unit_block(channels, most=128)
+    blocks = units // unit_block
+    wanted = max(1, count_programs(xhat_MC.device) // blocks)
+    steps = triton.cdiv(triton.cdiv(rows, block), wanted)
+    parts = triton.cdiv(triton.cdiv(rows, block), steps)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty((parts, *shape), dtype=torch.float32, device=xhat_MC.device)
+
+    dw1, dw2, db1, db2 = (
+        empty(units, channels),
+        empty(units, channels),
+        empty(units),
+        empty(channels),
+    )
+    mlp_weight_grad_kernel[(blocks, parts)](
+        grad_MC,
+        xhat_MC,
+        mlp.w1,
+        mlp.b1,
+        mlp.w2,
+        *_factors(mlp),
+        dw1,
+        dw2,
+        db1,
+        db2,
+        rows,
+        positions,
+        steps,
+        **_constants(mlp, xhat_MC, rows=block, units=unit_block),
+    )
+    return _collect(dz_MC, dw1.sum(dim=0), db1.sum(dim=0), dw2.sum(dim=0).t(), db2.sum(dim=0), mlp)
+
+
+def project(
+    h_MK: Tensor,
+    x_MC: Tensor,
+    mlp: Mlp,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """The block's output from h.
+
+    Args:
+        h_MK: Before GELU.
+        x_MC: What the block began with.
+        mlp: Its weights.
+        scale: (N, K), by which GRN multiplies after GELU; None: no GRN.
+        shift: (K), which GRN adds.
+    """
+    if not uses_triton(x_MC):
+        return project_twin(h_MK, x_MC, mlp, scale=scale, shift=shift)
+    rows, channels = x_MC.shape
+    out_MC = torch.empty_like(x_MC)
+    images = len(scale) if scale is not None else 1 if mlp.keep is None else len(mlp.keep)
+    block, tile = 128, power_of_two_in(channels, most=128)
+    mlp_project_kernel[(channels // tile, triton.cdiv(rows, block))](
+        h_MK,
+        h_MK if scale is None else scale,
+        mlp.b2 if shift is None else shift,
+        mlp.w2,
+        mlp.b2,
+        *_factors(mlp),
+        x_MC,
+        out_MC,
+        rows,
+        rows // images,
+        CHANNELS=channels,
+        HIDDEN=h_MK.shape[1],
+        ROWS=block,
+        TILE=tile,
+        UNITS=power_of_two_in(channels, most=64),
+        GRN=scale is not None,
+        HAS_GAMMA=mlp.gamma is not None,
+        HAS_KEEP=mlp.keep is not None,
+        PRECISION=dot_precision(x_MC.dtype),
+        num_warps=8,
+        num_stages=3,
+    )
+    return out_MC
+
+
+def project_twin(
+    h_MK: Tensor,
+    x_MC: Tensor,
+    mlp: Mlp,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Define `project`."""
+    a_MK = functional.gelu(h_MK)
+    if scale is not None:
+        assert shift is not None
+        scale_MK = scale.repeat_interleave(len(h_MK) // len(scale), dim=0)
+        a_MK = torch.addcmul(shift, a_MK, scale_MK).to(h_MK.dtype)
+    y_MC = functional.linear(a_MK, mlp.w2, mlp.b2.to(h_MK.dtype))
+    if mlp.gamma is not None:
+        y_MC = y_MC * mlp.gamma
+    return (x_MC + _kept(y_MC, mlp)).to(x_MC.dtype)
+
+
+def backward_kept(
+    grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, h_MK: Tensor, mlp: Mlp
+) -> MlpGrads:
+    """All gradients but that of the residual, where h was kept."""
+    dh_MK, act_MK, db1_K = hidden_grad(grad_MC, h_MK, mlp)
+    return finish_backward(
+        grad_MC, xhat_MC, rstd_M, dh_MK=dh_MK, act_MK=act_MK, db1_K=db1_K, mlp=mlp
+    )
+
+
+def finish_backward(
+    grad_MC: Tensor,
+    xhat_MC: Tensor,
+    rstd_M: Tensor,
+    *,
+    dh_MK: Tensor,
+    act_MK: Tensor,
+    db1_K: Tensor,
+    mlp: Mlp,
+) -> MlpGrads:
+    """The products that are left once the gradient of h is known; `act_MK` is w2's input."""
+    kept_MC = _kept(grad_MC, mlp).to(xhat_MC.dtype)
+    dtype = torch.promote_types(xhat_MC.dtype, torch.float32)
+    dz_MC = normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M)
+    return _collect(
+        dz_MC,
+        dh_MK.t() @ xhat_MC,
+        db1_K,
+        kept_MC.t() @ act_MK,
+        kept_MC.sum(dim=0, dtype=dtype),
+        mlp,
+    )
+
+
+def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of h, gelu(h), sum of the first over the rows), from the block's gradient."""
+    if not uses_triton(h_MK):
+        return hidden_grad_twin(grad_MC, h_MK, mlp)
+    rows, channels = grad_MC.shape
+    units = h_MK.shape[1]
+    block, columns = 128, power_of_two_in(units, most=64)
+    dh_MK, act_MK = torch.empty_like(h_MK), torch.empty_like(h_MK)
+    parts = torch.empty((triton.cdiv(rows, block), units), dtype=torch.float32, device=h_MK.device)
+    mlp_hidden_grad_kernel[(units // columns, len(parts))](
+        grad_MC,
+        h_MK,
+        mlp.w2,
+        *_factors(mlp),
+        dh_MK,
+        act_MK,
+        parts,
+        rows,
+        _positions(mlp, rows),
+        CHANNELS=channels,
+        HIDDEN=units,
+        ROWS=block,
+        TILE=power_of_two_in(channels, most=64),
+        UNITS=columns,
+        HAS_GAMMA=mlp.gamma is not None,
+        HAS_KEEP=mlp.keep is not None,
+        PRECISION=dot_precision(h_MK.dtype),
+        num_warps=8,
+        num_stages=3,
+    )
+    return dh_MK, act_MK, parts.sum(dim=0)
+
+
+def hidden_grad_twin(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor, Tensor]:
+    """Define `hidden_grad`."""
+    dtype = torch.promote_types(h_MK.dtype, torch.float32)
+    grad = grad_MC.to(dtype) if mlp.gamma is None else grad_MC * mlp.gamma
+    x = h_MK.to(dtype)
+    below = 0.5 * (1 + torch.erf(x * 0.5**0.5))
+    slope = below + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
+    dh = (_kept(grad, mlp).to(h_MK.dtype) @ mlp.w2).to(dtype) * slope
+    return dh.to(h_MK.dtype), (x * below).to(h_MK.dtype), dh.sum(dim=0)
+
+
+def _unit_block(channels: int, *, most: int) -> int:
+    """Hidden units that are at work at a time; there are four for each channel."""
+    return power_of_two_in(4 * channels, most=most)
+
+
+def _constants(mlp: Mlp, x_MC: Tensor, *, rows: int, units: int) -> dict[str, object]:
+    """What the compiler is told of a program that holds whole rows."""
+    channels = x_MC.shape[1]
+    return {
+        "CHANNELS": channels,
+        "HIDDEN": len(mlp.w1),
+        "ROWS": rows,
+        "TILE": power_of_two_in(channels, most=128),
+        "UNITS": units,
+        "HAS_GAMMA": mlp.gamma is not None,
+        "HAS_KEEP": mlp.keep is not None,
+        "PRECISION": dot_precision(x_MC.dtype),
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+
+
+def _factors(mlp: Mlp) -> tuple[Tensor, Tensor]:
+    """Factors of channels and images, or something that is not read."""
+    gamma = mlp.b2 if mlp.gamma is None else mlp.gamma
+    return gamma, mlp.b2 if mlp.keep is None else mlp.keep
+
+
+def _positions(mlp: Mlp, rows: int) -> int:
+    return rows if mlp.keep is None else rows // len(mlp.keep)
+
+
+def _kept(y_MC: Tensor, mlp: Mlp) -> Tensor:
+    if mlp.keep is None:
+        return y_MC
+    return y_MC * mlp.keep.repeat_interleave(len(y_MC) // len(mlp.keep))[:, None]
+
+
+def _collect(
+    dz_MC: Tensor, dw1: Tensor, db1: Tensor, product_CK: Tensor, total_C: Tensor, mlp: Mlp
+) -> MlpGrads:
+    """Put gamma into the gradients of w2 and b2, and make its own from them.
+
+    With G the product of the kept gradient and act(h), dw2 = gamma G, and as the branch before
+    gamma is y = act(h) w2' + b2, dgamma is the row sums of G w2, and b2 times the kept gradient's
+    sum: no pass over activations.
+    """
+    if mlp.gamma is None:
+        return MlpGrads(
+            dz_MC, dw1.to(mlp.w1.dtype), db1, product_CK.to(mlp.w2.dtype), total_C, None
+        )
+    gamma_C1 = mlp.gamma[:, None]
+    dgamma = (product_CK.to(total_C.dtype) * mlp.w2).sum(dim=1) + total_C * mlp.b2
+    return MlpGrads(
+        dz_MC,
+        dw1.to(mlp.w1.dtype),
+        db1,
+        (gamma_C1 * product_CK).to(mlp.w2.dtype),
+        mlp.gamma * total_C,
+        dgamma,
+    )

@@ -1,0 +1,272 @@
+"""Device code of a block's network over channels, in Triton.
+
+```
+kept        h = xhat w1' + b1 is kept: matrix products whose operand or result is changed on its way
+              mlp_project_kernel       x + keep gamma (act(h) w2' + b2)
+              mlp_hidden_grad_kernel   gradient of h, and gelu(h) again
+recomputed  h lives in registers only, a tile at a time, and is computed again in the backward pass
+              mlp_forward_kernel       the same from xhat
+              mlp_input_grad_kernel    gradient of what LayerNorm normalised
+              mlp_weight_grad_kernel   gradients of both matrices and biases
+```
+
+Shapes: rows are pixels of all images, `positions` of each image; xhat, x, grad (rows, CHANNELS); h
+(rows, HIDDEN); w1 (HIDDEN, CHANNELS), w2 (CHANNELS, HIDDEN), as nn.Linear holds them; biases and
+gamma float32; keep (images) is the factor of drop path. Sums are float32. CHANNELS is cut in pieces
+of TILE, a power of two that divides it, because 96 and 384 are none.
+"""
+
+import triton
+import triton.language as tl
+
+from convnext_cli.kernels.triton_rows import gelu, gelu_and_slope
+
+
+@triton.jit
+def _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP: tl.constexpr):
+    factor = tl.full((row.shape[0],), 1.0, tl.float32)
+    if HAS_KEEP:
+        factor = tl.load(keep_ptr + row // positions, mask=row < num_rows, other=0.0)
+    return factor
+
+
+@triton.jit
+def _load_gamma(gamma_ptr, channel, HAS_GAMMA: tl.constexpr):
+    gamma = tl.full((channel.shape[0],), 1.0, tl.float32)
+    if HAS_GAMMA:
+        gamma = tl.load(gamma_ptr + channel)
+    return gamma
+
+
+@triton.jit
+def mlp_forward_kernel(
+    xhat_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, keep_ptr, x_ptr, out_ptr,
+    num_rows, positions,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = x + keep gamma (gelu(xhat w1' + b1) w2' + b2)."""
+    PIECES: tl.constexpr = CHANNELS // TILE
+    dtype = xhat_ptr.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, TILE)
+    used = (row < num_rows)[:, None]
+    place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    inputs = ()
+    sums = ()
+    for k in tl.static_range(PIECES):
+        inputs = inputs + (tl.load(xhat_ptr + place + k * TILE, mask=used, other=0.0),)
+        sums = sums + (tl.zeros((ROWS, TILE), tl.float32),)
+    for start in range(0, HIDDEN, UNITS):
+        unit = start + tl.arange(0, UNITS)
+        h = tl.zeros((ROWS, UNITS), tl.float32)
+        for k in tl.static_range(PIECES):
+            w1 = tl.load(w1_ptr + unit[:, None] * CHANNELS + channel[None, :] + k * TILE)
+            h = tl.dot(inputs[k], tl.trans(w1), h, input_precision=PRECISION)
+        a = gelu(h + tl.load(b1_ptr + unit)[None, :], dtype == tl.float32).to(dtype)
+        following = ()
+        for k in tl.static_range(PIECES):
+            w2 = tl.load(w2_ptr + (channel[:, None] + k * TILE) * HIDDEN + unit[None, :])
+            out = tl.dot(a, tl.trans(w2), sums[k], input_precision=PRECISION)
+            following = following + (out,)
+        sums = following
+    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    for k in tl.static_range(PIECES):
+        gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)
+        out = (sums[k] + tl.load(b2_ptr + channel + k * TILE)[None, :]) * gamma[None, :] * factor
+        out += tl.load(x_ptr + place + k * TILE, mask=used, other=0.0).to(tl.float32)
+        tl.store(out_ptr + place + k * TILE, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def mlp_input_grad_kernel(
+    grad_ptr, xhat_ptr, rstd_ptr, w1_ptr, b1_ptr, w2_ptr, gamma_ptr, keep_ptr, out_ptr,
+    num_rows, positions,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of what LayerNorm normalised to xhat, from that of the block's output."""
+    PIECES: tl.constexpr = CHANNELS // TILE
+    dtype = xhat_ptr.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, TILE)
+    used = (row < num_rows)[:, None]
+    place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    inputs = ()
+    grads = ()
+    sums = ()
+    for k in tl.static_range(PIECES):
+        inputs = inputs + (tl.load(xhat_ptr + place + k * TILE, mask=used, other=0.0),)
+        grad = tl.load(grad_ptr + place + k * TILE, mask=used, other=0.0).to(tl.float32)
+        gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)
+        grads = grads + ((grad * factor * gamma[None, :]).to(dtype),)
+        sums = sums + (tl.zeros((ROWS, TILE), tl.float32),)
+    for start in range(0, HIDDEN, UNITS):
+        unit = start + tl.arange(0, UNITS)
+        h = tl.zeros((ROWS, UNITS), tl.float32)
+        da = tl.zeros((ROWS, UNITS), tl.float32)
+        for k in tl.static_range(PIECES):
+            w1 = tl.load(w1_ptr + unit[:, None] * CHANNELS + channel[None, :] + k * TILE)
+            w2 = tl.load(w2_ptr + (channel[:, None] + k * TILE) * HIDDEN + unit[None, :])
+            h = tl.dot(inputs[k], tl.trans(w1), h, input_precision=PRECISION)
+            da = tl.dot(grads[k], w2, da, input_precision=PRECISION)
+        _a, slope = gelu_and_slope(h + tl.load(b1_ptr + unit)[None, :], dtype == tl.float32)
+        dh = (da * slope).to(dtype)
+        following = ()
+        for k in tl.static_range(PIECES):
+            w1 = tl.load(w1_ptr + unit[:, None] * CHANNELS + channel[None, :] + k * TILE)
+            following = following + (tl.dot(dh, w1, sums[k], input_precision=PRECISION),)
+        sums = following
+    mean = tl.zeros((ROWS,), tl.float32)
+    along = tl.zeros((ROWS,), tl.float32)
+    for k in tl.static_range(PIECES):
+        mean += tl.sum(sums[k], axis=1) / CHANNELS
+        along += tl.sum(sums[k] * inputs[k].to(tl.float32), axis=1) / CHANNELS
+    rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
+    for k in tl.static_range(PIECES):
+        xhat = inputs[k].to(tl.float32)
+        out = rstd * (sums[k] - mean[:, None] - xhat * along[:, None])
+        tl.store(out_ptr + place + k * TILE, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def mlp_weight_grad_kernel(
+    grad_ptr, xhat_ptr, w1_ptr, b1_ptr, w2_ptr, gamma_ptr, keep_ptr,
+    dw1_ptr, dw2_ptr, db1_ptr, db2_ptr, num_rows, positions, steps,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums over `steps` times ROWS rows, of UNITS hidden units: one part a program.
+
+    dw1 and dw2 are (parts, HIDDEN, CHANNELS), db1 (parts, HIDDEN), db2 (parts, CHANNELS). What
+    belongs to w2 and b2 leaves gamma out, which makes gamma's gradient a small product of weights.
+    """
+    PIECES: tl.constexpr = CHANNELS // TILE
+    dtype = xhat_ptr.dtype.element_ty
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    part = tl.program_id(1)
+    channel = tl.arange(0, TILE)
+    b1 = tl.load(b1_ptr + unit)[:, None]
+    matrices1 = ()
+    matrices2 = ()
+    dw1 = ()
+    dw2 = ()
+    db2 = ()
+    for k in tl.static_range(PIECES):
+        w1 = tl.load(w1_ptr + unit[:, None] * CHANNELS + channel[None, :] + k * TILE)
+        w2 = tl.load(w2_ptr + (channel[None, :] + k * TILE) * HIDDEN + unit[:, None])
+        gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)[None, :]
+        matrices1 = matrices1 + (w1,)
+        matrices2 = matrices2 + ((w2.to(tl.float32) * gamma).to(dtype),)
+        dw1 = dw1 + (tl.zeros((UNITS, TILE), tl.float32),)
+        dw2 = dw2 + (tl.zeros((UNITS, TILE), tl.float32),)
+        db2 = db2 + (tl.zeros((TILE,), tl.float32),)
+    db1 = tl.zeros((UNITS,), tl.float32)
+    for step in range(steps):
+        row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
+        used = (row < num_rows)[:, None]
+        place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+        # Units are the rows of these, so that they go into the next products from registers.
+        h = tl.zeros((UNITS, ROWS), tl.float32)
+        da = tl.zeros((UNITS, ROWS), tl.float32)
+        inputs = ()
+        grads = ()
+        for k in tl.static_range(PIECES):
+            xhat = tl.load(xhat_ptr + place + k * TILE, mask=used, other=0.0)
+            grad = tl.load(grad_ptr + place + k * TILE, mask=used, other=0.0)
+            if HAS_KEEP:
+                grad = (grad.to(tl.float32) * factor).to(dtype)
+            h = tl.dot(matrices1[k], tl.trans(xhat), h, input_precision=PRECISION)
+            da = tl.dot(matrices2[k], tl.trans(grad), da, input_precision=PRECISION)
+            inputs = inputs + (xhat,)
+            grads = grads + (grad,)
+        a, slope = gelu_and_slope(h + b1, dtype == tl.float32)
+        dh = da * slope
+        db1 += tl.sum(dh, axis=1)
+        next1 = ()
+        next2 = ()
+        nextb = ()
+        for k in tl.static_range(PIECES):
+            out1 = tl.dot(dh.to(dtype), inputs[k], dw1[k], input_precision=PRECISION)
+            out2 = tl.dot(a.to(dtype), grads[k], dw2[k], input_precision=PRECISION)
+            next1 = next1 + (out1,)
+            next2 = next2 + (out2,)
+            nextb = nextb + (db2[k] + tl.sum(grads[k].to(tl.float32), axis=0),)
+        dw1 = next1
+        dw2 = next2
+        db2 = nextb
+    place = (part * HIDDEN + unit)[:, None] * CHANNELS + channel[None, :]
+    for k in tl.static_range(PIECES):
+        tl.store(dw1_ptr + place + k * TILE, dw1[k])
+        tl.store(dw2_ptr + place + k * TILE, dw2[k])
+        if tl.program_id(0) == 0:
+            tl.store(db2_ptr + part * CHANNELS + channel + k * TILE, db2[k])
+    tl.store(db1_ptr + part * HIDDEN + unit, db1)
+
+
+@triton.jit
+def mlp_project_kernel(
+    h_ptr, scale_ptr, shift_ptr, w2_ptr, b2_ptr, gamma_ptr, keep_ptr, x_ptr, out_ptr,
+    num_rows, positions,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr, GRN: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = x + keep gamma (act(h) w2' + b2); act is GELU, and GRN's scale and shift after it.
+
+    scale (images, HIDDEN) and shift (HIDDEN) are what GRN comes to once its sums are known.
+    """
+    dtype = h_ptr.dtype.element_ty
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    used = (row < num_rows)[:, None]
+    place = row.to(tl.int64)[:, None] * HIDDEN
+    image = (row // positions).to(tl.int64)[:, None] * HIDDEN
+    total = tl.zeros((ROWS, TILE), tl.float32)
+    for start in range(0, HIDDEN, UNITS):
+        unit = start + tl.arange(0, UNITS)
+        h = tl.load(h_ptr + place + unit[None, :], mask=used, other=0.0)
+        a = gelu(h.to(tl.float32), dtype == tl.float32)
+        if GRN:
+            scale = tl.load(scale_ptr + image + unit[None, :], mask=used, other=0.0)
+            a = a * scale + tl.load(shift_ptr + unit)[None, :]
+        w2 = tl.load(w2_ptr + channel[:, None] * HIDDEN + unit[None, :])
+        total = tl.dot(a.to(dtype), tl.trans(w2), total, input_precision=PRECISION)
+    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    gamma = _load_gamma(gamma_ptr, channel, HAS_GAMMA)[None, :]
+    place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    out = (total + tl.load(b2_ptr + channel)[None, :]) * gamma * factor
+    out += tl.load(x_ptr + place, mask=used, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def mlp_hidden_grad_kernel(
+    grad_ptr, h_ptr, w2_ptr, gamma_ptr, keep_ptr, dh_ptr, act_ptr, db1_ptr, num_rows, positions,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    UNITS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dh = (keep gamma grad w2) gelu'(h); gelu(h) again; parts of dh's sum (programs, HIDDEN)."""
+    dtype = h_ptr.dtype.element_ty
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    used = (row < num_rows)[:, None]
+    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    total = tl.zeros((ROWS, UNITS), tl.float32)
+    for start in range(0, CHANNELS, TILE):
+        channel = start + tl.arange(0, TILE)
+        place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+        grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
+        gamma = _load_gamma(gamma_ptr, channel, HAS_GAMMA)[None, :]
+        w2 = tl.load(w2_ptr + channel[:, None] * HIDDEN + unit[None, :])
+        grad = (grad * factor * gamma).to(dtype)
+        total = tl.dot(grad, w2, total, input_precision=PRECISION)
+    place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
+    h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32)
+    a, slope = gelu_and_slope(h, dtype == tl.float32)
+    dh = total * slope
+    tl.store(dh_ptr + place, dh.to(dtype), mask=used)
+    tl.store(act_ptr + place, a.to(dtype), mask=used)
+    tl.store(db1_ptr + tl.program_id(1) * HIDDEN + unit, tl.sum(dh, axis=0))

@@ -1,0 +1,237 @@
+"""Which way of computing a block is fastest on this device, for each stage of a network.
+
+```
+each stage  -> one block of its shape, in each way it has: right? how long, forward and backward?
+the fastest -> a file of this card and these versions, so that the next run need not measure
+```
+
+A way that does not run on the device, or whose results are further from float32's than those of
+PyTorch's own operators in the same precision, is left out and named.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+from triton.testing import do_bench
+
+from convnext_cli.catalog.ways import Way
+from convnext_cli.models.convnext import Block, ConvNeXt
+
+Clock = Callable[[Callable[[], object]], float]
+"""Milliseconds that a piece of work takes on the device."""
+
+_WORSE, _NOISE = 2.0, 1e-3
+"""Error that a way may have against float32: so many times the plain one's, and that much."""
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """What decides how long a block takes."""
+
+    images: int
+    height: int
+    width: int
+    dim: int
+    grn: bool
+    layer_scale: bool
+    drops: bool
+    dtype: str
+
+    @property
+    def key(self) -> str:
+        """One word for it."""
+        marks = [name for name in ("grn", "layer_scale", "drops") if getattr(self, name)]
+        size = f"{self.images}x{self.height}x{self.width}x{self.dim}"
+        return "-".join((size, self.dtype, *marks))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one stage."""
+
+    way: Way
+    milliseconds: dict[Way, float]
+    """Of a forward and a backward pass of one block."""
+    left_out: dict[Way, str]
+    """Ways that cannot be used here, and why."""
+
+
+def list_shapes(
+    model: ConvNeXt, *, images: int, image_px: int, dtype: torch.dtype
+) -> list[StageShape]:
+    """The shape of each stage's blocks, by the one that drops the most."""
+    side = image_px // (16 if model.isotropic else 4)
+    shapes = []
+    for blocks in model.list_stages():
+        last = blocks[-1]
+        shapes.append(
+            StageShape(
+                images=images,
+                height=side,
+                width=side,
+                dim=last.pwconv1.in_features,
+                grn=last.grn is not None,
+                layer_scale=last.gamma is not None,
+                drops=last.drop_path.drop_frac > 0,
+                dtype=str(dtype).removeprefix("torch."),
+            )
+        )
+        side //= 2
+    return shapes
+
+
+def choose_ways(
+    model: ConvNeXt,
+    *,
+    images: int,
+    image_px: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: Path,
+    clock: Clock = do_bench,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Choice]:
+    """The fastest way of each stage that gives right results; measured where no file has it.
+
+    Args:
+        model: Whose blocks; it is not changed.
+        images: Of a pass.
+        image_px: Side of an image.
+        device: Where it will run.
+        dtype: Of autocast; float32: without.
+        cache: Folder of what was measured before.
+        clock: How a piece of work is timed.
+        say: Told in a sentence what is measured and what was left out.
+    """
+    file = cache / f"{_name_of(device)}.json"
+    known = _read(file)
+    choices = []
+    for shape, blocks in zip(
+        list_shapes(model, images=images, image_px=image_px, dtype=dtype),
+        model.list_stages(),
+        strict=True,
+    ):
+        ways = blocks[-1].ways()
+        choice = known.get(shape.key)
+        if choice is None or {*choice.milliseconds, *choice.left_out} != set(ways):
+            say(f"measuring kernels for blocks of {shape.key}, once on this machine")
+            choice = measure_stage(shape, ways, device=device, clock=clock)
+            known[shape.key] = choice
+            _write(file, known)
+        for way, why in choice.left_out.items():
+            say(f"blocks of {shape.key} go without {way} kernels: {why}")
+        choices.append(choice)
+    return choices
+
+
+def measure_stage(
+    shape: StageShape, ways: Sequence[Way], *, device: torch.device, clock: Clock
+) -> Choice:
+    """Measure a block of one shape in each way; `plain` has to work."""
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    block = _make_block(shape, device)
+    x_NCHW, grad_NCHW = (
+        torch.randn(shape.images, shape.dim, shape.height, shape.width, device=device).to(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    exact = _run(block, x_NCHW, grad_NCHW, dtype=torch.float32)
+    plain_errors = _errors(_run(block, x_NCHW, grad_NCHW, dtype=dtype), exact)
+    milliseconds: dict[Way, float] = {}
+    left_out: dict[Way, str] = {}
+    for way in ways:
+        block.way = way
+        torch.compiler.reset()
+        try:
+            errors = _errors(_run(block, x_NCHW, grad_NCHW, dtype=dtype), exact)
+            bad = [
+                f"{name} is off by {error:.1e}"
+                for (name, error), plain in zip(errors.items(), plain_errors.values(), strict=True)
+                if not error <= _WORSE * plain + _NOISE
+            ]
+            if bad and way != "plain":
+                left_out[way] = bad[0]
+                continue
+            fast = torch.compile(block) if device.type == "cuda" else block
+            milliseconds[way] = clock(partial(_run, fast, x_NCHW, grad_NCHW, dtype=dtype))
+        except (RuntimeError, TritonError) as error:
+            if way == "plain":
+                raise
+            left_out[way] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+    return Choice(min(milliseconds, key=lambda way: milliseconds[way]), milliseconds, left_out)
+
+
+def _make_block(shape: StageShape, device: torch.device) -> Block:
+    """A block whose every part changes its output; it drops half of the images or none."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = Block(
+            shape.dim,
+            drop_frac=0.5 if shape.drops else 0.0,
+            layer_scale_init=1.0 if shape.layer_scale else None,
+            grn=shape.grn,
+        )
+        with torch.no_grad():
+            for parameter in block.parameters():
+                wide = parameter.ndim > 1 and parameter.shape[0] > 1
+                parameter.normal_(std=parameter[0].numel() ** -0.5 if wide else 0.5)
+    block.to(device).to(memory_format=torch.channels_last)
+    return block.train()
+
+
+def _run(
+    block: Callable[[Tensor], Tensor], x_NCHW: Tensor, grad_NCHW: Tensor, *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Output and gradients of one pass; the same images are dropped each time."""
+    x_NCHW = x_NCHW.to(dtype).requires_grad_()
+    device = x_NCHW.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            out_NCHW = block(x_NCHW)
+    parameters = dict(block.named_parameters()) if isinstance(block, torch.nn.Module) else {}
+    grads = torch.autograd.grad(
+        out_NCHW, [x_NCHW, *parameters.values()], grad_NCHW.to(out_NCHW.dtype)
+    )
+    return {"output": out_NCHW.detach(), **dict(zip(("input", *parameters), grads, strict=True))}
+
+
+def _errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of each result, by norm; a gradient may be zero where all is dropped."""
+    return {
+        name: float((value.float() - exact[name]).norm() / exact[name].norm().clamp_min(1e-12))
+        for name, value in got.items()
+    }
+
+
+def _name_of(device: torch.device) -> str:
+    """The card and the versions that decide what is fast on it."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    parts = (card, *(f"{name}{version(name)}" for name in ("convnext", "torch", "triton")))
+    return "-".join(part.replace(" ", "_").replace("/", "_") for part in parts)
+
+
+def _read(file: Path) -> dict[str, Choice]:
+    """What was measured before; nothing where the file is not there or damaged."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return {key: Choice(**row) for key, row in rows.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # it is measured anew
+
+
+def _write(file: Path, choices: dict[str, Choice]) -> None:
+    """Put the file in its place in one step: other processes may read it."""
+    rows = {key: choice.__dict__ for key, choice in sorted(choices.items())}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    beside.replace(file)

@@ -1,0 +1,205 @@
+"""Every kernel against its twin in float64, on fresh random numbers.
+
+A kernel may be off by what its twin is off by in the same dtype, twice, and a little. Products of
+bfloat16 are left to a GPU: the interpreter multiplies their bit patterns.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from convnext_cli.kernels import depthwise, grn, mlp, norm
+from convnext_cli.kernels.mlp import Mlp, MlpGrads
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOOR = {torch.float32: 3e-7, torch.float16: 2e-4, torch.bfloat16: 5e-3}
+"""The interpreter cuts bfloat16 off, where a GPU rounds: twice the error."""
+
+
+def assert_as_exact(kernel: Sequence, twin: Sequence, exact: Sequence, dtype: torch.dtype) -> None:
+    assert len(kernel) == len(twin) == len(exact)
+    for number, (got, plain, right) in enumerate(zip(kernel, twin, exact, strict=True)):
+        assert got.shape == plain.shape == right.shape
+        assert got.dtype == plain.dtype
+        norm_of = right.norm().clamp_min(1e-9)
+        error = float((got.double() - right).norm() / norm_of)
+        allowed = 2 * float((plain.double() - right).norm() / norm_of) + FLOOR[dtype]
+        assert error <= allowed, f"result {number}: {error:.1e}, allowed {allowed:.1e}"
+
+
+def exactly(values: Sequence) -> list:
+    return [None if value is None else value.double() for value in values]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 7, 7, 64),
+        (2, 5, 12, 32),
+        (3, 1, 1, 40),  # fewer positions than the kernel is wide, channels that fill no program
+        (1, 3, 11, 96),
+        (2, 5, 14, 32),
+        (1, 2, 3, 16),
+    ],
+)
+def test_depthwise_convolution_and_its_gradients(shape, dtype):
+    x, grad, add = (torch.randn(shape).to(dtype) for _ in range(3))
+    weight = torch.randn(shape[-1], 1, 7, 7).to(dtype).float()
+    bias = torch.randn(shape[-1]).to(dtype).float()
+
+    forward = depthwise.depthwise(x, weight, bias)
+    dx = depthwise.depthwise_input_grad(grad, weight, add_NHWC=add)
+    alone = depthwise.depthwise_input_grad(grad, weight)
+    dweight, dbias = depthwise.depthwise_weight_grad(x, grad)
+
+    def twins(x, grad, add, weight, bias):
+        return (
+            depthwise.depthwise_twin(x, weight, bias),
+            depthwise.depthwise_input_grad_twin(grad, weight, add_NHWC=add),
+            depthwise.depthwise_input_grad_twin(grad, weight),
+            *depthwise.depthwise_weight_grad_twin(x, grad),
+        )
+
+    assert_as_exact(
+        (forward, dx, alone, dweight, dbias),
+        twins(x, grad, add, weight, bias),
+        twins(*exactly((x, grad, add, weight, bias))),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [32, 96, 256])  # in one kernel, or normalised by a second
+def test_depthwise_convolution_with_layer_norm(channels, dtype):
+    x = torch.randn(1, 3, 7, channels).to(dtype)
+    weight = torch.randn(channels, 1, 7, 7).to(dtype).float()
+    bias = 10 * torch.randn(channels).to(dtype).float()  # a mean that is large beside the spread
+
+    kernel = depthwise.depthwise_norm(x, weight, bias, eps=1e-6)
+
+    twin = depthwise.depthwise_norm_twin(x, weight, bias, eps=1e-6)
+    exact = depthwise.depthwise_norm_twin(*exactly((x, weight, bias)), eps=1e-6)
+    assert_as_exact(kernel, twin, exact, dtype)
+
+
+def test_the_weight_gradient_is_the_same_to_the_bit_every_time():
+    x, grad = torch.randn(2, 3, 9, 14, 32).unbind()
+
+    first, second = (depthwise.depthwise_weight_grad(x, grad) for _ in range(2))
+
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 96), (33, 40), (5, 1536)])
+def test_layer_norm_and_its_gradient(shape, dtype):
+    x, grad = torch.randn(2, *shape).to(dtype).unbind()
+    xhat, rstd = norm.normalise_twin(x, eps=1e-6)
+
+    kernel = (*norm.normalise(x, eps=1e-6), norm.normalise_backward(grad, xhat, rstd))
+
+    twin = (xhat, rstd, norm.normalise_backward_twin(grad, xhat, rstd))
+    exact = (
+        *norm.normalise_twin(x.double(), eps=1e-6),
+        norm.normalise_backward_twin(*exactly((grad, xhat, rstd))),
+    )
+    assert_as_exact(kernel, twin, exact, dtype)
+
+
+def make_mlp(dim: int, *, gamma: bool, keep: Sequence[float] | None, dtype: torch.dtype) -> Mlp:
+    return Mlp(
+        w1=(torch.randn(4 * dim, dim) / dim**0.5).to(dtype),
+        b1=torch.randn(4 * dim),
+        w2=(torch.randn(dim, 4 * dim) / dim**0.5).to(dtype),
+        b2=torch.randn(dim),
+        gamma=torch.randn(dim) if gamma else None,
+        keep=None if keep is None else torch.tensor(keep),
+    )
+
+
+def as_list(grads: MlpGrads) -> list:
+    return [value for value in dataclasses.astuple(grads) if value is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    ("images", "positions", "dim", "gamma", "keep"),
+    [
+        (1, 33, 32, True, None),
+        (3, 11, 96, True, (0.0, 1.25, 1.25)),
+        (2, 70, 64, False, (2.0, 0.0)),
+        (1, 130, 160, True, (1.0,)),  # the gradients of the matrices by plain products
+    ],
+)
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_network_over_channels(images, positions, dim, gamma, keep, recomputed, dtype, monkeypatch):
+    weights = make_mlp(dim, gamma=gamma, keep=keep, dtype=dtype)
+    xhat, x, grad = torch.randn(3, images * positions, dim).to(dtype).unbind()
+    rstd = 0.5 + torch.rand(images * positions)
+
+    def run(xhat, x, grad, rstd, weights):
+        if recomputed:
+            out = mlp.forward_recomputed(xhat, x, weights)
+            return [out, *as_list(mlp.backward_recomputed(grad, xhat, rstd, weights))]
+        h = mlp.hidden(xhat, weights)
+        grads = mlp.backward_kept(grad, xhat, rstd, h, weights)
+        return [mlp.project(h, x, weights), *as_list(grads)]
+
+    kernel = run(xhat, x, grad, rstd, weights)
+
+    for module in (mlp, norm):
+        monkeypatch.setattr(module, "uses_triton", lambda _: False)
+    twin = run(xhat, x, grad, rstd, weights)
+    exact = run(*exactly((xhat, x, grad, rstd)), Mlp(*exactly(dataclasses.astuple(weights))))
+    assert_as_exact(kernel, twin, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("images", "positions", "dim"), [(1, 49, 32), (3, 20, 96)])
+def test_gelu_and_grn(images, positions, dim, dtype, monkeypatch):
+    weights = make_mlp(dim, gamma=False, keep=None, dtype=dtype)
+    h, dh = torch.randn(2, images * positions, 4 * dim).to(dtype).unbind()
+    x = torch.randn(images * positions, dim).to(dtype)
+    gamma, beta = torch.randn(2, 4 * dim).unbind()
+
+    def run(h, dh, x, gamma, beta, weights):
+        squares = grn.sum_squares(h, images=images)
+        scale = grn.make_scale(squares, gamma)
+        products, totals = grn.sum_products(h, dh, images=images)
+        slope, dgamma = grn.make_slope(squares, gamma, products)
+        both = grn.gelu_grn_backward(h, dh, scale=scale, shift_K=beta, slope=slope)
+        out = mlp.project(h, x, weights, scale=scale, shift=beta)
+        return [squares, products, totals, dgamma, *both, out]
+
+    kernel = run(h, dh, x, gamma, beta, weights)
+
+    for module in (mlp, grn):
+        monkeypatch.setattr(module, "uses_triton", lambda _: False)
+    twin = run(h, dh, x, gamma, beta, weights)
+    weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
+    assert_as_exact(kernel, twin, run(*exactly((h, dh, x, gamma, beta)), weights_exact), dtype)
+
+
+@pytest.mark.parametrize("grn", [False, True])
+def test_a_whole_block_takes_any_strides(grn):
+    from convnext_cli.models.convnext import Block
+
+    block = Block(32, drop_frac=0.0, layer_scale_init=None if grn else 1.0, grn=grn).train()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 32, 4, 6)  # contiguous, so that a block's NHWC view of it is not
+    results = []
+    for way in ("plain", "positions", "kept"):
+        block.way = way
+        leaf = x.clone().requires_grad_()
+        out = block(leaf)
+        out.backward(torch.ones_like(out).cumsum(2))  # and so is this gradient
+        results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters())])
+        block.zero_grad()
+
+    for other in results[1:]:
+        for got, plain in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, plain, rtol=2e-4, atol=2e-4)
