@@ -148,10 +148,11 @@ def estimate_activations(
             case _:
                 assert_never(checkpointing)
         side //= 2
-    if precision == "fp32":
-        return (kept + at_work) * images * 4
-    cast = parameters if checkpointing == "none" else 0
-    return ((kept + at_work) * images + cast) * 2
+    # In kernels, LayerNorm's affine part is in a copy of the first matrix, half of the parameters.
+    copied = parameters if precision != "fp32" else parameters // 2 if fused else 0
+    if checkpointing != "none":
+        copied = 0
+    return ((kept + at_work) * images + copied) * (4 if precision == "fp32" else 2)
 
 
 def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:

@@ -8,11 +8,14 @@ from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cost import estimate_activations
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_nano", "convnext_isotropic_small"])
-def test_activations_are_those_that_autograd_keeps(name, precision):
+def test_activations_are_those_that_autograd_keeps(name, precision, fused):
     variant = find_variant(name)
     model = build_convnext(variant, num_classes=10, drop_path=0.1).train()
+    if fused:
+        model.use_ways([blocks[-1].ways()[-1] for blocks in model.list_stages()])
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -36,4 +39,5 @@ def test_activations_are_those_that_autograd_keeps(name, precision):
         parameters=sum(weight.numel() for weight in model.parameters()),
         precision=precision,
         checkpointing="none",
+        fused=fused,
     ) == pytest.approx(sum(value.untyped_storage().nbytes() for value in kept.values()), rel=0.1)

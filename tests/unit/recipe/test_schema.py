@@ -53,7 +53,7 @@ def test_a_recipe_cannot_be_changed():
         ("schedule", "length", "30min"),
         ("evaluate", "every", "30min"),
         ("ema", "decay", 1.0),
-        ("compute", "compile", 1),
+        ("compute", "channels_last", 1),
         ("compute", "precision", "fp8"),
         ("model", "drop_path", 1.0),
         ("model", "num_classes", 1),
@@ -83,7 +83,7 @@ def test_off_is_null_and_choose_for_me_is_auto():
         ema={"decay": None},
         schedule={"warmup": None},
         optim={"clip_norm": None, "layer_decay": None},
-        compute={"precision": "auto", "compile": "auto"},
+        compute={"precision": "auto", "kernels": "auto"},
         model={"num_classes": "auto"},
     )
 

@@ -1,0 +1,58 @@
+"""Loss curves of 200 steps on the same batches, in bfloat16, by the way blocks are computed."""
+
+import torch
+from sklearn.datasets import load_digits
+
+from convnext_cli.catalog.ways import Way
+from convnext_cli.models.convnext import ConvNeXt
+
+STEPS, IMAGES = 200, 16
+
+
+def train_curve(
+    *, device: str, ways: tuple[Way, ...], grn: bool, turned: bool = False
+) -> torch.Tensor:
+    """Losses (200) of a small ConvNeXt on handwritten digits.
+
+    Args:
+        device: Where.
+        ways: Of the two stages.
+        grn: V2.
+        turned: Whether each batch comes in the opposite order: the same numbers, summed otherwise.
+    """
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    images = torch.nn.functional.interpolate(images, 32).repeat(1, 3, 1, 1).to(device)
+    labels = torch.tensor(labels, device=device)
+    torch.manual_seed(0)
+    model = ConvNeXt(
+        depths=(1, 1), dims=(32, 64), num_classes=10, layer_scale_init=None if grn else 0.1, grn=grn
+    )
+    model.to(device).to(memory_format=torch.channels_last).train()
+    model.use_ways(ways)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for step in range(STEPS):
+        rows = order.roll(-step * IMAGES)[:IMAGES]
+        rows = rows.flip(0) if turned else rows
+        with torch.autocast(device, dtype=torch.bfloat16):
+            batch = images[rows].contiguous(memory_format=torch.channels_last)
+            logits = model(batch)
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).cpu()
+
+
+def assert_within_noise(*, device: str, ways: tuple[Way, ...], grn: bool) -> None:
+    """The fused curve is no further from the plain one than the plain one summed otherwise."""
+    plain = train_curve(device=device, ways=("plain", "plain"), grn=grn)
+    turned = train_curve(device=device, ways=("plain", "plain"), grn=grn, turned=True)
+    noise = (turned - plain).abs()
+    off = (train_curve(device=device, ways=ways, grn=grn) - plain).abs()
+    assert plain[-20:].mean() < 0.5 * plain[:20].mean()  # it learns
+    assert noise.mean() > 0  # and the order of sums is seen
+    assert off.mean() <= 2 * noise.mean()

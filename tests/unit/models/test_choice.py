@@ -1,0 +1,102 @@
+"""The fastest way that is right is taken, and measured once."""
+
+import itertools
+
+import pytest
+import torch
+
+from convnext_cli.models import choice
+from convnext_cli.models.choice import StageShape, choose_ways, measure_stage
+from convnext_cli.models.convnext import ConvNeXt
+
+SHAPE = StageShape(
+    images=2, height=4, width=4, dim=32, grn=False, layer_scale=True, drops=True, dtype="bfloat16"
+)
+WAYS = ("plain", "positions", "kept", "recomputed")
+
+
+def count_down():
+    """A clock by which each way is faster than the one before."""
+    ticks = itertools.count(100, -1)
+
+    def clock(work):
+        work()
+        return float(next(ticks))
+
+    return clock
+
+
+def choose(folder, *, clock, say=lambda _: None):
+    model = ConvNeXt(depths=(1, 1), dims=(32, 40), num_classes=3, layer_scale_init=1.0)
+    return choose_ways(
+        model,
+        images=2,
+        image_px=32,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        cache=folder,
+        clock=clock,
+        say=say,
+    )
+
+
+def test_the_fastest_way_of_each_stage_is_taken_and_not_measured_again(tmp_path):
+    said: list[str] = []
+
+    first = choose(tmp_path / "kernels", clock=count_down(), say=said.append)
+    second = choose(tmp_path / "kernels", clock=None)
+
+    assert [one.way for one in first] == ["recomputed", "positions"]
+    assert first == second
+    assert len(said) == 2
+    assert "2x8x8x32-bfloat16-layer_scale" in said[0]
+
+
+def test_a_damaged_file_is_measured_anew(tmp_path):
+    choose(tmp_path, clock=count_down())
+    (file,) = tmp_path.glob("*.json")
+    file.write_text('{"2x8x8x32-bfloat16-layer_scale": 3}')
+
+    again = choose(tmp_path, clock=count_down())
+
+    assert [one.way for one in again] == ["recomputed", "positions"]
+
+
+def test_a_way_that_is_wrong_is_left_out_however_fast_it_is(monkeypatch):
+    broken = choice.Block.forward_fused
+
+    def forward_fused(self, x_NHWC, *, recomputed):
+        out = broken(self, x_NHWC, recomputed=recomputed)
+        return out * 1.1 if recomputed else out
+
+    monkeypatch.setattr(choice.Block, "forward_fused", forward_fused)
+
+    chosen = measure_stage(SHAPE, WAYS, device=torch.device("cpu"), clock=count_down())
+
+    assert chosen.way == "kept"
+    assert "output is off by" in chosen.left_out["recomputed"]
+
+
+def test_a_way_that_does_not_run_is_left_out_and_said(monkeypatch, tmp_path):
+    def forward_fused(self, x_NHWC, *, recomputed):
+        raise RuntimeError("out of shared memory\nand more")
+
+    monkeypatch.setattr(choice.Block, "forward_fused", forward_fused)
+    said: list[str] = []
+
+    chosen = choose(tmp_path, clock=count_down(), say=said.append)
+
+    assert chosen[0].way == "positions"
+    assert any(
+        "go without kept kernels: RuntimeError: out of shared memory" in told for told in said
+    )
+
+
+def test_plain_operators_have_to_work(monkeypatch):
+    def mix_positions(self, x_NCHW):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(choice.Block, "mix_positions", mix_positions)
+
+    with pytest.raises(RuntimeError, match="broken"):
+        measure_stage(SHAPE, WAYS, device=torch.device("cpu"), clock=count_down())
