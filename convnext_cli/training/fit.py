@@ -294,6 +294,11 @@ def _run_trainer(
             # torch's handler raises for each further one, in whatever runs then.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
+        if isinstance(error, RolledBack):
+            # Lightning ends nothing after an exception: a watch of this attempt would end the next.
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.teardown(trainer, task, "fit")
+            data.teardown("fit")
         if isinstance(error, DataError):
             raise from_worker(error) from error
         if is_lost_worker(error):
