@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from convnext_cli.catalog.models import find_variant
-from convnext_cli.data.build import ImageData, build_data, build_mix
+from convnext_cli.data.build import ImageData, build_batch_mix, build_data
 from convnext_cli.data.reader import from_worker, is_lost_worker
 from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError
@@ -219,7 +219,7 @@ def _attempt(
         model,
         averaged=None if plan.recipe.ema.decay is None else make_averaged(model),
         plan=plan,
-        mix=build_mix(plan.recipe, num_classes=plan.num_classes),
+        mix=build_batch_mix(plan),
         card=make_card(plan, classes=data.classes),
     )
     if plan.channels_last:
