@@ -89,7 +89,8 @@ class OwnStep:
         if plan.channels_last:
             self.task.to_channels_last()
         if plan.compile:
-            compile_network(model, strategy="ddp")
+            graphs = plan.recipe.compute.cuda_graphs
+            compile_network(model, strategy="ddp", cuda_graphs=graphs)
         self.optimizer: Any = self.task.configure_optimizers()
         self._batches = cycle(_make_batches(plan))
         self._precision = _autocast(plan)

@@ -232,6 +232,8 @@ def make_plan(
     )
     # ZeRO-3 moves parameters in and out of place in hooks that a compiler cannot trace
     compiles = on_gpu and compute.strategy != "zero3"
+    compiled = compiles if compute.compile == "auto" else compute.compile
+    _check_cuda_graphs(recipe, on_gpu=on_gpu, compiled=compiled, accumulate_steps=accumulate_steps)
     workers = _workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers
     augment_on: Literal["cpu", "device"] = "device" if on_gpu else "cpu"
     if recipe.augment.augment_on != "auto":
@@ -261,7 +263,7 @@ def make_plan(
         lr_note=lr_note,
         min_lr=recipe.optim.min_lr,
         precision=precision,
-        compile=compiles if compute.compile == "auto" else compute.compile,
+        compile=compiled,
         channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
         workers=workers,
         augment_on=augment_on,
@@ -334,6 +336,28 @@ def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:
             "compute.compile: zero3 fetches weights in hooks that cannot be compiled",
             hint="set compute.compile=auto or compute.strategy=fsdp",
         )
+
+
+def _check_cuda_graphs(
+    recipe: Recipe, *, on_gpu: bool, compiled: bool, accumulate_steps: int
+) -> None:
+    """Refuse CUDA graphs where they cannot be recorded, or would be played back wrongly."""
+    if not recipe.compute.cuda_graphs:
+        return
+    if not on_gpu:
+        why = "a CPU has none"
+    elif not compiled:
+        why = "only a compiled network is recorded"
+    elif recipe.compute.strategy != "ddp":
+        why = f"under {recipe.compute.strategy} weights move in memory from step to step"
+    elif accumulate_steps > 1:
+        why = (
+            f"a step has {accumulate_steps} passes, and a pass would overwrite the gradients of the"
+            " one before"
+        )
+    else:
+        return
+    raise PlanError(f"compute.cuda_graphs: {why}", hint="set compute.cuda_graphs=false")
 
 
 def _steps(duration: Duration, steps_per_epoch: int) -> int:

@@ -252,7 +252,8 @@ def _attempt(
         checkpoint_io=writer,
     )
     if plan.compile:
-        compile_network(model, strategy=plan.recipe.compute.strategy)
+        compute = plan.recipe.compute
+        compile_network(model, strategy=compute.strategy, cuda_graphs=compute.cuda_graphs)
     if start.checkpoint is None and not back:
         _record(run, plan, event="started", step=start.step)
     else:

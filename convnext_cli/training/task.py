@@ -113,6 +113,11 @@ class Classifier(pl.LightningModule):
         seed, rank = self.plan.recipe.seed, self.global_rank
         rng = pass_rng(seed, step=self.step, micro=micro, rank=rank)
         torch.manual_seed(int(rng.integers(2**63)))  # drop path
+        if self.plan.recipe.compute.cuda_graphs:
+            # What the graphs of the step before made lies in memory that is now used again: its
+            # gradients go, and everything else that is kept (losses, norm) was made outside.
+            self.zero_grad(set_to_none=True)
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         passes_before = rank * self.plan.accumulate_steps + micro
         x_NCHW, target_NK = self.mix(
             batch.image_NCHW,
