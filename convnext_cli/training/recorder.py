@@ -1,6 +1,9 @@
 """Writes the rows of a run: metrics.jsonl, metrics.csv and the trackers; tells who listens.
 
-Values leave the device only when a row is due, so the host does not wait for it at every step.
+Values leave the device only when a row is due: together, in one copy that the host waits for. While
+a row is written the device has nothing to do: for 1.4 ms with a file and TensorBoard, measured on a
+CPU, 0.2% of 50 steps of 12 ms. For that the rates are true, and a row is on the disk before
+anything else is done with its step.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -112,7 +112,9 @@ class Classifier(pl.LightningModule):
         self.at_step_end = micro == self.plan.accumulate_steps - 1
         seed, rank = self.plan.recipe.seed, self.global_rank
         rng = pass_rng(seed, step=self.step, micro=micro, rank=rank)
-        torch.manual_seed(int(rng.integers(2**63)))  # drop path
+        # For drop path, which draws on the device; `torch.manual_seed` would visit all devices.
+        seed_device = torch.cuda.manual_seed if self.device.type == "cuda" else torch.manual_seed
+        seed_device(int(rng.integers(2**63)))
         if self.plan.recipe.compute.cuda_graphs:
             # What the graphs of the step before made lies in memory that is now used again: its
             # gradients go, and everything else that is kept (losses, norm) was made outside.
