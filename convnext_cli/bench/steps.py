@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.augment import Choices, draw_erased
-from convnext_cli.data.build import build_mix
+from convnext_cli.data.build import build_batch_mix
 from convnext_cli.data.order import seeded_random
 from convnext_cli.data.reader import Batch
 from convnext_cli.errors import PlanError
@@ -84,7 +84,7 @@ class OwnStep:
         model = build_model(plan)
         classes = tuple(str(number) for number in range(plan.num_classes))
         averaged = None if plan.recipe.ema.decay is None else make_averaged(model)
-        mix = build_mix(plan.recipe, num_classes=plan.num_classes)
+        mix = build_batch_mix(plan)
         card = make_card(plan, classes=classes)
         self.task = Classifier(model, averaged=averaged, plan=plan, mix=mix, card=card)
         self.task.to(_device(plan)).train()
@@ -95,7 +95,8 @@ class OwnStep:
             assert isinstance(model, ConvNeXt)
             model.use_ways(ways)
         if plan.compile:
-            compile_network(model, strategy="ddp")
+            graphs = plan.recipe.compute.cuda_graphs
+            compile_network(model, strategy="ddp", cuda_graphs=graphs)
         self.optimizer: Any = self.task.configure_optimizers()
         self._batches = cycle(_make_batches(plan))
         self._precision = _autocast(plan)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 
+from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.augment import AugmentPlace, EvalView, TrainView
 from convnext_cli.data.card import DatasetCard, read_card, shards_location
 from convnext_cli.data.fetch import Expected, Store, default_cache_dir, is_url
@@ -46,6 +48,23 @@ def build_mix(recipe: Recipe, *, num_classes: int) -> BatchMix:
         switch_prob=recipe.mix.switch_prob,
         group_images=recipe.mix.group_images,
         label_smoothing=recipe.mix.label_smoothing,
+    )
+
+
+def build_batch_mix(plan: Plan) -> BatchMix:
+    """The same, in the form that a plan's network takes.
+
+    ConvNeXt begins with a convolution, for which autocast would round the images in any case;
+    models of timm may begin with something else.
+    """
+    rounded = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    own = find_variant(plan.recipe.model.name).family != "timm"
+    return replace(
+        build_mix(plan.recipe, num_classes=plan.num_classes),
+        dtype=rounded[plan.precision] if own else torch.float32,
+        channels_last=plan.channels_last,
+        # on a CPU it gains nothing that is worth the time to compile it
+        compiled=plan.compile and plan.cluster.device == "cuda",
     )
 
 

@@ -24,7 +24,7 @@ pixel, count 1) and timm/data/mixup.py `Mixup` (mode batch); ConvNeXt Table 5.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -72,15 +72,21 @@ class MixDraw:
 NOT_MIXED = MixDraw(kind="none", lam=1.0)
 
 
+@lru_cache(maxsize=8)
+def colour_constants(mean: Colour, std: Colour, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift of `normalise`, float32 of shape (C, 1, 1)."""
+    with torch.inference_mode(mode=False):  # whoever asks first: training is to use them, too
+        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+        return to_device(scale, device).view(-1, 1, 1), to_device(shift, device).view(-1, 1, 1)
+
+
 def normalise(
     images_NCHW: Tensor, *, mean: Colour, std: Colour, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """uint8 pixels -> (pixel / 255 - mean) / std, of the same shape, device and memory format."""
-    # One multiply and one add a pixel; the constants are made on the host and sent without waiting.
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    scale_C11 = to_device(scale, images_NCHW.device).view(-1, 1, 1)
-    shift_C11 = to_device(shift, images_NCHW.device).view(-1, 1, 1)
+    # One multiply and one add a pixel.
+    scale_C11, shift_C11 = colour_constants(tuple(mean), tuple(std), images_NCHW.device)
     return torch.addcmul(shift_C11, images_NCHW.float(), scale_C11).to(dtype)
 
 
@@ -217,6 +223,101 @@ def make_target(
     return torch.lerp(_partners(target_NK), target_NK, lam_N[:, None])
 
 
+def pack_numbers(erased_N6: NDArray[np.int32], draws: Sequence[MixDraw]) -> Tensor:
+    """All that was drawn for the images of a pass, float32 of shape (N, 12), on the host.
+
+    Columns: `augment.Choices.erased`; edges of the patch as in `Box`; weight of the image outside
+    of the patch; weight of its label. The whole numbers are small, so float32 holds them exactly.
+    """
+    mixed_N6 = [
+        (d.box.top, d.box.bottom, d.box.left, d.box.right, 1.0, d.lam)
+        if d.box
+        else (0, 0, 0, 0, d.lam, d.lam)
+        for d in draws
+    ]
+    numbers_N12 = np.concatenate([erased_N6, np.array(mixed_N6)], axis=1)
+    return torch.from_numpy(numbers_N12.astype(np.float32))
+
+
+def mix_fused(
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    numbers_N12: Tensor,
+    *,
+    noise: Tensor,
+    scale_C11: Tensor,
+    shift_C11: Tensor,
+    num_classes: int,
+    smoothing: float,
+    mixes: bool,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> tuple[Tensor, Tensor]:
+    """What `normalise`, `erase`, `mix_images` and `make_target` do, to be compiled into one pass.
+
+    No shape depends on what was drawn, so nothing is compiled anew: each image is erased, most of
+    them nowhere, and each is mixed, some of them with all of the weight on themselves.
+
+    Args:
+        images_NCHW: uint8.
+        labels_N: int64.
+        numbers_N12: `pack_numbers`, on the device.
+        noise: `noise_bank`.
+        scale_C11: `normalise` multiplies by it.
+        shift_C11: And adds this.
+        num_classes: K.
+        smoothing: Of the labels.
+        mixes: Whether images have partners; if not, N may be odd.
+        dtype: Of the images that are returned; rounded once, at the end.
+        memory_format: Of the same.
+
+    Returns:
+        Images, and float32 targets of shape (N, K).
+    """
+    height, width = images_NCHW.shape[-2:]
+    y_H = torch.arange(height, dtype=torch.int32, device=images_NCHW.device)
+    x_W = torch.arange(width, dtype=torch.int32, device=images_NCHW.device)
+    places_N10 = numbers_N12[:, :10].int()
+    x_NCHW = torch.addcmul(shift_C11, images_NCHW.float(), scale_C11)
+    down_NH = (y_H + places_N10[:, 4, None]) % NOISE_PX
+    across_NW = (x_W + places_N10[:, 5, None]) % NOISE_PX
+    erased_NHW = _inside(places_N10[:, :4], y_H, x_W)
+    # Where nothing is erased all pixels read the same value, which costs no memory traffic.
+    place_NHW = (down_NH[:, :, None] * NOISE_PX + across_NW[:, None, :]).where(erased_NHW, 0)
+    noise_NCHW = noise.flatten(1)[:, place_NHW].transpose(0, 1)
+    x_NCHW = torch.where(erased_NHW[:, None], noise_NCHW, x_NCHW)
+    off = smoothing / num_classes
+    classes_K = torch.arange(num_classes, device=labels_N.device)
+    target_NK = torch.where(labels_N[:, None] == classes_K, 1 - smoothing + off, off)
+    if mixes:
+        patch_NHW = _inside(places_N10[:, 6:], y_H, x_W)
+        weight_N111 = numbers_N12[:, 10, None, None, None]
+        weight_N1HW = weight_N111.masked_fill(patch_NHW[:, None], 0.0)
+        x_NCHW = torch.lerp(_partners(x_NCHW), x_NCHW, weight_N1HW)
+        target_NK = torch.lerp(_partners(target_NK), target_NK, numbers_N12[:, 11, None])
+    return x_NCHW.to(dtype, memory_format=memory_format), target_NK
+
+
+def _inside(edges_N4: Tensor, y_H: Tensor, x_W: Tensor) -> Tensor:
+    """Which pixels (N, H, W) lie in boxes of top, bottom, left and right."""
+    top_N1, bottom_N1, left_N1, right_N1 = edges_N4[:, :, None].unbind(1)
+    inside_NH = (y_H >= top_N1) & (y_H < bottom_N1)
+    inside_NW = (x_W >= left_N1) & (x_W < right_N1)
+    return inside_NH[:, :, None] & inside_NW[:, None, :]
+
+
+@lru_cache(maxsize=1)
+def compile_mix() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`mix_fused` as two kernels: one makes each value of the images, the other the targets."""
+    # By default the compiler would store what two values are made of: here, images before mixing.
+    return torch.compile(
+        mix_fused,
+        fullgraph=True,
+        dynamic=False,
+        options={"realize_reads_threshold": 100, "realize_opcount_threshold": 10_000},
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchMix:
     """Makes the network's input and target from a batch of pixels and labels."""
@@ -240,6 +341,12 @@ class BatchMix:
     """Neighbours in the global batch that share a draw; even. Paper: a device's batch, 128."""
     label_smoothing: float = 0.0
     """Paper: .1."""
+    dtype: torch.dtype = torch.float32
+    """Of the images; they are computed in float32 and rounded once, as autocast does it."""
+    channels_last: bool = False
+    """Whether the images are put into NHWC memory format."""
+    compiled: bool = False
+    """Whether all but RandAugment is done by `mix_fused`, compiled."""
 
     @property
     def mixes(self) -> bool:
@@ -285,7 +392,7 @@ class BatchMix:
             first: Place of the pass's first image in the global batch.
 
         Returns:
-            Float32 images and float32 targets of shape (N, K).
+            Images of `dtype` and float32 targets of shape (N, K).
 
         Raises:
             ValueError: The pass does not hold whole pairs, and images are mixed.
@@ -298,10 +405,29 @@ class BatchMix:
             images_NCHW = apply_ops(
                 images_NCHW, choices.ops, mean=self.mean, interpolation=self.interpolation
             )
+        device, px = images_NCHW.device, images_NCHW.shape[-1]
+        noise = noise_bank(self.seed, device)
+        draws = self.draw(step=step, first=first, count=len(images_NCHW), px=px)
+        memory_format = torch.channels_last if self.channels_last else torch.preserve_format
+        if self.compiled:
+            scale_C11, shift_C11 = colour_constants(self.mean, self.std, device)
+            return compile_mix()(
+                images_NCHW,
+                labels_N,
+                to_device(pack_numbers(choices.erased, draws), device),
+                noise=noise,
+                scale_C11=scale_C11,
+                shift_C11=shift_C11,
+                num_classes=self.num_classes,
+                smoothing=self.label_smoothing,
+                mixes=self.mixes,
+                dtype=self.dtype,
+                memory_format=memory_format,
+            )
         x_NCHW = normalise(images_NCHW, mean=self.mean, std=self.std)
-        x_NCHW = erase(x_NCHW, erased_N6=choices.erased, noise=noise_bank(self.seed, x_NCHW.device))
-        draws = self.draw(step=step, first=first, count=len(images_NCHW), px=images_NCHW.shape[-1])
+        x_NCHW = erase(x_NCHW, erased_N6=choices.erased, noise=noise)
         target_NK = make_target(
             labels_N, num_classes=self.num_classes, smoothing=self.label_smoothing, draws=draws
         )
-        return mix_images(x_NCHW, draws), target_NK
+        x_NCHW = mix_images(x_NCHW, draws).to(self.dtype, memory_format=memory_format)
+        return x_NCHW, target_NK

@@ -243,6 +243,9 @@ def make_plan(
         kernels = "eager"
     elif kernels == "auto" and variant.family == "timm":
         kernels = "compile"
+    _check_cuda_graphs(
+        recipe, on_gpu=on_gpu, compiled=kernels != "eager", accumulate_steps=accumulate_steps
+    )
     workers = _workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers
     augment_on: Literal["cpu", "device"] = "device" if on_gpu else "cpu"
     if recipe.augment.augment_on != "auto":
@@ -351,6 +354,28 @@ def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:
             " layer by layer in hooks that are neither compiled nor fused",
             hint="set compute.kernels=auto or compute.strategy=fsdp",
         )
+
+
+def _check_cuda_graphs(
+    recipe: Recipe, *, on_gpu: bool, compiled: bool, accumulate_steps: int
+) -> None:
+    """Refuse CUDA graphs where they cannot be recorded, or would be played back wrongly."""
+    if not recipe.compute.cuda_graphs:
+        return
+    if not on_gpu:
+        why = "a CPU has none"
+    elif not compiled:
+        why = "only a compiled network is recorded"
+    elif recipe.compute.strategy != "ddp":
+        why = f"under {recipe.compute.strategy} weights move in memory from step to step"
+    elif accumulate_steps > 1:
+        why = (
+            f"a step has {accumulate_steps} passes, and a pass would overwrite the gradients of the"
+            " one before"
+        )
+    else:
+        return
+    raise PlanError(f"compute.cuda_graphs: {why}", hint="set compute.cuda_graphs=false")
 
 
 def _steps(duration: Duration, steps_per_epoch: int) -> int:

@@ -305,6 +305,10 @@ class Compute(Section):
     channels_last: bool | Literal["auto"] = "auto"
     """NHWC memory format; auto: on a GPU."""
 
+    cuda_graphs: bool = False
+    """Record the compiled network as CUDA graphs and launch each at once. Gains only where the GPU
+    waits for its host, as with small models and batches; takes memory of its own."""
+
     gradient_checkpointing: GradientCheckpointing = "none"
     """Recompute activations in the backward pass to save memory: per stage or per block."""
 

@@ -125,6 +125,9 @@ def build_trainer(
         use_distributed_sampler=False,
         benchmark=plan.cluster.device == "cuda",  # every batch has the same shape
     )
+    # It asks all ranks in each pass whether rank 0 got a SIGTERM, and waits for the device; here it
+    # never hears of one, and `agreement` asks.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
     # Its handlers save in the middle of a step, requeue by themselves and end with exit code 0.
     connector = trainer._signal_connector  # noqa: SLF001  # Lightning has no switch for it
     connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

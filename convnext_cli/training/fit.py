@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from convnext_cli.catalog.models import find_variant
-from convnext_cli.data.build import ImageData, build_data, build_mix
+from convnext_cli.data.build import ImageData, build_batch_mix, build_data
 from convnext_cli.data.reader import from_worker, is_lost_worker
 from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError
@@ -220,7 +220,7 @@ def _attempt(
         model,
         averaged=None if plan.recipe.ema.decay is None else make_averaged(model),
         plan=plan,
-        mix=build_mix(plan.recipe, num_classes=plan.num_classes),
+        mix=build_batch_mix(plan),
         card=make_card(plan, classes=data.classes),
     )
     if plan.channels_last:
@@ -254,7 +254,8 @@ def _attempt(
         checkpoint_io=writer,
     )
     if plan.compile:
-        compile_network(model, strategy=plan.recipe.compute.strategy)
+        compute = plan.recipe.compute
+        compile_network(model, strategy=compute.strategy, cuda_graphs=compute.cuda_graphs)
     if start.checkpoint is None and not back:
         _record(run, plan, event="started", step=start.step)
     else:
@@ -296,6 +297,11 @@ def _run_trainer(
             # torch's handler raises for each further one, in whatever runs then.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
+        if isinstance(error, RolledBack):
+            # Lightning ends nothing after an exception: a watch of this attempt would end the next.
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.teardown(trainer, task, "fit")
+            data.teardown("fit")
         if isinstance(error, DataError):
             raise from_worker(error) from error
         if is_lost_worker(error):

@@ -1,13 +1,17 @@
 """Gradients that are not finite: counted, named, and too many of them send the run back.
 
-`Classifier` leaves such a step out, on all ranks alike because they have the same gradient. Here
-each is written to `events.jsonl`. More than `guard.max_skipped_steps` within
-`guard.window_steps`, and the run goes back to the newest whole checkpoint from before the first of
-them; the images from there to here are left out (`skips.json`, `data.order.Skip`). After
-`guard.max_rollbacks` the run ends with exit code 71.
+`Classifier` leaves such a step out, on the device and on all ranks alike because they have the same
+gradient. So the weights are right at any time, and only the news may come late: on a GPU it is read
+a fixed number of steps later (`later.LAG_STEPS`), by all ranks after the same step, and before
+anything is validated or saved. Each such step is written to `events.jsonl`. More than
+`guard.max_skipped_steps` within `guard.window_steps`, and the run goes back to the newest whole
+checkpoint from before the first of them; the images from there to the last of them are left out
+(`skips.json`, `data.order.Skip`). After `guard.max_rollbacks` the run ends with exit code 71.
 """
 
 import json
+from collections import deque
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -18,6 +22,7 @@ from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path
 from convnext_cli.runs.record import JsonLines, utc_now, write_json
 from convnext_cli.training.checkpoint import BackgroundWriter
+from convnext_cli.training.later import Later
 from convnext_cli.training.task import Classifier, as_task
 
 
@@ -51,44 +56,67 @@ class FiniteGuard(pl.Callback):
         self.plan = plan
         self.writer = writer
         self.skipped_steps: list[int] = []
+        self._pending: deque[tuple[int, Later]] = deque()
+        """Steps of which it is not known yet, and what will say it."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
     ) -> None:
-        """Count a step that was left out, before anything is saved at its end.
+        """Count the steps that were left out, as far as it is known by now.
 
         Raises:
             RolledBack: There were too many.
             Diverged: And the run has gone back often enough.
         """
         task = as_task(pl_module)
-        if not task.at_step_end or not task.skipped:
-            return
+        if task.at_step_end:
+            left_out = Later(task.left_out)
+            self._pending.append((task.step, left_out))
+            self._settle(trainer, task, keep=left_out.lag_steps)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the rest, for a run that goes back need not be validated."""
+        self._settle(trainer, as_task(pl_module), keep=0)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the rest, before anything is written: a checkpoint is of a step that is known."""
+        del checkpoint
+        self._settle(trainer, as_task(pl_module), keep=0)
+
+    def _settle(self, trainer: pl.Trainer, task: Classifier, *, keep: int) -> None:
+        """Read what is known of all but the newest steps."""
         guard = self.plan.recipe.guard
-        first = task.step - guard.window_steps
-        self.skipped_steps = [*(step for step in self.skipped_steps if step > first), task.step]
-        if trainer.is_global_zero:
-            self._write_event("skipped", task.step)
-        if len(self.skipped_steps) > guard.max_skipped_steps:
-            self._go_back(trainer, task)
+        while len(self._pending) > keep:
+            step, left_out = self._pending.popleft()
+            if not left_out.read():
+                continue
+            first = step - guard.window_steps
+            self.skipped_steps = [*(found for found in self.skipped_steps if found > first), step]
+            if trainer.is_global_zero:
+                self._write_event("skipped", step)
+            if len(self.skipped_steps) > guard.max_skipped_steps:
+                self._go_back(trainer, task, step=step)
 
     def _write_event(self, event: str, step: int, **more: object) -> None:
         with JsonLines(self.run.events) as events:
             events.write({"event": event, "time": utc_now(), "step": step, **more})
 
-    def _go_back(self, trainer: pl.Trainer, task: Classifier) -> None:
+    def _go_back(self, trainer: pl.Trainer, task: Classifier, *, step: int) -> None:
+        """Leave out the images up to a step, and go on from before the first of the bad ones."""
         skips = read_skips(self.run)
         # Everybody has read before somebody writes.
         trainer.strategy.barrier()
-        last = task.step - 1
+        last = step - 1
         told = (
             f"the gradient is not finite in {len(self.skipped_steps)} of the last"
-            f" {self.plan.recipe.guard.window_steps} steps, the newest step {task.step}"
+            f" {self.plan.recipe.guard.window_steps} steps, the newest step {step}"
             f" (learning rate {task.lr_at(last):.3g}, {self.plan.precision})"
         )
         if trainer.is_global_zero:
             names = trainer.datamodule.names_at(last)  # type: ignore[attr-defined]  # ImageData's
-            write_json(self.run.bad_batch, {"step": task.step, "samples": names})
+            write_json(self.run.bad_batch, {"step": step, "samples": names})
         if len(skips) >= self.plan.recipe.guard.max_rollbacks:
             raise Diverged(
                 f"{told}, after going back {len(skips)} times",
@@ -98,9 +126,9 @@ class FiniteGuard(pl.Callback):
         self.writer.wait()
         if trainer.is_global_zero:
             start = self._drop_newer_than(self.skipped_steps[0] - 1)
-            skips = (*skips, Skip(start, task.step - start))
+            skips = (*skips, Skip(start, step - start))
             write_json(self.run.skips, {"skips": [list(skip) for skip in skips]})
-            self._write_event("rolled_back", task.step, to=start, why=told)
+            self._write_event("rolled_back", step, to=start, why=told)
         trainer.strategy.barrier()
         raise RolledBack(told)
 

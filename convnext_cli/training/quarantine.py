@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import distributed
 
 from convnext_cli.data.reader import Unusable
@@ -54,16 +53,12 @@ class Quarantine(pl.Callback):
         """Take it up again."""
         self.reasons = dict(state_dict["reasons"])
 
-    def collect(self, trainer: pl.Trainer, task: Classifier) -> int:
-        """Gather from all ranks what could not be used since the last call; how many images.
+    def collect(self, trainer: pl.Trainer, task: Classifier) -> None:
+        """Gather from all ranks what could not be used since the last call.
 
-        Every rank calls it at the same step.
+        Every rank calls it at the same step, which waits for the device.
         """
         own, task.bad = task.bad, []
-        count = torch.tensor(float(len(own)), device=task.device)
-        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
-        if not total:
-            return 0
         found = own
         if trainer.world_size > 1:
             parts: list[list[Unusable]] = [[] for _ in range(trainer.world_size)]
@@ -78,7 +73,6 @@ class Quarantine(pl.Callback):
                 for key in sorted(new.keys() - told):
                     row = {"event": EVENT, "time": utc_now(), "step": task.step}
                     events.write({**row, "key": key, "reason": new[key]})
-        return total
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object

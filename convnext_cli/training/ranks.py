@@ -40,6 +40,8 @@ class RankTimer(pl.Callback):
         self._forward_seconds = 0.0
         self._started = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._under_way: deque[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = deque()
+        """Events of the passes of steps that the device is not known to be done with."""
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
@@ -70,15 +72,16 @@ class RankTimer(pl.Callback):
             return
         forward = self._forward_seconds
         if self._events:
-            # Not waited for: where the device is behind, the step before stands in for this one.
-            done = self._events[-1][1].query()  # type: ignore[no-untyped-call]
+            # Not waited for: the newest step that the device is done with stands in for this one.
+            self._under_way.append(self._events)
+            self._events = []
             forward = self.own.forward_seconds
-            if done:
-                forward = sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+            while self._under_way and self._under_way[0][-1][1].query():  # type: ignore[no-untyped-call]
+                passes = self._under_way.popleft()
+                forward = sum(begin.elapsed_time(end) for begin, end in passes) / 1e3
         self.own = RankTime(self.clock.waited_seconds - self._waited, forward)
         self._waited = self.clock.waited_seconds
         self._forward_seconds = 0.0
-        self._events.clear()
 
 
 class Stragglers(pl.Callback):

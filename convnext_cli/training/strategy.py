@@ -78,13 +78,20 @@ def build_strategy(
             assert_never(strategy)
 
 
-def compile_network(network: nn.Module, *, strategy: StrategyName) -> None:
+def compile_network(
+    network: nn.Module, *, strategy: StrategyName, cuda_graphs: bool = False
+) -> None:
     """Have a network compiled when it first runs: whole, or block by block where it is sharded.
 
     FSDP's hooks, which fetch the weights of a block, stay outside of what is compiled.
+
+    Args:
+        network: Changed.
+        strategy: What devices share.
+        cuda_graphs: Whether each compiled graph is recorded; not under fsdp.
     """
     if strategy != "fsdp":
-        network.compile()
+        network.compile(options={"triton.cudagraphs": True} if cuda_graphs else None)
         return
     from torch._dynamo import config  # noqa: PLC0415  # takes seconds
 

@@ -79,10 +79,11 @@ class Classifier(pl.LightningModule):
         """Sum of the losses of the passes since the row before; stays on the device."""
         self.step_loss = torch.zeros(())
         """Sum of the losses of the passes of the newest step."""
-        self.loss_steps = 0
-        """Steps in that sum: those whose gradient was finite."""
-        self.skipped = False
-        """Whether the newest step was left out, because its gradient is not finite."""
+        self.loss_steps = torch.zeros(())
+        """Steps in that sum: those whose gradient was finite; stays on the device."""
+        self.left_out = torch.zeros(())
+        """1 where the newest step was left out, because its gradient is not finite, else 0; stays
+        on the device (`guard` reads it later)."""
         self.bad: list[Unusable] = []
         """Images that this rank could not use since the row before."""
         self.at_step_end = False
@@ -111,7 +112,14 @@ class Classifier(pl.LightningModule):
         self.at_step_end = micro == self.plan.accumulate_steps - 1
         seed, rank = self.plan.recipe.seed, self.global_rank
         rng = pass_rng(seed, step=self.step, micro=micro, rank=rank)
-        torch.manual_seed(int(rng.integers(2**63)))  # drop path
+        # For drop path, which draws on the device; `torch.manual_seed` would visit all devices.
+        seed_device = torch.cuda.manual_seed if self.device.type == "cuda" else torch.manual_seed
+        seed_device(int(rng.integers(2**63)))
+        if self.plan.recipe.compute.cuda_graphs:
+            # What the graphs of the step before made lies in memory that is now used again: its
+            # gradients go, and everything else that is kept (losses, norm) was made outside.
+            self.zero_grad(set_to_none=True)
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         passes_before = rank * self.plan.accumulate_steps + micro
         x_NCHW, target_NK = self.mix(
             batch.image_NCHW,
@@ -135,13 +143,14 @@ class Classifier(pl.LightningModule):
     ) -> None:
         """Set the learning rate of this step, step, and average the weights."""
         apply_lr(optimizer, self.lr_at(self.step))
-        self.skipped = False
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if not self.skipped:
-            if self.ema_model is not None and self.plan.recipe.ema.decay is not None:
-                update_averaged(self.ema_model, self.model, decay=self.plan.recipe.ema.decay)
-            self.loss_sum = self.loss_sum.to(self.step_loss.device) + self.step_loss
-            self.loss_steps += 1
+        if self.ema_model is not None and self.plan.recipe.ema.decay is not None:
+            decay, left_out = self.plan.recipe.ema.decay, self.left_out
+            update_averaged(self.ema_model, self.model, decay=decay, left_out=left_out)
+        device = self.step_loss.device
+        counted = torch.where(self.left_out == 0, self.step_loss, 0.0)
+        self.loss_sum = self.loss_sum.to(device) + counted
+        self.loss_steps = self.loss_steps.to(device) + 1 - self.left_out
         self.step += 1
         self.validation_due = self.plan.validates_at(self.step)
 
@@ -176,23 +185,27 @@ class Classifier(pl.LightningModule):
         """Clip by norm in every precision, and leave out a step whose gradient is not finite.
 
         Lightning calls this on unscaled gradients before every optimizer step. The ranks have the
-        same gradient, so they all find the same.
+        same gradient, so they all find the same. Fused AdamW reads on the device that a step is to
+        be left out: no update, no decay, no moments, no count. In fp16 the loss scaler passes over
+        the step; it reads its own finding on the host, which waits for the device.
+
+        Source: torch/optim/adam.py `_fused_adam`, which takes `found_inf` from the loss scaler.
         """
-        del optimizer, gradient_clip_val, gradient_clip_algorithm
+        del gradient_clip_val, gradient_clip_algorithm
         limit = self.plan.recipe.optim.clip_norm
         weights = list(self.model.parameters())
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()  # of the whole gradient, the same on every rank
         self.grad_norm = norm.detach()
-        if not bool(torch.isfinite(norm)):
-            self.skipped = True
-            # AdamW passes over weights without a gradient: no update, no decay, no moments.
-            if self.plan.precision != "fp16":  # there the loss scaler passes over the step
-                for weight in weights:
-                    weight.grad = None
-        elif limit is not None:
+        self.left_out = (self.grad_norm * 0 != 0).float()  # inf and nan times 0 are nan
+        if limit is not None:
             nn.utils.clip_grads_with_norm_(weights, limit, norm)
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = self.left_out  # type: ignore[attr-defined]  # see the source
+        elif self.plan.precision != "fp16" and self.left_out:  # a CPU: nothing to wait for
+            for weight in weights:
+                weight.grad = None  # AdamW passes over such a weight
 
     def predict_logits(self, images_NCHW: Tensor, *, ema: bool) -> Tensor:
         """Logits (N, K) in fp32 of uint8 images, from the averaged or the raw weights."""
@@ -270,7 +283,7 @@ class Classifier(pl.LightningModule):
             "validation_due": self.validation_due,
             # The row that comes next spans the checkpoint.
             "loss_sum": self.trainer.strategy.reduce(self.loss_sum.clone(), reduce_op="mean"),
-            "loss_steps": self.loss_steps,
+            "loss_steps": int(self.loss_steps),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -278,7 +291,9 @@ class Classifier(pl.LightningModule):
         self.step = int(checkpoint[CHECKPOINT_KEY]["step"])
         self.validation_due = bool(checkpoint[CHECKPOINT_KEY]["validation_due"])
         self.loss_sum = checkpoint[CHECKPOINT_KEY]["loss_sum"].to(self.device)
-        self.loss_steps = int(checkpoint[CHECKPOINT_KEY]["loss_steps"])
+        self.loss_steps = torch.tensor(
+            float(checkpoint[CHECKPOINT_KEY]["loss_steps"]), device=self.device
+        )
 
 
 def as_task(module: pl.LightningModule) -> Classifier:

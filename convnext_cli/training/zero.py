@@ -132,8 +132,10 @@ class ZeroStrategy(WholeCheckpointStrategy):
         del optimizer, model, kwargs
         loss = closure()
         self._engine.step()
-        # It leaves a step out by itself whose gradient is not finite, on all ranks.
-        self.task.skipped = bool(self._engine.optimizer.overflow)
+        # It leaves a step out by itself whose gradient is not finite, on all ranks; it has waited
+        # for the device to know.
+        overflow = float(self._engine.optimizer.overflow)
+        self.task.left_out = torch.full((), overflow, device=self.root_device)
         norm = self._engine.get_global_grad_norm()
         if norm is not None:
             self.task.grad_norm = torch.as_tensor(norm).detach()

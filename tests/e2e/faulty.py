@@ -12,6 +12,7 @@
 | `worker` | it kills its loader processes at the start of the step |
 | `flip` | the lowest bit of one of its weights is flipped at the start of that step |
 | `slow` | from that step on, each step takes 50 ms longer |
+| `late` | all ranks learn two steps later what was left out, as on a GPU; whatever rank and step |
 """
 
 import os
@@ -38,7 +39,17 @@ def parse(text: str) -> list[tuple[str, int, int]]:
 def inject(faults: list[tuple[str, int, int]]) -> None:
     import torch
 
+    from convnext_cli.training import later
     from convnext_cli.training.task import Classifier
+
+    if any(fault == "late" for fault, _, _ in faults):
+        real_init = later.Later.__init__
+
+        def init(self, value):
+            real_init(self, value)
+            self.lag_steps = later.LAG_STEPS
+
+        later.Later.__init__ = init
 
     real_step, real_validation = Classifier.training_step, Classifier.validation_step
     done: set[str] = set()

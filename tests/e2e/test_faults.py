@@ -326,6 +326,40 @@ def test_after_too_many_bad_steps_the_run_goes_back_and_takes_other_images(runne
     assert len(json.loads((runner.run / "bad_batch.json").read_text())["samples"]) == 8
 
 
+@pytest.mark.parametrize("every", ["8st", "2st"])  # known after step 6; or known when 4 is saved
+def test_bad_steps_that_are_known_late_are_named_and_gone_back_from_as_if_known_at_once(
+    runner, every
+):
+    faults = "late@r0:s1,nan@r0:s3,nan@r1:s4"
+
+    done = runner(f"checkpoint.every={every}", "evaluate.every=8st", fault=faults, world=2)
+
+    assert done.returncode == 0, done.stderr
+    found = events(runner.run)
+    assert [e["step"] for e in found if e["event"] == "skipped"] == [3, 4]
+    (back,) = [e for e in found if e["event"] == "rolled_back"]
+    to = 0 if every == "8st" else 2
+    assert (back["step"], back["to"]) == (4, to)
+    (stopped,) = [e for e in found if e["event"] == "stopped"]
+    assert stopped["step"] == (6 if every == "8st" else 4)
+    assert json.loads((runner.run / "skips.json").read_text()) == {"skips": [[to, 4 - to]]}
+    assert json.loads((runner.run / "bad_batch.json").read_text())["step"] == 4
+    moments = load(runner.run)["optimizer_states"][0]["state"]
+    assert {int(moment["step"]) for moment in moments.values()} == {STEPS}
+    steps = [row["step"] for row in rows(runner.run)]
+    assert steps == sorted(steps)
+
+
+def test_the_watch_of_before_going_back_does_not_end_the_run(runner):
+    # 80 steps of 100 ms and more, after which a watch that was told of the first ones would act
+    longer = ("schedule.length=80st", "checkpoint.every=80st", "evaluate.every=80st")
+
+    done = runner(*longer, "guard.max_skipped_steps=0", fault="nan@r0:s2,slow@r0:s1")
+
+    assert done.returncode == 0, done.stderr
+    assert "going back to step 0" in done.stderr
+
+
 def test_a_run_that_stays_bad_ends_with_71_and_names_the_images(runner):
     done = runner("guard.max_rollbacks=1", fault="nans@r0:s3")
 

@@ -1,24 +1,34 @@
 # ruff: noqa: NPY002  # the global state is what these tests are about
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from convnext_cli.data.augment import Choices
+from convnext_cli.data.build import build_batch_mix
 from convnext_cli.data.mix import (
     NOT_MIXED,
     BatchMix,
     Box,
     MixDraw,
+    compile_mix,
     cutmix_box,
     denormalise,
     draw_mix,
     erase,
     make_target,
+    mix_fused,
     mix_images,
     noise_bank,
     normalise,
 )
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.schema import Compute, Data, Model, Recipe
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -240,3 +250,110 @@ def test_with_everything_off_a_batch_is_only_normalised():
 
     assert torch.equal(x, normalise(some_images(5), mean=MEAN, std=STD))
     assert torch.equal(target, torch.eye(10)[:5])
+
+
+MIXES = {
+    "both": paper_mix(group_images=2),  # groups of mixup beside groups of cutmix
+    "sometimes": paper_mix(group_images=2, prob=0.5),
+    "nothing": paper_mix(mixup=None, cutmix=None, label_smoothing=0.0),
+}
+
+
+def some_batch(step: int, *, count: int = 8, px: int = 16):
+    """Channels-last pixels, as the loader makes them, of which some images are erased."""
+    images = some_images(count, px).roll(step, 0).to(memory_format=torch.channels_last)
+    boxes = np.zeros((count, 6), dtype=np.int32)
+    for place in range(step % 3, count, 3):
+        boxes[place] = (1, 9, 2 + place % 5, 12, 1020, 1021 + step)  # over both edges of the noise
+    return images, torch.arange(count) % 10, Choices(np.zeros((count, 0, 0), np.float32), boxes)
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_in_operations_of_fixed_shapes_a_batch_is_the_same_to_the_bit(mix, monkeypatch):
+    monkeypatch.setattr("convnext_cli.data.mix.compile_mix", lambda: mix_fused)
+    for step in range(6):
+        batch = some_batch(step)
+
+        x, target = replace(mix, compiled=True)(*batch, step=step, first=0)
+
+        expected_x, expected_target = mix(*batch, step=step, first=0)
+        assert torch.equal(x, expected_x)
+        assert torch.equal(target, expected_target)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_once_a_batch_is_the_same_but_for_rounding_whatever_was_drawn(
+    backend, monkeypatch
+):
+    mix = MIXES["sometimes"]
+    torch._dynamo.reset()
+    compile_mix.cache_clear()
+    if backend != "inductor":
+        compiled = torch.compile(mix_fused, fullgraph=True, dynamic=False, backend=backend)
+        monkeypatch.setattr("convnext_cli.data.mix.compile_mix", lambda: compiled)
+    graphs = torch._dynamo.utils.counters["stats"]
+    kinds = set()
+    for step in range(6):
+        batch = some_batch(step)
+        before = graphs["unique_graphs"]
+
+        x, target = replace(mix, compiled=True)(*batch, step=step, first=0)
+
+        expected_x, expected_target = mix(*batch, step=step, first=0)
+        torch.testing.assert_close(x, expected_x, atol=2e-6, rtol=0)
+        torch.testing.assert_close(target, expected_target, atol=1e-6, rtol=0)
+        assert graphs["unique_graphs"] - before == (step == 0)
+        kinds |= {draw.kind for draw in mix.draw(step=step, first=0, count=8, px=16)}
+    assert kinds == {"none", "mixup", "cutmix"}
+
+
+def test_compiled_the_images_are_made_in_one_pass_in_the_format_that_is_asked():
+    mix = paper_mix(compiled=True, channels_last=True, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    compile_mix.cache_clear()
+
+    (x, _), (code,) = run_and_get_code(mix, *some_batch(0), step=0, first=0)
+
+    assert x.dtype == torch.bfloat16
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    made = re.findall(r"buf\d+ = empty_strided_cpu\(\((\d+, \d+(?:, \d+)*)\)", code)
+    assert sorted(made) == ["8, 10", "8, 3, 16, 16"]
+
+
+def test_the_images_are_rounded_as_autocast_would_round_them_and_no_other_number_changes():
+    torch.manual_seed(0)
+    stem = torch.nn.Conv2d(3, 4, 4, 4).to(memory_format=torch.channels_last)
+    batch = some_batch(0)
+
+    x, target = paper_mix()(*batch, step=0, first=0)
+    rounded = replace(paper_mix(), dtype=torch.bfloat16, channels_last=True)
+    rounded_x, rounded_target = rounded(*batch, step=0, first=0)
+
+    assert rounded_x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(rounded_x, x.to(torch.bfloat16))
+    assert torch.equal(rounded_target, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(stem(rounded_x), stem(x.to(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "precision", "dtype"),
+    [
+        ("convnext_tiny", "cuda", "auto", torch.bfloat16),
+        ("convnext_tiny", "cuda", "fp16", torch.float16),
+        ("convnext_tiny", "cpu", "auto", torch.float32),
+        ("resnet50", "cuda", "auto", torch.float32),  # of timm: who knows what it begins with
+    ],
+)
+def test_images_come_as_the_network_of_the_plan_takes_them(model, device, precision, dtype):
+    recipe = Recipe(
+        about="test",
+        model=Model(name=model),
+        data=Data(dataset="imagenet1k"),
+        compute=Compute(precision=precision),
+    )
+
+    mix = build_batch_mix(make_plan(recipe, Cluster(device=device), name="test"))
+
+    assert mix.dtype == dtype
+    assert mix.channels_last == mix.compiled == (device == "cuda")

@@ -73,7 +73,7 @@ def test_no_way_is_further_from_float64_than_the_plain_one(way, dim, grn, autoca
 
     for got, usual, right in zip(fused, plain, exact, strict=True):
         assert got.dtype == usual.dtype
-        assert error(got, right) <= 1.5 * error(usual, right) + 1e-7
+        assert error(got, right) <= 2 * error(usual, right) + (1e-3 if autocast else 1e-7)
 
 
 def test_a_block_without_drop_path_in_evaluation_draws_nothing():

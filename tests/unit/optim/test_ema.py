@@ -86,6 +86,20 @@ def test_the_average_of_weights_that_stand_still_is_those_weights_to_the_bit(mod
         assert torch.equal(average, weight)
 
 
+def test_a_step_that_was_left_out_moves_no_average(model):
+    averaged = make_averaged(model)
+    before = [weight.clone() for weight in averaged.parameters()]
+    move(model, seed=1)
+
+    update_averaged(averaged, model, decay=0.5, left_out=torch.ones(()))
+
+    pairs = zip(averaged.parameters(), before, strict=True)
+    assert all(torch.equal(average, old) for average, old in pairs)
+    update_averaged(averaged, model, decay=0.5, left_out=torch.zeros(()))
+    pairs = zip(averaged.parameters(), before, strict=True)
+    assert not any(torch.equal(average, old) for average, old in pairs)
+
+
 def test_an_update_leaves_the_model_alone(model):
     averaged = make_averaged(model)
     move(model, seed=1)

@@ -241,6 +241,27 @@ def test_a_gpu_computes_in_bf16_compiled_and_a_cpu_does_neither():
     assert (cpu.precision, cpu.compile, cpu.channels_last) == ("fp32", False, False)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "cluster", "why"),
+    [
+        ((), Cluster(device="cpu"), "a CPU has none"),
+        (("compute.kernels=eager",), FOUR_NODES, "only a compiled network"),
+        (("compute.strategy=fsdp",), FOUR_NODES, "under fsdp weights move"),
+        (("compute.strategy=zero1",), FOUR_NODES, "under zero1 weights move"),
+        ((), Cluster(devices_per_node=8), "a step has 4 passes"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_be_recorded(overrides, cluster, why):
+    asked = (*overrides, "compute.cuda_graphs=true")
+
+    with pytest.raises(PlanError, match=f"compute.cuda_graphs: {why}") as caught:
+        plan_of(*asked, cluster=cluster)
+
+    assert not follow(caught.value.hint, *asked, cluster=cluster).recipe.compute.cuda_graphs
+    assert plan_of("compute.cuda_graphs=true").recipe.compute.cuda_graphs
+    assert not plan_of().recipe.compute.cuda_graphs
+
+
 def test_what_is_asked_goes_before_what_fits_the_device():
     plan = plan_of(
         "compute.precision=fp16", "compute.kernels=eager", "data.workers=3",
