@@ -22,8 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from convnext_cli.catalog.models import Variant
-from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm
+from convnext_cli.catalog.models import Variant, drop_fracs
+from convnext_cli.models.layers import (
+    GRN,
+    ChannelsFirstLayerNorm,
+    DropPath,
+    DropPathKind,
+    LayerNorm,
+)
 
 Checkpointing = Literal["none", "stages", "blocks"]
 """What is computed again in the backward pass instead of being kept: nothing, stages, or blocks."""
@@ -42,10 +48,17 @@ class Block(nn.Module):
         drop_frac: Probability of leaving an image's branch out in training.
         layer_scale_init: First value of `gamma`; None for a block without it.
         grn: Whether a GRN follows the activation.
+        drop_path_kind: See `DropPath`.
     """
 
     def __init__(
-        self, dim: int, *, drop_frac: float, layer_scale_init: float | None, grn: bool
+        self,
+        dim: int,
+        *,
+        drop_frac: float,
+        layer_scale_init: float | None,
+        grn: bool,
+        drop_path_kind: DropPathKind = "scale",
     ) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
@@ -57,7 +70,7 @@ class Block(nn.Module):
         self.gamma: nn.Parameter | None = None
         if layer_scale_init is not None:
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init))
-        self.drop_path = DropPath(drop_frac)
+        self.drop_path = DropPath(drop_frac, kind=drop_path_kind)
 
     def mix_positions(self, x_NCHW: Tensor) -> Tensor:
         """The half over space: (N, C, H, W) to (N, H, W, C), normalised."""
@@ -72,15 +85,21 @@ class Block(nn.Module):
         out_NHWC: Tensor = self.pwconv2(h_NHWC)
         return out_NHWC
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Map (N, C, H, W) to the same shape and dtype."""
+    def branch(self, x_NCHW: Tensor) -> Tensor:
+        """What is added to the images: (N, C, H, W) to the same shape."""
         y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
         if self.gamma is not None:
             y_NHWC = self.gamma * y_NHWC
-        y_NHWC = self.drop_path(y_NHWC)
+        return y_NHWC.permute(0, 3, 1, 2)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape and dtype."""
+        if self.drop_path.skips:
+            return self.drop_path.add_kept(x_NCHW, self.branch)
+        y_NCHW = self.drop_path(self.branch(x_NCHW))
         # Under autocast the float32 gamma would turn the stream between blocks into float32, twice
         # the memory traffic of everything that reads it; the sum goes back to the stream's dtype.
-        out_NCHW: Tensor = x_NCHW + y_NHWC.permute(0, 3, 1, 2).to(x_NCHW.dtype)
+        out_NCHW: Tensor = x_NCHW + y_NCHW.to(x_NCHW.dtype)
         return out_NCHW
 
 
@@ -98,6 +117,7 @@ class ConvNeXt(nn.Module):
         head_init_scale: Factor on the head's first weight and bias (0.001 for fine-tuning).
         gradient_checkpointing: What the backward pass computes again. For isotropic models
             `stages` means runs of six blocks.
+        drop_path_kind: See `DropPath`.
     """
 
     def __init__(
@@ -112,21 +132,23 @@ class ConvNeXt(nn.Module):
         isotropic: bool = False,
         head_init_scale: float = 1.0,
         gradient_checkpointing: Checkpointing = "none",
+        drop_path_kind: DropPathKind = "scale",
     ) -> None:
         super().__init__()
         if len(depths) != len(dims) or not depths or (isotropic and len(depths) != 1):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} do not fit together")
         self.gradient_checkpointing: Checkpointing = gradient_checkpointing
-        num_blocks = sum(depths)
+        widths = [dim for depth, dim in zip(depths, dims, strict=True) for _ in range(depth)]
         blocks = iter(
             Block(
                 dim,
-                drop_frac=drop_path * index / max(num_blocks - 1, 1),
+                drop_frac=drop_frac,
                 layer_scale_init=layer_scale_init,
                 grn=grn,
+                drop_path_kind=drop_path_kind,
             )
-            for index, dim in enumerate(
-                dim for depth, dim in zip(depths, dims, strict=True) for _ in range(depth)
+            for dim, drop_frac in zip(
+                widths, drop_fracs(len(widths), drop_path=drop_path), strict=True
             )
         )
         self.isotropic = isotropic
@@ -229,6 +251,7 @@ def build_convnext(
     layer_scale_init: float | Literal["auto"] | None = "auto",
     head_init_scale: float = 1.0,
     gradient_checkpointing: Checkpointing = "none",
+    drop_path_kind: DropPathKind = "scale",
 ) -> ConvNeXt:
     """A ConvNeXt of a catalogued shape; `auto` takes the variant's own LayerScale."""
     if variant.family == "timm":
@@ -245,6 +268,7 @@ def build_convnext(
         isotropic=variant.isotropic,
         head_init_scale=head_init_scale,
         gradient_checkpointing=gradient_checkpointing,
+        drop_path_kind=drop_path_kind,
     )
 
 

@@ -5,14 +5,17 @@ import torch
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.convnext import build_convnext
-from convnext_cli.plan.cost import estimate_activations
+from convnext_cli.plan.cost import block_images, estimate_activations
+
+IMAGES = 4
 
 
+@pytest.mark.parametrize("drop_path_kind", ["scale", "skip"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_nano", "convnext_isotropic_small"])
-def test_activations_are_those_that_autograd_keeps(name, precision):
+def test_activations_are_those_that_autograd_keeps(name, precision, drop_path_kind):
     variant = find_variant(name)
-    model = build_convnext(variant, num_classes=10, drop_path=0.1).train()
+    model = build_convnext(variant, num_classes=10, drop_path=0.6, drop_path_kind=drop_path_kind)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -21,7 +24,7 @@ def test_activations_are_those_that_autograd_keeps(name, precision):
             kept[value.untyped_storage().data_ptr()] = value
         return value
 
-    images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(IMAGES, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
@@ -32,8 +35,11 @@ def test_activations_are_those_that_autograd_keeps(name, precision):
     assert estimate_activations(
         variant,
         image_px=64,
-        images=2,
+        images=IMAGES,
         parameters=sum(weight.numel() for weight in model.parameters()),
         precision=precision,
         checkpointing="none",
+        computed=block_images(variant, images=IMAGES, drop_path=0.6)
+        if drop_path_kind == "skip"
+        else None,
     ) == pytest.approx(sum(value.untyped_storage().nbytes() for value in kept.values()), rel=0.1)
