@@ -123,7 +123,7 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        benchmark=plan.cluster.device == "cuda",  # every batch has the same shape
+        benchmark=plan.cluster.device == "cuda",  # batches have few shapes
     )
     # Its handlers save in the middle of a step, requeue by themselves and end with exit code 0.
     connector = trainer._signal_connector  # noqa: SLF001  # Lightning has no switch for it
