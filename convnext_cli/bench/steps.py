@@ -34,6 +34,7 @@ from convnext_cli.data.reader import Batch
 from convnext_cli.errors import PlanError
 from convnext_cli.models.build import build_model
 from convnext_cli.models.convnext import ConvNeXt
+from convnext_cli.models.fp8 import use_fp8
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.training.fit import make_card
@@ -87,6 +88,8 @@ class OwnStep:
         mix = build_batch_mix(plan)
         card = make_card(plan, classes=classes)
         self.task = Classifier(model, averaged=averaged, plan=plan, mix=mix, card=card)
+        if plan.fp8_layers:
+            use_fp8(model)
         self.task.to(_device(plan)).train()
         if plan.channels_last:
             self.task.to_channels_last()

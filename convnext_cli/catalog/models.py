@@ -29,6 +29,7 @@ Training = Literal["1k", "22k_1k", "fcmae_1k", "fcmae_22k_1k"]
 _KERNEL_PX: Final = 7
 _EXPANSION: Final = 4
 _LAYER_SCALE: Final = 1e-6
+_FP8_CHANNELS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +125,51 @@ def estimate_macs(variant: Variant, *, image_px: int, num_classes: int) -> int:
     stem_px = 16 if variant.isotropic else 4
     side = image_px // stem_px
     total = side**2 * variant.dims[0] * 3 * stem_px**2
-    for stage, (depth, dim) in enumerate(zip(variant.depths, variant.dims, strict=True)):
-        if stage:
-            side //= 2
-            total += side**2 * dim * variant.dims[stage - 1] * 4
-        total += depth * side**2 * dim * (_KERNEL_PX**2 + 2 * _EXPANSION * dim)
-    return total + head
+    for narrow, wide in itertools.pairwise(variant.dims):
+        side //= 2
+        total += side**2 * wide * narrow * 4
+    return total + sum(estimate_block_macs(variant, image_px=image_px)) + head
+
+
+def estimate_block_macs(variant: Variant, *, image_px: int) -> tuple[int, ...]:
+    """Multiply-adds of each block of a ConvNeXt for one image, from the first block to the last."""
+    side = image_px // (16 if variant.isotropic else 4)
+    return tuple(
+        (side >> stage) ** 2 * dim * (_KERNEL_PX**2 + 2 * _EXPANSION * dim)
+        for stage, (depth, dim) in enumerate(zip(variant.depths, variant.dims, strict=True))
+        for _ in range(depth)
+    )
+
+
+def drop_fracs(num_blocks: int, *, drop_path: float) -> tuple[float, ...]:
+    """Drop probability of each block: linearly from 0 in the first to `drop_path` in the last."""
+    return tuple(drop_path * index / max(num_blocks - 1, 1) for index in range(num_blocks))
+
+
+def count_kept(images: int, *, drop_frac: float) -> int:
+    """Images of a pass that a block's branch computes where dropped ones are left out; at least 1.
+
+    A number and not a draw, so that shapes are fixed: `images * (1 - drop_frac)`, rounded.
+    """
+    return max(1, round(images * (1 - drop_frac)))
+
+
+def takes_fp8(dim: int) -> bool:
+    """Whether the pointwise layers of a block of this width gain from fp8.
+
+    The hardware takes multiples of 16. Narrow products are bound by memory, and casting costs more
+    than it saves (torchao's float8 README); that 512 channels suffice is estimated, not measured.
+    """
+    return dim >= _FP8_CHANNELS and dim % 16 == 0
+
+
+def count_fp8_layers(variant: Variant) -> int:
+    """Pointwise layers of a ConvNeXt that gain from fp8."""
+    return sum(
+        2 * depth
+        for depth, dim in zip(variant.depths, variant.dims, strict=True)
+        if variant.family != "timm" and takes_fp8(dim)
+    )
 
 
 def find_variant(name: str) -> Variant:

@@ -77,7 +77,7 @@ def step(
             "a step is measured as one pass, in bf16 or fp32",
             hint="leave batch.per_device_images out, and take --precision bf16",
         )
-    check_devices(plan.cluster, precision=plan.precision)
+    check_devices(plan.cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
     with console.status("starting") as status:
         report = compare_steps(
             plan,

@@ -78,7 +78,7 @@ def show_plan(plan: Plan) -> None:
         (
             "cluster",
             f"{plan.cluster.num_nodes} x {plan.cluster.devices_per_node} {plan.cluster.device},"
-            f" {plan.precision}, {_KERNELS[plan.kernels]}",
+            f" {plan.precision}{_fp8(plan)}, {_KERNELS[plan.kernels]}",
         ),
         ("loading", _loading(plan)),
         ("batch", plan.batch_equation),
@@ -88,6 +88,7 @@ def show_plan(plan: Plan) -> None:
             f" x {plan.steps_per_epoch:,} steps{_leave_out(plan)}",
         ),
         ("lr", f"{plan.lr:g} to {plan.min_lr:g}: {plan.lr_note}"),
+        *_savings(plan),
         ("cost", f"{plan.images_read:,} images read, {plan.train_flops:.2g} FLOP{_hours(plan)}"),
         (
             "state",
@@ -124,8 +125,9 @@ def _loading(plan: Plan) -> str:
     takes = plan.device_images_per_second
     if takes is None:
         return told
+    size = f" of {plan.image_px_at(0)} px" if len(plan.train_sizes) > 1 else ""
     told += (
-        f"; its {plan.cluster.devices_per_node} devices take {takes:,.0f}"
+        f"; its {plan.cluster.devices_per_node} devices take {takes:,.0f}{size}"
         f" at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s each"
     )
     if gives >= takes:
@@ -134,6 +136,32 @@ def _loading(plan: Plan) -> str:
     if augment and plan.augment_on == "cpu":
         return f"{told}; augment.augment_on=device saves the cores RandAugment"
     return f"{told}; smaller images help: pack them with a short side of 256 px"
+
+
+def _fp8(plan: Plan) -> str:
+    if not plan.fp8_layers:
+        return ""
+    slow = "" if plan.compile else " (not compiled: each cast is a pass over memory of its own)"
+    return f", fp8 in {plan.fp8_layers} layers{slow}"
+
+
+def _savings(plan: Plan) -> list[tuple[str, str]]:
+    """What makes a step cheaper than the paper's, and by how much."""
+    rows = []
+    if len(plan.train_sizes) > 1:
+        first, *later = plan.train_sizes
+        grown = "".join(f", {size.image_px} from step {size.first_step:,}" for size in later)
+        rows.append(("sizes", f"{first.image_px} px{grown}; evaluated at {later[-1].image_px} px"))
+    if plan.recipe.model.drop_path_kind == "skip":
+        text = "blocks skip the images that they drop"
+        if plan.skipped_bytes:
+            text += f", which saves {plan.skipped_bytes / 1e9:.2f} GB of activations a device"
+        rows.append(("drop path", text))
+    if plan.saved_flops_frac > 0:
+        rows.append(
+            ("saved", f"{plan.saved_flops_frac:.0%} of the FLOP of the paper's way of training")
+        )
+    return rows
 
 
 def _memory(plan: Plan) -> str:

@@ -235,6 +235,7 @@ class IndexedData(pl.LightningDataModule):
             first_step=self.first_step,
             total_steps=plan.total_steps,
             on_step=self._start_prefetching(reader, order),
+            image_px_at=plan.image_px_at,
         )
         return build_loader(
             reader,

@@ -1,7 +1,7 @@
 """Samples of an indexed data set as tensors, and the loader that batches them.
 
 ```
-StepSampler        (epoch, sample) lists: one list a pass, in the run's order
+StepSampler        Shares: (epoch, sample) of a pass, in the run's order, and its size
 ImageReader        (epoch, sample) -> pread -> digest -> decode -> view      in worker processes
 collate            Samples -> Batch, its pixels in memory that is used again (`slots`)
 ```
@@ -102,10 +102,12 @@ class Batch(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a loader process is asked for: a batch, and the slot that its pixels go to."""
+    """What a loader process is asked for: a batch, its size, and the slot for its pixels."""
 
     places: list[Place]
-    slot: int | None
+    image_px: int | None = None
+    """Side of the images; None: the view's own."""
+    slot: int | None = None
 
 
 class _OpenShard:
@@ -191,9 +193,12 @@ class ImageReader(Dataset[Sample]):
             DataError: The shard cannot be read or a label is not a class; with `raise`, a bad
                 image; with `replace`, no usable one near it or in the shards that follow.
         """
+        return self._make(place, view=self.view)
+
+    def _make(self, place: Place, *, view: View) -> Sample:
         epoch, sample = place
         if sample == PADDING:
-            image_px = self.view.image_px
+            image_px = view.image_px
             blank_CHW = torch.zeros((3, image_px, image_px), dtype=torch.uint8)
             return Sample(blank_CHW, PADDING, PADDING)
         bad: list[Unusable] = []
@@ -203,7 +208,7 @@ class ImageReader(Dataset[Sample]):
             try:
                 data, label = self.read(candidate)
                 size = self._known_size(candidate)
-                image_CHW, choices = view_bytes(data, view=self.view, seed=seed, key="", size=size)
+                image_CHW, choices = view_bytes(data, view=view, seed=seed, key="", size=size)
             except BadImage as error:
                 key = self.key(candidate)
                 match self.on_bad:
@@ -226,7 +231,8 @@ class ImageReader(Dataset[Sample]):
 
     def __getitems__(self, share: Share) -> tuple[list[Sample], int | None]:
         """All samples of a batch, and the slot that `_Collate` puts their pixels in."""
-        return [self[place] for place in share.places], share.slot
+        view = self.view if share.image_px is None else replace(self.view, image_px=share.image_px)
+        return [self._make(place, view=view) for place in share.places], share.slot
 
     def _candidates(self, sample: int) -> Iterator[int]:
         """The sample, its neighbours, then one of each shard that follows: its own may be lost."""
@@ -345,8 +351,8 @@ class ImageReader(Dataset[Sample]):
         return opened
 
 
-class StepSampler(Sampler[list[Place]]):
-    """One list of places a pass: this rank's share of each step, cut into equal passes.
+class StepSampler(Sampler[Share]):
+    """What is asked for each pass: this rank's share of each step, cut into equal passes.
 
     One iteration is all steps that are left of the run, epoch after epoch, so that loading never
     pauses between epochs.
@@ -359,6 +365,7 @@ class StepSampler(Sampler[list[Place]]):
         first_step: Steps of the run that are taken already.
         total_steps: Steps of the whole run.
         on_step: Called with each step of the run before its passes are handed out.
+        image_px_at: Side of the images of a step of the run, at most the view's; None: the view's.
 
     Raises:
         ValueError: The share does not divide into the passes, or the batch into the ranks.
@@ -374,6 +381,7 @@ class StepSampler(Sampler[list[Place]]):
         first_step: int,
         total_steps: int,
         on_step: Callable[[int], None] | None = None,
+        image_px_at: Callable[[int], int] | None = None,
     ) -> None:
         share = len(order.share(0, 0, rank=rank, world=world))
         if share % accumulate:
@@ -384,23 +392,25 @@ class StepSampler(Sampler[list[Place]]):
         self.accumulate = accumulate
         self.steps = range(first_step, total_steps)
         self.on_step = on_step
+        self.image_px_at = image_px_at
         self.batch = share // accumulate
 
     def __len__(self) -> int:
         """Passes that are left."""
         return len(self.steps) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[Share]:
         for run_step in self.steps:
             if self.on_step is not None:
                 self.on_step(run_step)
+            image_px = None if self.image_px_at is None else self.image_px_at(run_step)
             epoch, step = self.order.locate(run_step)
             share = self.order.share(epoch, step, rank=self.rank, world=self.world)
             for ids in share.reshape(self.accumulate, -1):
-                yield [(epoch, int(sample)) for sample in ids]
+                yield Share([(epoch, int(sample)) for sample in ids], image_px)
 
 
-class EvaluationSampler(Sampler[list[Place]]):
+class EvaluationSampler(Sampler[Share]):
     """Every image once over all ranks, in equal batches, padded with `PADDING`."""
 
     def __init__(self, num_images: int, *, rank: int, world: int, batch: int) -> None:
@@ -410,13 +420,13 @@ class EvaluationSampler(Sampler[list[Place]]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[Share]:
         for ids in self.ids:
-            yield [(0, int(sample)) for sample in ids]
+            yield Share([(0, int(sample)) for sample in ids])
 
 
 class _ShareSampler(Sampler[Share]):
-    """The places of another sampler, each with a slot that is free when they are asked for."""
+    """The shares of another sampler, each with a slot that is free when it is asked for."""
 
     def __init__(self, sampler: StepSampler | EvaluationSampler, slots: Slots | None) -> None:
         self._sampler = sampler
@@ -426,8 +436,8 @@ class _ShareSampler(Sampler[Share]):
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[Share]:
-        for places in self._sampler:
-            yield Share(places, self._slots.take() if self._slots else None)
+        for share in self._sampler:
+            yield share._replace(slot=self._slots.take()) if self._slots else share
 
 
 class _Collate:
@@ -523,7 +533,7 @@ def build_loader(
 
     Args:
         dataset: An `ImageReader`, or a stream that yields whole batches.
-        sampler: Lists of places; None for a stream.
+        sampler: What is asked for; None for a stream.
         num_workers: Processes; 0: everything happens in this one. Each runs one torch thread.
         pin_memory: For a GPU.
         persistent: Keep the workers between epochs.

@@ -11,9 +11,10 @@ A stock loader makes new shared memory for each batch, whose pages the kernel ha
 map twice: a tenth of all that loading costs. Nothing that somebody still holds is overwritten: a
 slot is free only when the memory of its tensor is released.
 
-Legend: S = slots, N = images, C = 3 channels, H and W = height and width.
+Legend: S = slots, B = bytes, N = images, C = 3 channels, H and W = height and width.
 """
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,19 +29,18 @@ _made_here: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDiction
 
 
 class Slots:
-    """Memory for batches of one shape; made by the main process before its loader processes.
+    """Memory for batches up to one shape; made by the main process before its loader processes.
 
     Args:
         slots: Batches that can be on their way or in use at once.
         images: In a batch, at most.
-        image_px: Side of the images.
+        image_px: Side of the images, at most.
     """
 
     def __init__(self, *, slots: int, images: int, image_px: int) -> None:
         # A page exists once it is written to: slots that are never used cost nothing.
-        shape_SNHWC = (slots, images, image_px, image_px, 3)
-        self._memory_SNHWC = torch.empty(shape_SNHWC, dtype=torch.uint8)
-        self._memory_SNHWC.share_memory_()  # type: ignore[no-untyped-call]
+        self._memory_SB = torch.empty((slots, images * image_px**2 * 3), dtype=torch.uint8)
+        self._memory_SB.share_memory_()  # type: ignore[no-untyped-call]
         self._free = deque(range(slots))
         self._number = next(_numbers)
         _made_here[self._number] = self
@@ -51,15 +51,20 @@ class Slots:
 
     def fill(self, slot: int, images_HWC: Sequence[Tensor]) -> "Parcel":
         """Copy images into a slot, in a loader process."""
-        torch.stack(list(images_HWC), out=self._memory_SNHWC[slot, : len(images_HWC)])
-        return Parcel(self._number, slot, len(images_HWC))
+        parcel = Parcel(self._number, slot, len(images_HWC), images_HWC[0].shape[0])
+        torch.stack(list(images_HWC), out=self._pixels(parcel))
+        return parcel
 
-    def open(self, slot: int, images: int) -> Tensor:
+    def open(self, parcel: "Parcel") -> Tensor:
         """A tensor over a slot, uint8 of shape (N, C, H, W), channels last."""
         # The tensor's memory holds the array for as long as any view of the tensor lives.
-        array_NHWC = self._memory_SNHWC[slot, :images].numpy()
-        weakref.finalize(array_NHWC, self._free.append, slot).atexit = False
+        array_NHWC = self._pixels(parcel).numpy()
+        weakref.finalize(array_NHWC, self._free.append, parcel.slot).atexit = False
         return torch.from_numpy(array_NHWC).permute(0, 3, 1, 2)
+
+    def _pixels(self, parcel: "Parcel") -> Tensor:
+        shape_NHWC = (parcel.images, parcel.image_px, parcel.image_px, 3)
+        return self._memory_SB[parcel.slot, : math.prod(shape_NHWC)].view(shape_NHWC)
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,11 @@ class Parcel:
     number: int
     slot: int
     images: int
+    image_px: int
 
-    def __reduce__(self) -> tuple[Callable[[int, int, int], Tensor], tuple[int, int, int]]:
-        return _open, (self.number, self.slot, self.images)
+    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[int, int, int, int]]:
+        return _open, (self.number, self.slot, self.images, self.image_px)
 
 
-def _open(number: int, slot: int, images: int) -> Tensor:
-    return _made_here[number].open(slot, images)
+def _open(number: int, slot: int, images: int, image_px: int) -> Tensor:
+    return _made_here[number].open(Parcel(number, slot, images, image_px))

@@ -25,4 +25,5 @@ def build_model(plan: Plan) -> nn.Module:
             layer_scale_init=recipe.model.layer_scale_init,
             head_init_scale=recipe.model.head_init_scale,
             gradient_checkpointing=recipe.compute.gradient_checkpointing,
+            drop_path_kind=recipe.model.drop_path_kind,
         )

@@ -23,11 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from convnext_cli.catalog.models import Variant
+from convnext_cli.catalog.models import Variant, drop_fracs
 from convnext_cli.catalog.ways import Way, list_ways
 from convnext_cli.kernels.block import block as fused_block
 from convnext_cli.kernels.block import positions as fused_positions
-from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm
+from convnext_cli.models.layers import (
+    GRN,
+    ChannelsFirstLayerNorm,
+    DropPath,
+    DropPathKind,
+    LayerNorm,
+)
 
 Checkpointing = Literal["none", "stages", "blocks"]
 """What is computed again in the backward pass instead of being kept: nothing, stages, or blocks."""
@@ -46,10 +52,17 @@ class Block(nn.Module):
         drop_frac: Probability of leaving an image's branch out in training.
         layer_scale_init: First value of `gamma`; None for a block without it.
         grn: Whether a GRN follows the activation.
+        drop_path_kind: See `DropPath`.
     """
 
     def __init__(
-        self, dim: int, *, drop_frac: float, layer_scale_init: float | None, grn: bool
+        self,
+        dim: int,
+        *,
+        drop_frac: float,
+        layer_scale_init: float | None,
+        grn: bool,
+        drop_path_kind: DropPathKind = "scale",
     ) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
@@ -61,7 +74,7 @@ class Block(nn.Module):
         self.gamma: nn.Parameter | None = None
         if layer_scale_init is not None:
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init))
-        self.drop_path = DropPath(drop_frac)
+        self.drop_path = DropPath(drop_frac, kind=drop_path_kind)
         self.way: Way = "plain"
         """How the block is computed; the numbers are the same to rounding."""
 
@@ -69,7 +82,9 @@ class Block(nn.Module):
         """The ways in which this block can be computed, the most fused one last."""
         if type(self.pwconv1) is not nn.Linear:  # such as one in float8
             return ("plain",)
-        return list_ways(self.pwconv1.in_features, grn=self.grn is not None)
+        ways = list_ways(self.pwconv1.in_features, grn=self.grn is not None)
+        # the whole block in one operator adds to every image, and so cannot skip any
+        return ways[:2] if self.drop_path.kind == "skip" else ways
 
     def mix_positions(self, x_NCHW: Tensor) -> Tensor:
         """The half over space: (N, C, H, W) to (N, H, W, C), normalised."""
@@ -93,8 +108,17 @@ class Block(nn.Module):
         weight = (self.pwconv1.weight * self.norm.weight).to(dtype)
         return weight, self.pwconv1.bias + (self.pwconv1.weight * self.norm.bias).sum(dim=1)
 
-    def forward_fused(self, x_NHWC: Tensor, *, recomputed: bool) -> Tensor:
-        """The whole block as one operator: (N, H, W, C) to the same shape and dtype."""
+    def mix_with_kernels(self, x_NCHW: Tensor) -> Tensor:
+        """Both halves, the one over space in kernels: (N, C, H, W) to (N, H, W, C)."""
+        xhat_NHWC, _rstd = fused_positions(
+            x_NCHW.permute(0, 2, 3, 1), self.dwconv.weight, self.dwconv.bias, self.norm.eps
+        )
+        weight, bias = self.fold_norm(xhat_NHWC.dtype)
+        return self.mix_hidden(functional.linear(xhat_NHWC, weight, bias.to(weight.dtype)))
+
+    def forward_fused(self, x_NCHW: Tensor, *, recomputed: bool) -> Tensor:
+        """The whole block as one operator: (N, C, H, W) to the same shape and dtype."""
+        x_NHWC = x_NCHW.permute(0, 2, 3, 1)
         weight, bias = self.fold_norm(x_NHWC.dtype)
         out_NHWC: Tensor = fused_block(
             x_NHWC,
@@ -111,32 +135,28 @@ class Block(nn.Module):
             self.norm.eps,
             recomputed,
         )[0]
-        return out_NHWC
+        return out_NHWC.permute(0, 3, 1, 2)
+
+    def branch(self, x_NCHW: Tensor) -> Tensor:
+        """What is added to the images: (N, C, H, W) to the same shape."""
+        if self.way == "plain":
+            y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
+        else:
+            y_NHWC = self.mix_with_kernels(x_NCHW)
+        if self.gamma is not None:
+            y_NHWC = self.gamma * y_NHWC
+        return y_NHWC.permute(0, 3, 1, 2)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape and dtype."""
-        match self.way:
-            case "plain":
-                y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
-            case "positions":
-                x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-                y_NHWC, _rstd = fused_positions(
-                    x_NHWC, self.dwconv.weight, self.dwconv.bias, self.norm.eps
-                )
-                weight, bias = self.fold_norm(x_NHWC.dtype)
-                y_NHWC = self.mix_hidden(functional.linear(y_NHWC, weight, bias.to(weight.dtype)))
-            case "kept" | "recomputed":
-                x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-                y_NHWC = self.forward_fused(x_NHWC, recomputed=self.way == "recomputed")
-                return y_NHWC.permute(0, 3, 1, 2)
-            case _:
-                assert_never(self.way)
-        if self.gamma is not None:
-            y_NHWC = self.gamma * y_NHWC
-        y_NHWC = self.drop_path(y_NHWC)
+        if self.way in {"kept", "recomputed"}:
+            return self.forward_fused(x_NCHW, recomputed=self.way == "recomputed")
+        if self.drop_path.skips:
+            return self.drop_path.add_kept(x_NCHW, self.branch)
+        y_NCHW = self.drop_path(self.branch(x_NCHW))
         # Under autocast the float32 gamma would turn the stream between blocks into float32, twice
         # the memory traffic of everything that reads it; the sum goes back to the stream's dtype.
-        out_NCHW: Tensor = x_NCHW + y_NHWC.permute(0, 3, 1, 2).to(x_NCHW.dtype)
+        out_NCHW: Tensor = x_NCHW + y_NCHW.to(x_NCHW.dtype)
         return out_NCHW
 
 
@@ -154,6 +174,7 @@ class ConvNeXt(nn.Module):
         head_init_scale: Factor on the head's first weight and bias (0.001 for fine-tuning).
         gradient_checkpointing: What the backward pass computes again. For isotropic models
             `stages` means runs of six blocks.
+        drop_path_kind: See `DropPath`.
     """
 
     def __init__(
@@ -168,21 +189,23 @@ class ConvNeXt(nn.Module):
         isotropic: bool = False,
         head_init_scale: float = 1.0,
         gradient_checkpointing: Checkpointing = "none",
+        drop_path_kind: DropPathKind = "scale",
     ) -> None:
         super().__init__()
         if len(depths) != len(dims) or not depths or (isotropic and len(depths) != 1):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} do not fit together")
         self.gradient_checkpointing: Checkpointing = gradient_checkpointing
-        num_blocks = sum(depths)
+        widths = [dim for depth, dim in zip(depths, dims, strict=True) for _ in range(depth)]
         blocks = iter(
             Block(
                 dim,
-                drop_frac=drop_path * index / max(num_blocks - 1, 1),
+                drop_frac=drop_frac,
                 layer_scale_init=layer_scale_init,
                 grn=grn,
+                drop_path_kind=drop_path_kind,
             )
-            for index, dim in enumerate(
-                dim for depth, dim in zip(depths, dims, strict=True) for _ in range(depth)
+            for dim, drop_frac in zip(
+                widths, drop_fracs(len(widths), drop_path=drop_path), strict=True
             )
         )
         self.isotropic = isotropic
@@ -303,6 +326,7 @@ def build_convnext(
     layer_scale_init: float | Literal["auto"] | None = "auto",
     head_init_scale: float = 1.0,
     gradient_checkpointing: Checkpointing = "none",
+    drop_path_kind: DropPathKind = "scale",
 ) -> ConvNeXt:
     """A ConvNeXt of a catalogued shape; `auto` takes the variant's own LayerScale."""
     if variant.family == "timm":
@@ -319,6 +343,7 @@ def build_convnext(
         isotropic=variant.isotropic,
         head_init_scale=head_init_scale,
         gradient_checkpointing=gradient_checkpointing,
+        drop_path_kind=drop_path_kind,
     )
 
 

@@ -16,10 +16,11 @@ Source: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054) section 5; runtime/zero
 for its copy of fp32 weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
-from convnext_cli.catalog.models import Variant
+from convnext_cli.catalog.models import Variant, count_kept, drop_fracs, estimate_block_macs
 from convnext_cli.catalog.ways import count_kept_widths, list_ways
 from convnext_cli.recipe.schema import GradientCheckpointing, Precision, Strategy
 
@@ -103,6 +104,28 @@ def estimate_memory(
     )
 
 
+def block_images(variant: Variant, *, images: int, drop_path: float) -> tuple[int, ...]:
+    """Images of a pass that each block's branch computes where it skips those that it drops."""
+    fracs = drop_fracs(sum(variant.depths), drop_path=drop_path)
+    return tuple(count_kept(images, drop_frac=frac) for frac in fracs)
+
+
+def estimate_skipped_macs(
+    variant: Variant, *, image_px: int, images: int, computed: Sequence[int]
+) -> float:
+    """Multiply-adds of a forward pass that an image is spared on average.
+
+    Args:
+        variant: A ConvNeXt.
+        image_px: Side of an image.
+        images: Images of one pass on one device.
+        computed: Images of it that each block computes (`block_images`).
+    """
+    blocks = estimate_block_macs(variant, image_px=image_px)
+    skipped = (images - kept for kept in computed)
+    return sum(macs * left for macs, left in zip(blocks, skipped, strict=True)) / images
+
+
 def estimate_activations(
     variant: Variant,
     *,
@@ -112,6 +135,7 @@ def estimate_activations(
     precision: Precision,
     checkpointing: GradientCheckpointing,
     fused: bool = False,
+    computed: Sequence[int] | None = None,
 ) -> int | None:
     """Bytes that the blocks of a ConvNeXt keep for the backward pass; None for other models.
 
@@ -126,25 +150,30 @@ def estimate_activations(
         precision: fp32 keeps four bytes a value, the others two.
         checkpointing: What is computed again and so not kept, but for the piece at work.
         fused: Whether every block is computed in the most fused way that it has.
+        computed: Images of the pass that each block computes (`block_images`); None: all.
     """
     if variant.family == "timm":
         return None
     side = image_px // (16 if variant.isotropic else 4)
+    left = list(computed or [images] * sum(variant.depths))
     kept, at_work = 0, 0
     for depth, dim in zip(variant.depths, variant.dims, strict=True):
         values = side**2 * dim
-        way = list_ways(dim, grn=variant.grn)[-1] if fused else "plain"
+        ways = list_ways(dim, grn=variant.grn) if fused else ("plain",)
+        way = ways[-1] if computed is None else ways[:2][-1]  # one operator skips no image
         widths = count_kept_widths(way, grn=variant.grn)
+        stage, left = left[:depth], left[depth:]
         match checkpointing:
             case "none":
-                kept += depth * values * widths
+                kept += sum(stage) * values * widths
             case "stages":
                 run = _ISOTROPIC_RUN if variant.isotropic else depth
-                kept += -(-depth // run) * values
-                at_work = max(at_work, run * values * widths)
+                runs = [stage[start : start + run] for start in range(0, depth, run)]
+                kept += len(runs) * images * values
+                at_work = max(at_work, max(map(sum, runs)) * values * widths)
             case "blocks":
-                kept += depth * values
-                at_work = max(at_work, values * widths)
+                kept += depth * images * values
+                at_work = max(at_work, max(stage) * values * widths)
             case _:
                 assert_never(checkpointing)
         side //= 2
@@ -152,7 +181,7 @@ def estimate_activations(
     copied = parameters if precision != "fp32" else parameters // 2 if fused else 0
     if checkpointing != "none":
         copied = 0
-    return ((kept + at_work) * images + copied) * (4 if precision == "fp32" else 2)
+    return (kept + at_work + copied) * (4 if precision == "fp32" else 2)
 
 
 def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:

@@ -12,19 +12,29 @@ Pure: depends on the arguments alone, imports no torch.
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, assert_never
 
 from convnext_cli.catalog.datasets import DATASETS
-from convnext_cli.catalog.models import Variant, count_parameters, estimate_macs, find_variant
+from convnext_cli.catalog.models import (
+    Variant,
+    count_fp8_layers,
+    count_parameters,
+    estimate_macs,
+    find_variant,
+)
 from convnext_cli.errors import PlanError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.cost import (
     STRATEGIES,
     Memory,
+    block_images,
     estimate_activations,
     estimate_memory,
+    estimate_skipped_macs,
     explain_sharding,
 )
+from convnext_cli.plan.sizes import TrainSize, count_steps, make_train_sizes
 from convnext_cli.recipe.durations import Duration
 from convnext_cli.recipe.schema import Kernels, Optim, Precision, Recipe
 
@@ -78,6 +88,8 @@ class Plan:
     lr_note: str
     min_lr: float
     precision: Precision
+    fp8_layers: int
+    """Pointwise layers whose products are in fp8."""
     kernels: Kernels | Literal["auto"]
     """auto: chosen on the device, see `training.kernels`."""
     channels_last: bool
@@ -87,7 +99,8 @@ class Plan:
     loader_images_per_second: float
     """What the loader processes of a node give, estimated from cores of the benchmark."""
     device_images_per_second: float | None
-    """What the devices of a node take, at `SUSTAINED_FLOPS` each; None on a CPU."""
+    """What the devices of a node take, at `SUSTAINED_FLOPS` each, of the smallest training images;
+    None on a CPU."""
     eval_per_device_images: int
     eval_every_steps: int | None
     checkpoint_every_steps: int | None
@@ -96,8 +109,14 @@ class Plan:
     checkpoint_keep_every_steps: int | None
     images_read: int
     """Training images over the whole run, all devices."""
+    train_sizes: tuple[TrainSize, ...]
+    """Sizes of training images over the schedule."""
     train_flops: float
     """Floating-point operations of the whole run: 2 a multiply-add, backward twice the forward."""
+    saved_flops_frac: float
+    """Share of them that smaller images and skipped blocks save."""
+    skipped_bytes: int
+    """Activations of a device that blocks do not keep, as they skip the images they drop."""
     state_bytes: int
     """Per device: weights, gradients, two moments and averaged weights in fp32; no activations."""
     memory: tuple[Memory, ...]
@@ -126,6 +145,10 @@ class Plan:
             f" x {devices} x {passes}"
         )
 
+    def image_px_at(self, step: int) -> int:
+        """Side of the training images of an optimizer step; on every rank, in every attempt."""
+        return next(size.image_px for size in reversed(self.train_sizes) if size.first_step <= step)
+
     def validates_at(self, step: int) -> bool:
         """Whether the validation images are evaluated after this optimizer step."""
         if self.val_images == 0:
@@ -138,13 +161,14 @@ class Plan:
         plain = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in {"recipe", "cluster", "memory"}
+            if field.name not in {"recipe", "cluster", "memory", "train_sizes"}
         }
         return plain | {
             "memory": [
                 dataclasses.asdict(memory) | {"state": memory.state, "total": memory.total}
                 for memory in self.memory
             ],
+            "train_sizes": [dataclasses.asdict(size) for size in self.train_sizes],
             "strategy": self.recipe.compute.strategy,
             "world_size": self.world_size,
             "model": self.recipe.model.name,
@@ -210,15 +234,21 @@ def make_plan(
             f"optim.min_lr {recipe.optim.min_lr:g} is above the peak learning rate {lr:g}",
             hint=f"lower it: optim.min_lr={lr / 1000:.0e}",
         )
-    macs = estimate_macs(variant, image_px=recipe.data.image_px, num_classes=num_classes)
+    sizes = _resolve_sizes(recipe, variant, total_steps=total_steps)
+    size_macs = [
+        estimate_macs(variant, image_px=size.image_px, num_classes=num_classes) for size in sizes
+    ]
+    macs = size_macs[-1]
     parameters = count_parameters(variant, num_classes=num_classes)
     compute, on_gpu = recipe.compute, cluster.device == "cuda"
     precision: Precision = "bf16" if on_gpu else "fp32"
     if compute.precision != "auto":
         precision = compute.precision
     _check_strategy(recipe, precision=precision)
+    fp8_layers = _resolve_fp8(recipe, cluster, variant=variant, precision=precision)
     shards = cluster.devices_per_node if compute.shard_group == "node" else cluster.world_size
-    activations = estimate_activations(
+    estimate = partial(
+        estimate_activations,
         variant,
         image_px=recipe.data.image_px,
         images=per_device_images,
@@ -227,6 +257,17 @@ def make_plan(
         checkpointing=compute.gradient_checkpointing,
         fused=compute.kernels == "fused",
     )
+    activations = unskipped = estimate()
+    skipped_macs = [0.0] * len(sizes)
+    if recipe.model.drop_path_kind == "skip":
+        computed = block_images(variant, images=per_device_images, drop_path=recipe.model.drop_path)
+        activations = estimate(computed=computed)
+        skipped_macs = [
+            estimate_skipped_macs(
+                variant, image_px=size.image_px, images=per_device_images, computed=computed
+            )
+            for size in sizes
+        ]
     memory = tuple(
         estimate_memory(
             strategy,
@@ -251,6 +292,11 @@ def make_plan(
     if recipe.augment.augment_on != "auto":
         augment_on = recipe.augment.augment_on
     images_read = total_steps * global_images
+    size_images = [steps * global_images for steps in count_steps(sizes, total_steps=total_steps)]
+    train_flops = sum(
+        6.0 * (whole - skipped) * images
+        for whole, skipped, images in zip(size_macs, skipped_macs, size_images, strict=True)
+    )
     every = recipe.evaluate.every
     save, keep = recipe.checkpoint.every, recipe.checkpoint.keep_every
     return Plan(
@@ -275,6 +321,7 @@ def make_plan(
         lr_note=lr_note,
         min_lr=recipe.optim.min_lr,
         precision=precision,
+        fp8_layers=fp8_layers,
         kernels=kernels,
         channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
         workers=workers,
@@ -284,7 +331,9 @@ def make_plan(
             workers=workers,
             augments=recipe.augment.rand_augment is not None and augment_on == "cpu",
         ),
-        device_images_per_second=SUSTAINED_FLOPS / (6 * macs) * cluster.devices_per_node
+        device_images_per_second=SUSTAINED_FLOPS
+        / (6 * (size_macs[0] - skipped_macs[0]))
+        * cluster.devices_per_node
         if on_gpu
         else None,
         eval_per_device_images=recipe.batch.per_device_images * 3 // 2
@@ -297,7 +346,10 @@ def make_plan(
         checkpoint_every_seconds=save.value * 60 if save != "auto" and save.unit == "min" else None,
         checkpoint_keep_every_steps=None if keep is None else max(1, _steps(keep, steps_per_epoch)),
         images_read=images_read,
-        train_flops=6.0 * macs * images_read,
+        train_sizes=sizes,
+        train_flops=train_flops,
+        saved_flops_frac=1 - train_flops / (6.0 * macs * images_read),
+        skipped_bytes=(unskipped or 0) - (activations or 0),
         state_bytes=next(m.state for m in memory if m.strategy == compute.strategy),
         memory=memory,
         memory_note=explain_sharding(memory, shards=shards),
@@ -326,10 +378,89 @@ def _find_built_variant(recipe: Recipe) -> Variant:
                 f" found {recipe.compute.gradient_checkpointing}",
                 hint="turn it off: compute.gradient_checkpointing=none",
             )
+        if model.drop_path_kind != "scale":
+            raise PlanError(
+                f"model.drop_path_kind: {model.name} drops images in its own way,"
+                f" found {model.drop_path_kind}",
+                hint="leave it: model.drop_path_kind=scale",
+            )
         return variant
     if model.layer_scale_init == "auto":
         return variant
     return dataclasses.replace(variant, layer_scale_init=model.layer_scale_init)
+
+
+def _resolve_sizes(recipe: Recipe, variant: Variant, *, total_steps: int) -> tuple[TrainSize, ...]:
+    """The sizes of training images over the schedule, after checks that the model takes them."""
+    from_px, image_px = recipe.progressive.from_px, recipe.data.image_px
+    if from_px is not None:
+        stride_px = 16 if variant.isotropic else 32
+        if recipe.data.mode == "stream":
+            raise PlanError(
+                "progressive.from_px: a stream does not know the step of an image, so its size"
+                " cannot follow the steps",
+                hint="leave it out with progressive.from_px=null or index the shards with convnext"
+                " data index",
+            )
+        if image_px % stride_px:
+            raise PlanError(
+                f"data.image_px: sizes that grow are multiples of {stride_px} px for"
+                f" {variant.name}, found {image_px}",
+                hint=f"use a multiple: data.image_px={-(-image_px // stride_px) * stride_px}",
+            )
+        below_px = image_px - stride_px
+        smaller = f"progressive.from_px={below_px if below_px >= stride_px else 'null'}"
+        if from_px >= image_px:
+            raise PlanError(
+                f"progressive.from_px: training begins with images of {from_px} px, which are not"
+                f" smaller than data.image_px {image_px}",
+                hint=f"begin smaller, or not at all: {smaller}",
+            )
+        if from_px % stride_px:
+            raise PlanError(
+                f"progressive.from_px: sizes that grow are multiples of {stride_px} px for"
+                f" {variant.name}, found {from_px}",
+                hint=f"use a multiple, or leave it out: {smaller}",
+            )
+    return make_train_sizes(
+        from_px=from_px,
+        image_px=image_px,
+        until=recipe.progressive.until,
+        total_steps=total_steps,
+    )
+
+
+def _resolve_fp8(
+    recipe: Recipe, cluster: Cluster, *, variant: Variant, precision: Precision
+) -> int:
+    """How many layers compute in fp8, after checks of what it goes with."""
+    if not recipe.compute.fp8:
+        return 0
+    if cluster.device == "cpu":
+        raise PlanError(
+            "compute.fp8: a CPU has no fast fp8 arithmetic",
+            hint="turn it off: compute.fp8=false",
+        )
+    if precision != "bf16":
+        raise PlanError(
+            f"compute.fp8: everything beside the fp8 products is in bf16, but compute.precision is"
+            f" {precision}",
+            hint="set compute.precision=bf16 or compute.fp8=false",
+        )
+    if recipe.compute.strategy not in {"ddp", "fsdp"}:
+        raise PlanError(
+            f"compute.fp8: it goes with ddp and fsdp, but compute.strategy is"
+            f" {recipe.compute.strategy}",
+            hint="set compute.strategy=fsdp or compute.fp8=false",
+        )
+    layers = count_fp8_layers(variant)
+    if not layers:
+        raise PlanError(
+            f"compute.fp8: it is for ConvNeXt blocks of 512 channels or more, and"
+            f" {variant.name} has none",
+            hint="turn it off: compute.fp8=false",
+        )
+    return layers
 
 
 def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:

@@ -123,7 +123,7 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        benchmark=plan.cluster.device == "cuda",  # every batch has the same shape
+        benchmark=plan.cluster.device == "cuda",  # batches have few shapes
     )
     # It asks all ranks in each pass whether rank 0 got a SIGTERM, and waits for the device; here it
     # never hears of one, and `agreement` asks.

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from importlib.util import find_spec
 from typing import Literal, assert_never
 
 import torch
@@ -26,11 +27,16 @@ def lightning_precision(precision: Precision) -> LightningPrecision:
             assert_never(precision)
 
 
-def check_devices(cluster: Cluster, *, precision: Precision) -> None:
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability with fp8: Ada, then Hopper (9.0) and later."""
+
+
+def check_devices(cluster: Cluster, *, precision: Precision, fp8: bool = False) -> None:
     """Refuse devices and precisions that this machine does not have.
 
     Raises:
-        DeviceError: No GPU, fewer than asked, or one without bf16; fp16 on a CPU.
+        DeviceError: No GPU, fewer than asked, or one without bf16; fp16 on a CPU; fp8 on a GPU
+            without it, or without torchao.
     """
     match cluster.device:
         case "cpu":
@@ -41,6 +47,8 @@ def check_devices(cluster: Cluster, *, precision: Precision) -> None:
                 )
         case "cuda":
             _check_gpus(cluster.devices_per_node, precision=precision)
+            if fp8:
+                check_fp8(torch.cuda.get_device_capability())
         case _:
             assert_never(cluster.device)
 
@@ -61,6 +69,25 @@ def _check_gpus(asked: int, *, precision: Precision) -> None:
         raise DeviceError(
             f"{torch.cuda.get_device_name()} has no bf16 arithmetic",
             hint="use --precision fp16 or --precision fp32",
+        )
+
+
+def check_fp8(capability: tuple[int, int]) -> None:
+    """Refuse fp8 on a GPU of this compute capability, or without its library.
+
+    Raises:
+        DeviceError: The GPU has no fp8 arithmetic, or torchao is not installed.
+    """
+    if capability < FP8_CAPABILITY:
+        raise DeviceError(
+            f"compute.fp8: fp8 needs a GPU of compute capability 8.9 or more, and this one has"
+            f" {capability[0]}.{capability[1]}",
+            hint="turn it off: compute.fp8=false",
+        )
+    if find_spec("torchao") is None:
+        raise DeviceError(
+            "compute.fp8: it needs torchao, which is not installed",
+            hint="install it with pip install 'convnext[fp8]', or set compute.fp8=false",
         )
 
 

@@ -22,10 +22,12 @@ from convnext_cli.data.reader import from_worker, is_lost_worker
 from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError
 from convnext_cli.models.build import build_model
+from convnext_cli.models.fp8 import use_fp8
 from convnext_cli.models.weights import LoadReport, ModelCard, load_into, read_weights
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_recipe
+from convnext_cli.recipe.schema import Recipe
 from convnext_cli.runs.compare import last_step, read_recipe_keys
 from convnext_cli.runs.copies import Copier, RemoteFolder
 from convnext_cli.runs.interrupt import StopRequest
@@ -149,7 +151,9 @@ def _write_run(plan: Plan, run: RunDir) -> None:
 
 def _check_same_run(plan: Plan, run: RunDir) -> None:
     """Refuse to go on with a run under another recipe."""
-    before = read_recipe_keys(run)
+    # a key that the run's version did not know has the default, under which the run was begun
+    defaults = flatten_keys(Recipe(about="").model_dump(mode="json"))
+    before = defaults | read_recipe_keys(run)
     asked = flatten_keys(plan.recipe.model_dump(mode="json"))
     differing = [
         key
@@ -175,7 +179,7 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
         Diverged: Gradients are not finite, again and again.
         Hung: Another rank was lost.
     """
-    check_devices(plan.cluster, precision=plan.precision)
+    check_devices(plan.cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
     check_strategy(plan.cluster, strategy=plan.recipe.compute.strategy)
     quiet_lightning()
     display = ProgressDisplay(plan, console=console, log=run.log)
@@ -223,6 +227,8 @@ def _attempt(
         mix=build_batch_mix(plan),
         card=make_card(plan, classes=data.classes),
     )
+    if plan.fp8_layers:
+        use_fp8(model)  # after the averages are copied from it, which stay plain
     if plan.channels_last:
         task.to_channels_last()
     writer = BackgroundWriter(run, plan, copier=_build_copier(run, plan, say=display.say))
@@ -255,7 +261,12 @@ def _attempt(
     )
     if plan.compile:
         compute = plan.recipe.compute
-        compile_network(model, strategy=compute.strategy, cuda_graphs=compute.cuda_graphs)
+        compile_network(
+            model,
+            strategy=compute.strategy,
+            sizes=len(plan.train_sizes),
+            cuda_graphs=compute.cuda_graphs,
+        )
     if start.checkpoint is None and not back:
         _record(run, plan, event="started", step=start.step)
     else:

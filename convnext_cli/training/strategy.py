@@ -79,24 +79,31 @@ def build_strategy(
 
 
 def compile_network(
-    network: nn.Module, *, strategy: StrategyName, cuda_graphs: bool = False
+    network: nn.Module, *, strategy: StrategyName, sizes: int = 1, cuda_graphs: bool = False
 ) -> None:
     """Have a network compiled when it first runs: whole, or block by block where it is sharded.
 
     FSDP's hooks, which fetch the weights of a block, stay outside of what is compiled.
 
     Args:
-        network: Changed.
-        strategy: What devices share.
+        network: What learns.
+        strategy: How devices share it.
+        sizes: Sizes that training images have in turn; each is compiled by itself, for a graph that
+            leaves the size open is slower.
         cuda_graphs: Whether each compiled graph is recorded; not under fsdp.
     """
-    if strategy != "fsdp":
-        network.compile(options={"triton.cudagraphs": True} if cuda_graphs else None)
-        return
+    dynamic = False if sizes > 1 else None
+    options = {"triton.cudagraphs": True} if cuda_graphs else None
     from torch._dynamo import config  # noqa: PLC0415  # takes seconds
 
+    if strategy != "fsdp":
+        config.recompile_limit = max(config.recompile_limit, 2 * (sizes + 1))
+        network.compile(dynamic=dynamic, options=options)
+        return
     blocks = list(iter_shard_units(network))
     # each block has other widths and another drop rate, in training and in evaluation
-    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+    graphs = 2 * len(blocks) * (sizes + 1)
+    config.recompile_limit = max(config.recompile_limit, graphs)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, dynamic=dynamic)

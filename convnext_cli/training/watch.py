@@ -88,7 +88,9 @@ class HangWatch(pl.Callback):
         del trainer
         task = as_task(pl_module)
         if task.at_step_end:
-            self._allowed = self.plan.recipe.guard.hang_minutes * 60
+            guard = self.plan.recipe.guard
+            compiles = any(task.step == size.first_step for size in self.plan.train_sizes)
+            self._allowed = (guard.start_minutes if compiles else guard.hang_minutes) * 60
             self._alive(f"after step {task.step}: next batch, saving or agreement of the ranks")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

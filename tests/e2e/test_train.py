@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -173,8 +174,39 @@ def test_gradient_checkpointing_does_not_change_the_weights(recipe, tiny_shards,
     assert_same_weights(finished.root / last, run_dir(recipe) / last)
 
 
+def test_a_run_of_growing_images_goes_on_across_a_change_of_size(recipe, tiny_shards):
+    growing = ["progressive.from_px=32", "data.image_px=96", "progressive.until=0.67"]
+    growing += ["model.drop_path=0.5", "model.drop_path_kind=skip", "evaluate.every=6st"]
+    done = train(recipe, tiny_shards, *growing, name="whole")
+    assert done.returncode == 0, done.stderr
+    whole, parted = run_dir(recipe, "whole"), run_dir(recipe, "parted")
+    plan = json.loads((whole / "plan.json").read_text())
+    assert [(size["image_px"], size["first_step"]) for size in plan["train_sizes"]] == [
+        (32, 0), (64, 2), (96, 4),
+    ]  # fmt: skip
+    shutil.copytree(whole, parted, symlinks=True)
+    for step in range(4, 7):
+        (parted / "checkpoints" / f"step={step:08d}.ckpt").unlink()
+
+    again = train(recipe, tiny_shards, *growing, name="parted")
+
+    assert again.returncode == 0, again.stderr
+    assert "going on from step=00000003.ckpt" in again.stderr
+    assert_same_weights(whole / "checkpoints/last.ckpt", parted / "checkpoints/last.ckpt")
+    kept = ("step", "train/loss", "val/loss", "val_ema/top1")
+    assert [[row.get(key) for key in kept] for row in rows(parted)] == [
+        [row.get(key) for key in kept] for row in rows(whole)
+    ]
+
+
 @pytest.mark.parametrize(
-    "more", [["--precision", "bf16"], ["optim.clip_norm=0.5"], ["compute.channels_last=true"]]
+    "more",
+    [
+        ["--precision", "bf16"],
+        ["optim.clip_norm=0.5"],
+        ["compute.channels_last=true"],
+        ["--devices", "2", "model.drop_path=0.5", "model.drop_path_kind=skip"],
+    ],
 )
 def test_a_run_works_in_this_setting(recipe, tiny_shards, more):
     done = train(recipe, tiny_shards, "schedule.length=3st", *more)
@@ -296,6 +328,24 @@ def test_the_same_command_after_the_end_says_what_came_out(tiny_shards, finished
     assert again.returncode == 0, again.stderr
     assert "finished   6 steps, best top-1" in again.stderr
     assert (finished.root / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_from_before_a_key_was_known_goes_on_under_its_default(recipe, tiny_shards, finished):
+    run = run_dir(recipe)
+    shutil.copytree(finished.root, run, symlinks=True)
+    (run / "checkpoints" / "step=00000006.ckpt").unlink()
+    text = (run / "recipe.yaml").read_text()
+    older = re.sub(r"  drop_path_kind: .*\n|progressive:\n(  .*\n)+", "", text)
+    assert len(older) < len(text) - 40
+    (run / "recipe.yaml").write_text(older)
+
+    other = train(recipe, tiny_shards, "model.drop_path_kind=skip")
+    again = train(recipe, tiny_shards)
+
+    assert other.returncode == 2
+    assert "holds a run with model.drop_path_kind=scale, but skip is asked" in other.stderr
+    assert again.returncode == 0, again.stderr
+    assert "going on from step=00000005.ckpt" in again.stderr
 
 
 def test_another_recipe_in_the_same_folder_is_refused(tiny_shards, finished):

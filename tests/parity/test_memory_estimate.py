@@ -5,15 +5,18 @@ import torch
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.convnext import build_convnext
-from convnext_cli.plan.cost import estimate_activations
+from convnext_cli.plan.cost import block_images, estimate_activations
+
+IMAGES = 4
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("drop_path_kind", ["scale", "skip"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_nano", "convnext_isotropic_small"])
-def test_activations_are_those_that_autograd_keeps(name, precision, fused):
+def test_activations_are_those_that_autograd_keeps(name, precision, drop_path_kind, fused):
     variant = find_variant(name)
-    model = build_convnext(variant, num_classes=10, drop_path=0.1).train()
+    model = build_convnext(variant, num_classes=10, drop_path=0.6, drop_path_kind=drop_path_kind)
     if fused:
         model.use_ways([blocks[-1].ways()[-1] for blocks in model.list_stages()])
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -24,7 +27,7 @@ def test_activations_are_those_that_autograd_keeps(name, precision, fused):
             kept[value.untyped_storage().data_ptr()] = value
         return value
 
-    images = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(IMAGES, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
@@ -35,9 +38,12 @@ def test_activations_are_those_that_autograd_keeps(name, precision, fused):
     assert estimate_activations(
         variant,
         image_px=64,
-        images=2,
+        images=IMAGES,
         parameters=sum(weight.numel() for weight in model.parameters()),
         precision=precision,
         checkpointing="none",
         fused=fused,
+        computed=block_images(variant, images=IMAGES, drop_path=0.6)
+        if drop_path_kind == "skip"
+        else None,
     ) == pytest.approx(sum(value.untyped_storage().nbytes() for value in kept.values()), rel=0.1)

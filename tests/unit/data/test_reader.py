@@ -97,8 +97,18 @@ def dataset(tmp_path_factory):
     )
 
 
-def train_batches(dataset, *, num_workers, rank=0, world=1, accumulate=1, steps=(0, 8)):
-    reader = reader_of(*dataset)
+def train_batches(
+    dataset,
+    *,
+    num_workers,
+    rank=0,
+    world=1,
+    accumulate=1,
+    steps=(0, 8),
+    image_px_at=None,
+    view=None,
+):
+    reader = reader_of(*dataset, view=view)
     order = Order(shard_images=reader.shard_images, seed=3, global_images=8, kind="window")
     sampler = StepSampler(
         order,
@@ -107,6 +117,7 @@ def train_batches(dataset, *, num_workers, rank=0, world=1, accumulate=1, steps=
         accumulate=accumulate,
         first_step=steps[0],
         total_steps=steps[1],
+        image_px_at=image_px_at,
     )
     loader = build_loader(reader, sampler=sampler, num_workers=num_workers, pin_memory=False)
     batches = list(loader)
@@ -182,6 +193,54 @@ def test_an_epoch_has_no_image_twice_and_the_next_one_other_crops(dataset):
     one = next(iter(both))
     views = [epoch.image_NCHW[epoch.sample_N.tolist().index(one)] for epoch in (first, second)]
     assert not torch.equal(*views)
+
+
+def grown_px(step: int) -> int:
+    return 8 if step < 2 else 12 if step < 5 else 16
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_have_the_size_of_their_step_whatever_the_attempt_and_the_processes(
+    dataset, num_workers
+):
+    whole = train_batches(dataset, num_workers=0, image_px_at=grown_px)
+
+    again = train_batches(dataset, num_workers=num_workers, image_px_at=grown_px, steps=(3, 8))
+
+    assert [batch.image_NCHW.shape[-2:] for batch in whole] == [
+        (grown_px(step), grown_px(step)) for step in range(8)
+    ]
+    assert_equal(again, whole[3:])
+
+
+def test_a_size_is_what_a_view_of_that_size_makes(dataset):
+    grown = train_batches(dataset, num_workers=0, image_px_at=grown_px)
+
+    for px in (8, 12, 16):
+        view = TrainView(image_px=px)
+        alone = train_batches(dataset, num_workers=0, view=view)
+        steps = [step for step in range(8) if grown_px(step) == px]
+        assert_equal([grown[step] for step in steps], [alone[step] for step in steps])
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (4, 2), (1, 4)])
+def test_ranks_and_passes_of_a_step_have_its_size_and_its_pixels(dataset, world, accumulate):
+    whole = train_batches(dataset, num_workers=0, image_px_at=grown_px)
+    ranks = [
+        train_batches(
+            dataset,
+            num_workers=0,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+            image_px_at=grown_px,
+        )
+        for rank in range(world)
+    ]
+
+    for step, batch in enumerate(whole):
+        passes = slice(step * accumulate, (step + 1) * accumulate)
+        assert_equal([joined([p for rank in ranks for p in rank[passes]])], [batch])
 
 
 def test_a_share_that_does_not_divide_into_the_passes_is_refused():

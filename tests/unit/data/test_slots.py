@@ -28,6 +28,21 @@ def test_pixels_arrive_as_they_were_put_in():
     assert pixels[1].unique().tolist() == [8]
 
 
+def test_smaller_images_take_the_slot_of_larger_ones():
+    slots = Slots(slots=2, images=3, image_px=8)
+    smaller, larger = slots.take(), slots.take()
+
+    full = pickle.loads(
+        pickle.dumps(slots.fill(larger, [torch.full((8, 8, 3), 9, dtype=torch.uint8)] * 3))
+    )
+    pixels = arrived(slots, smaller, 7, count=3)
+
+    assert (pixels.shape, full.shape) == ((3, 3, 4, 4), (3, 3, 8, 8))
+    assert [image.unique().tolist() for image in pixels] == [[7], [8], [9]]
+    assert full.unique().tolist() == [9]
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     "part", [lambda p: p, lambda p: p[1:, 0], lambda p: p.permute(0, 2, 3, 1).numpy()[1]]
 )

@@ -65,8 +65,8 @@ def test_a_damaged_file_is_measured_anew(tmp_path):
 def test_a_way_that_is_wrong_is_left_out_however_fast_it_is(monkeypatch):
     broken = choice.Block.forward_fused
 
-    def forward_fused(self, x_NHWC, *, recomputed):
-        out = broken(self, x_NHWC, recomputed=recomputed)
+    def forward_fused(self, x_NCHW, *, recomputed):
+        out = broken(self, x_NCHW, recomputed=recomputed)
         return out * 1.1 if recomputed else out
 
     monkeypatch.setattr(choice.Block, "forward_fused", forward_fused)
@@ -78,7 +78,7 @@ def test_a_way_that_is_wrong_is_left_out_however_fast_it_is(monkeypatch):
 
 
 def test_a_way_that_does_not_run_is_left_out_and_said(monkeypatch, tmp_path):
-    def forward_fused(self, x_NHWC, *, recomputed):
+    def forward_fused(self, x_NCHW, *, recomputed):
         raise RuntimeError("out of shared memory\nand more")
 
     monkeypatch.setattr(choice.Block, "forward_fused", forward_fused)

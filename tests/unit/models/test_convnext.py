@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from convnext_cli.catalog.models import VARIANTS, find_variant
 from convnext_cli.models.convnext import Block, ConvNeXt, build_comparison, build_convnext
+from convnext_cli.models.layers import DropPath
 
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
 KINDS = {
@@ -166,11 +168,17 @@ def test_a_block_is_the_written_out_formula():
     torch.testing.assert_close(block(x_NCHW), x_NCHW + 0.5 * y)
 
 
+@pytest.mark.parametrize("drop_path_kind", ["scale", "skip"])
 @pytest.mark.parametrize("mode", ["stages", "blocks"])
-def test_checkpointing_changes_no_gradient_even_with_drop_path(kind, images, mode):
+def test_checkpointing_changes_no_gradient_even_with_drop_path(kind, images, mode, drop_path_kind):
     def gradients(checkpointing):
         torch.manual_seed(0)
-        model = ConvNeXt(**kind, drop_path=0.5, gradient_checkpointing=checkpointing)
+        model = ConvNeXt(
+            **kind,
+            drop_path=0.5,
+            gradient_checkpointing=checkpointing,
+            drop_path_kind=drop_path_kind,
+        )
         torch.manual_seed(1)
         model(images).square().sum().backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -271,6 +279,89 @@ def test_the_whole_model_compiles_as_one_graph(kind, images, mode):
 
     torch.testing.assert_close(logits_NK, expected)
     torch.testing.assert_close(model.head.weight.grad, gradient)
+
+
+def skipping_gradients(kind, images, *, mode="none", compiled=None):
+    torch.manual_seed(0)
+    model = ConvNeXt(**kind, drop_path=0.5, drop_path_kind="skip", gradient_checkpointing=mode)
+    network = model if compiled is None else compiled(model)
+    torch.manual_seed(1)
+    network(images).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def test_skipping_leaves_every_weight_a_gradient(kind, images):
+    # DDP waits for all of them.
+    assert all(gradient is not None for gradient in skipping_gradients(kind, images))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_skipping_changes_nothing_in_evaluation_or_without_drop_path(kind, images, p):
+    torch.manual_seed(0)
+    model = ConvNeXt(**kind, drop_path=p)
+    skipping = ConvNeXt(**kind, drop_path=p, drop_path_kind="skip")
+    skipping.load_state_dict(model.state_dict())
+
+    if p:
+        model.eval(), skipping.eval()
+
+    assert torch.equal(skipping(images), model(images))
+
+
+TWO_BLOCKS = {"depths": (2,), "dims": (8,), "num_classes": 3}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", ["none", "blocks"])
+def test_skipping_compiles_as_one_graph_that_draws_the_same_images(images, mode):
+    expected = skipping_gradients(TWO_BLOCKS, images, mode=mode)
+
+    def compiled(model):
+        # Not "eager", which lets no checkpoint restore the random state.
+        return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    gradients = skipping_gradients(TWO_BLOCKS, images, mode=mode, compiled=compiled)
+
+    torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_skipping_compiles_once_whatever_is_drawn():
+    counter = CompileCounter()
+    block = Block(8, drop_frac=0.5, layer_scale_init=1.0, grn=False, drop_path_kind="skip")
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+
+    for _ in range(4):
+        compiled(torch.randn(6, 8, 9, 9))
+
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_skipping_compiles_for_a_batch_whose_size_is_left_open():
+    block = Block(8, drop_frac=0.5, layer_scale_init=1.0, grn=False, drop_path_kind="skip")
+    compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=True)
+
+    assert [len(compiled(torch.randn(n, 8, 9, 9))) for n in (4, 7, 10)] == [4, 7, 10]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_inductor_s_code_for_skipping_gives_the_same_sum_and_gradient():
+    drop = DropPath(0.5, kind="skip")
+    x_NCHW = torch.randn(4, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+
+    def run(x_NCHW):
+        return drop.add_kept(x_NCHW, torch.sin)
+
+    both = []
+    for function in (run, torch.compile(run, fullgraph=True)):
+        torch.manual_seed(1)
+        leaf = x_NCHW.clone().requires_grad_()
+        out = function(leaf)
+        out.square().sum().backward()
+        both.append((out, leaf.grad))
+
+    torch.testing.assert_close(both[1], both[0])
 
 
 @pytest.mark.usefixtures("fresh_compiler")

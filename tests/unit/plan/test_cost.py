@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 
-from convnext_cli.catalog.models import find_variant
+from convnext_cli.catalog.models import estimate_macs, find_variant
 from convnext_cli.plan.cost import (
     STRATEGIES,
     Memory,
+    block_images,
     estimate_activations,
     estimate_memory,
+    estimate_skipped_macs,
     explain_sharding,
 )
 
@@ -77,6 +79,46 @@ def test_activations_grow_with_images_and_shrink_where_they_are_computed_again(n
     assert activations(name, precision="bf16") == whole / 2
     assert activations(name, checkpointing="blocks") < activations(name, checkpointing="stages")
     assert activations(name, checkpointing="stages") < whole
+
+
+def test_skipping_keeps_the_share_of_the_images_that_blocks_compute():
+    tiny = find_variant("convnext_tiny")
+    computed = block_images(tiny, images=8, drop_path=0.5)
+
+    assert computed == (8, 8, 8, 7, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4)
+    assert block_images(tiny, images=8, drop_path=0.0) == (8,) * 18
+    whole, skipped = activations("convnext_tiny"), activations("convnext_tiny", computed=computed)
+    left_out = {(56, 96): 0, (28, 192): 3, (14, 384): 1 + 4 * 2 + 4 * 3, (7, 768): 3 * 4}
+    values = sum(side**2 * dim * images for (side, dim), images in left_out.items())
+    assert whole - skipped == values * 12 * 4
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnext_isotropic_small"])
+@pytest.mark.parametrize("checkpointing", ["none", "stages", "blocks"])
+def test_skipping_nothing_keeps_what_is_kept_without(name, checkpointing):
+    blocks = sum(find_variant(name).depths)
+
+    assert activations(name, checkpointing=checkpointing, computed=(8,) * blocks) == activations(
+        name, checkpointing=checkpointing
+    )
+
+
+def test_skipped_work_is_that_of_the_images_left_out():
+    base = find_variant("convnext_base")
+    macs = estimate_macs(base, image_px=224, num_classes=1000)
+
+    half = estimate_skipped_macs(base, image_px=224, images=128, computed=(64,) * 36)
+    recipe = estimate_skipped_macs(
+        base,
+        image_px=224,
+        images=128,
+        computed=block_images(base, images=128, drop_path=0.5),
+    )
+
+    # All but stem, downsampling and head are blocks: 98% of ConvNeXt-B.
+    assert half / macs == pytest.approx(0.489, abs=0.001)
+    # The mean drop rate is half of the last block's.
+    assert recipe / macs == pytest.approx(0.24, abs=0.005)
 
 
 def test_autocast_keeps_a_copy_of_the_weights():

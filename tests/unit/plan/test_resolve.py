@@ -29,7 +29,7 @@ def plan_of(
 def follow(hint: str | None, *overrides: str, facts: DataFacts | None = None,
            cluster: Cluster = FOUR_NODES, recipe: str = "in1k_tiny") -> Plan:  # fmt: skip
     """Plan again with the overrides that a hint names."""
-    named = re.findall(r"[a-z_]+\.[a-z_]+=\S+", hint or "")
+    named = re.findall(r"[a-z_]+\.[a-z_0-9]+=\S+", hint or "")
     assert named, hint
     return plan_of(*overrides, *named, facts=facts, cluster=cluster, recipe=recipe)
 
@@ -328,6 +328,116 @@ def test_what_a_strategy_cannot_do_is_refused_with_a_way_out(overrides):
     assert follow(caught.value.hint, *overrides).total_steps == 93_600
 
 
+def test_images_grow_over_the_schedule_and_cost_less():
+    plan, plain = plan_of("progressive.from_px=160"), plan_of()
+
+    assert [(size.image_px, size.first_step) for size in plan.train_sizes] == [
+        (160, 0), (192, 37_440), (224, 74_880),
+    ]  # fmt: skip
+    assert [plan.image_px_at(step) for step in (0, 37_439, 37_440, 74_880, 93_599)] == [
+        160, 160, 192, 224, 224,
+    ]  # fmt: skip
+    pixels = (0.4 * 160**2 + 0.4 * 192**2 + 0.2 * 224**2) / 224**2
+    assert plan.train_flops / plain.train_flops == pytest.approx(pixels, rel=1e-3)
+    assert plan.saved_flops_frac == pytest.approx(1 - pixels, abs=1e-3)
+    assert (plan.gmacs, plan.memory) == (plain.gmacs, plain.memory)
+    # The loader must keep up with the smallest images.
+    assert plan.device_images_per_second / plain.device_images_per_second == pytest.approx(
+        (224 / 160) ** 2, rel=1e-3
+    )
+    assert plan_of("progressive.from_px=160", cluster=Cluster()).train_sizes == plan.train_sizes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "recipe", "found"),
+    [
+        (("progressive.from_px=224",), "in1k_tiny", "which are not smaller than data.image_px 224"),
+        (("progressive.from_px=150",), "in1k_tiny", "multiples of 32 px for convnext_tiny"),
+        (("progressive.from_px=144",), "in1k_tiny", "found 144"),
+        (("progressive.from_px=16", "data.image_px=32"), "in1k_tiny", "found 16"),
+        (("progressive.from_px=32", "data.image_px=32"), "in1k_tiny", "not smaller"),
+        (("progressive.from_px=160", "data.image_px=230"), "in1k_tiny", "found 230"),
+        (("progressive.from_px=150",), "in1k_isotropic_small", "multiples of 16 px"),
+        (("progressive.from_px=160", "data.mode=stream"), "in1k_tiny", "does not know the step"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_one_that_does(overrides, recipe, found):
+    with pytest.raises(PlanError, match=found) as caught:
+        plan_of(*overrides, recipe=recipe)
+
+    assert follow(caught.value.hint, *overrides, recipe=recipe).total_steps == 93_600
+
+
+def test_an_isotropic_model_grows_from_multiples_of_16():
+    plan = plan_of("progressive.from_px=144", recipe="in1k_isotropic_small")
+
+    assert [size.image_px for size in plan.train_sizes] == [144, 176, 208, 224]
+
+
+def test_a_model_of_one_size_refuses_a_smaller_one():
+    with pytest.raises(RecipeError, match="takes images of 224 px only, not 160"):
+        plan_of("model.name=swin_tiny", "progressive.from_px=160")
+
+
+def test_skipping_saves_work_and_activations():
+    plan = plan_of("model.drop_path_kind=skip", recipe="in1k_base")
+    plain = plan_of(recipe="in1k_base")
+
+    assert plan.saved_flops_frac == pytest.approx(0.24, abs=0.005)
+    assert plan.train_flops == pytest.approx(plain.train_flops * (1 - plan.saved_flops_frac))
+    assert plan.skipped_bytes == plain.memory[0].activations - plan.memory[0].activations > 2e9
+    assert plan.gmacs == plain.gmacs
+    assert plan.device_images_per_second > 1.3 * plain.device_images_per_second
+
+
+def test_nothing_is_skipped_where_nothing_is_dropped():
+    plan = plan_of("model.drop_path_kind=skip", "model.drop_path=0")
+
+    assert (plan.saved_flops_frac, plan.skipped_bytes) == (0, 0)
+
+
+def test_skipping_is_refused_where_the_model_drops_in_its_own_way():
+    asked = ("model.name=resnet50", "model.drop_path_kind=skip")
+
+    with pytest.raises(PlanError, match="resnet50 drops images in its own way") as caught:
+        plan_of(*asked)
+
+    assert follow(caught.value.hint, *asked).skipped_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers"), [("in1k_tiny", 6), ("in1k_base", 60), ("v2_in1k_huge", 66)]
+)
+def test_fp8_is_for_the_pointwise_layers_of_wide_blocks(recipe, layers):
+    assert plan_of("compute.fp8=true", recipe=recipe).fp8_layers == layers
+    assert plan_of(recipe=recipe).fp8_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cluster", "found"),
+    [
+        ((), Cluster(device="cpu"), "a CPU has no fast fp8"),
+        (("compute.precision=fp32",), FOUR_NODES, "compute.precision is fp32"),
+        (("compute.precision=fp16",), FOUR_NODES, "compute.precision is fp16"),
+        (("compute.strategy=zero2",), FOUR_NODES, "compute.strategy is zero2"),
+        (
+            ("model.name=convnextv2_atto",),
+            FOUR_NODES,
+            "for ConvNeXt blocks of 512 channels or more",
+        ),
+        (("model.name=resnet50",), FOUR_NODES, "for ConvNeXt blocks of 512 channels or more"),
+    ],
+)
+def test_fp8_is_refused_where_it_has_no_place(overrides, cluster, found):
+    asked = (*overrides, "compute.fp8=true")
+
+    with pytest.raises(PlanError, match=found) as caught:
+        plan_of(*asked, cluster=cluster)
+
+    assert "compute.fp8=false" in caught.value.hint
+    assert follow(caught.value.hint, *asked, cluster=cluster).total_steps == 93_600
+
+
 def test_validation_happens_at_its_interval_and_at_the_end():
     plan = plan_of("evaluate.every=2ep", "schedule.length=5ep", "schedule.warmup=null")
 
@@ -380,13 +490,19 @@ def test_planning_twice_gives_the_same_plan(name):
     train=st.integers(1, 10**8), val=st.integers(0, 10**6), classes=st.integers(2, 30_000),
     world=st.integers(1, 4096), images=st.integers(1, 10**6), length=st.floats(1e-3, 1e3),
     warmup=st.one_of(st.none(), st.floats(1e-3, 1e3)), px=st.integers(8, 4096),
+    from_px=st.one_of(st.none(), st.integers(1, 128).map(lambda n: 32 * n), st.integers(16, 4096)),
+    drop_path_kind=st.sampled_from(["scale", "skip"]),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_any_recipe_plans_or_says_why_not(train, val, classes, world, images, length, warmup, px):
+def test_any_recipe_plans_or_says_why_not(
+    train, val, classes, world, images, length, warmup, px, from_px, drop_path_kind
+):
     facts = DataFacts(train_images=train, val_images=val, num_classes=classes, source="data")
     recipe = load_recipe("small_data", [
         f"batch.global_images={images}", "optim.lr_rule=sqrt", f"schedule.length={length}ep",
         f"schedule.warmup={'null' if warmup is None else f'{warmup}ep'}", f"data.image_px={px}",
+        f"progressive.from_px={'null' if from_px is None else from_px}",
+        f"model.drop_path_kind={drop_path_kind}", "model.drop_path=0.5",
     ])  # fmt: skip
     plan, hint = None, None
     try:

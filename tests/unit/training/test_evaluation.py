@@ -187,10 +187,12 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path, network: nn.Module):
 
 @given(num_images=st.integers(1, 60), world=st.integers(1, 9), batch=st.integers(1, 20))
 def test_all_ranks_together_see_the_batches_of_one_process(num_images: int, world: int, batch: int):
-    alone = list(DealtSampler(num_images, rank=0, world=1, batch=batch))
-    dealt = [
-        list(DealtSampler(num_images, rank=rank, world=world, batch=batch)) for rank in range(world)
-    ]
+    def places(*, rank: int, world: int) -> list[list[tuple[int, int]]]:
+        sampler = DealtSampler(num_images, rank=rank, world=world, batch=batch)
+        return [share.places for share in sampler]
+
+    alone = places(rank=0, world=1)
+    dealt = [places(rank=rank, world=world) for rank in range(world)]
 
     assert len({len(batches) for batches in dealt}) == 1
     together = [each for turn in zip(*dealt, strict=True) for each in turn]

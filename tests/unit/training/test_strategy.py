@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from convnext_cli.catalog.models import find_variant
@@ -76,3 +77,16 @@ def test_a_sharded_network_is_compiled_block_by_block():
 
     assert all("forward" in vars(unit) for unit in iter_shard_units(network))
     assert network._compiled_call_impl is None
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("ddp", 9), ("fsdp", 36 * 9)])
+def test_the_compiler_does_not_give_up_on_images_of_many_sizes(name, graphs):
+    with torch.device("meta"):
+        network = build_convnext(find_variant("convnext_base"), num_classes=3)
+
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        compile_network(network, strategy=name, sizes=8)
+
+        # of each block, one a size in training and one in evaluation
+        assert torch._dynamo.config.recompile_limit >= graphs
+        assert torch._dynamo.config.accumulated_recompile_limit >= graphs
