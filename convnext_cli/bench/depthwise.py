@@ -24,8 +24,8 @@ from convnext_cli.catalog.models import Variant
 
 _KERNEL_PX: Final = 7
 _TRIES: Final = 20
-_CACHE_BYTES: Final = 1 << 28
-"""More than the last cache of any GPU; on a CPU, of most."""
+_CACHE_BYTES: Final = {"cuda": 1 << 28, "cpu": 1 << 26}
+"""More than the last cache of a GPU, and than a CPU core's share of one."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def measure_depthwise(
     torch.backends.cudnn.benchmark = True
     on_progress("measuring the device")
     copied = measure_copy(device)
-    flush = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
+    flush = torch.empty(_CACHE_BYTES[device], dtype=torch.uint8, device=device)
     times = []
     for channels, side in _find_shapes(variants, image_px=image_px):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -64,7 +64,7 @@ KERNELS: Final[Table] = (
     (r"^mlp_\w+_kernel", "fused MLP"),
     (r"^(normalise|gelu_grn)_(\w+_)?kernel", "normalisation"),
     # memory alone
-    (r"^Mem(cpy|set)\b|copy_kernel_cuda|nchwToNhwc|nhwcToNchw|AddPaddingKernel", "copies"),
+    (r"^Mem[a-z]+ |copy_kernel_cuda|nchwToNhwc|nhwcToNchw|AddPaddingKernel", "copies"),
     (r"CatArrayBatchedCopy|^aten::(copy_|cat|fill_|zero_)$", "copies"),
     (r"^triton_poi_fused_(_to_copy_|clone_|permute_|transpose_|view_|t_)+\d+$", "copies"),
     # Inductor's, named after the operators that it fused; convolutions in them are bias gradients

@@ -91,17 +91,22 @@ def sum_classes(kernels: Iterable[KernelTime]) -> dict[OperatorClass, float]:
 
 
 def _iter_kernels(events: Iterable[Event]) -> Iterator[tuple[str, list[Launcher], float]]:
-    """Kernels of the device with what was open at their launch, and microseconds."""
+    """Kernels of the device with what was open at their launch, and microseconds.
+
+    A kernel names its operator, or else its launch, which may be of a thread of another number.
+    """
     kept = [event for event in events if event["cat"] in _HOST | _LAUNCH | _DEVICE]
-    launched: dict[object, list[Launcher]] = {}
+    opened: dict[tuple[str, object], list[Event]] = {}
     for event, open_events in _iter_nested(each for each in kept if each["cat"] not in _DEVICE):
-        if event["cat"] in _LAUNCH:
-            launchers = [_make_launcher(each) for each in reversed(open_events)]
-            launched[event["args"].get("correlation")] = launchers
+        key = "correlation" if event["cat"] in _LAUNCH else "External id"
+        if (number := event.get("args", {}).get(key)) is not None:
+            inner = [] if event["cat"] in _LAUNCH else [event]
+            opened[key, number] = [*inner, *reversed(open_events)]
     for event in kept:
         if event["cat"] in _DEVICE:
-            launchers = launched.get(event["args"].get("correlation"), [])
-            yield event["name"], launchers, event["dur"]
+            keys = [(key, event["args"].get(key)) for key in ("External id", "correlation")]
+            found = next((opened[key] for key in keys if key in opened), [])
+            yield event["name"], [_make_launcher(each) for each in found], event["dur"]
 
 
 def _iter_operators(events: Iterable[Event]) -> Iterator[tuple[str, list[Launcher], float]]:

@@ -1,6 +1,7 @@
 """`convnext bench`: steps, their convolutions and loaders against peers; what an order costs."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -95,6 +96,7 @@ def step(
 
     Example: convnext bench step in1k_tiny --batch 128 --against timm,timm-max-autotune --profile
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes into these lines
     from convnext_cli.bench.step import compare_steps
     from convnext_cli.cli.train import find_cluster
     from convnext_cli.training.devices import check_devices
