@@ -149,7 +149,8 @@ class StepMemory:
     predicted_bytes: tuple[int, int]
     """What `convnext plan` estimates, without compilation."""
     most_images: int | None
-    """On the line at the device's memory: arithmetic, not tried; None on a CPU."""
+    """On the line at the device's memory: arithmetic, not tried; None on a CPU, or where the peak
+    is the optimizer's and does not grow."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class StepReport:
     profiles: tuple[StepProfile, ...]
     memory: tuple[StepMemory, ...]
     failed: Mapping[str, str]
-    """Systems that could not be run, and why."""
+    """What could not be run or measured, and why."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def compare_steps(
         if name == "convnext":
             raise error
         running.pop(name, None)
-        failed[name] = (str(error) or type(error).__name__).splitlines()[0]
+        failed[name] = _first_line(error)
         gc.collect()
 
     for name in dict.fromkeys(("convnext", *peers)):
@@ -134,13 +134,16 @@ def compare_steps(
         on_progress(f"tracing {name}")
         try:
             profiles.append(_profile(name, running[name], plan, steps, rates))
-        except RuntimeError as error:
-            leave_out(name, error)
+        except RuntimeError as error:  # the rates are known and worth more than their trace
+            failed[f"the trace of {name}"] = _first_line(error)
     memory: tuple[StepMemory, ...] = ()
     if memory_plans:
         on_progress("measuring memory")
         running.clear()
-        memory = measure_memory(memory_plans)
+        try:
+            memory = measure_memory(memory_plans)
+        except RuntimeError as error:
+            failed["memory"] = _first_line(error)
     return StepReport(
         date=datetime.now(UTC).date().isoformat(),
         model=plan.recipe.model.name,
@@ -163,6 +166,10 @@ def compare_steps(
         memory=memory,
         failed=failed,
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _model_flops(plan: Plan) -> float:

@@ -40,7 +40,11 @@ class Event(TypedDict):
 
 
 def trace_step(step: Callable[[], object], *, steps: int, device: str) -> list[KernelTime]:
-    """Run a system's step under the profiler; its kernels, the costliest first."""
+    """Run a system's step under the profiler; its kernels, the costliest first.
+
+    Raises:
+        RuntimeError: The profiler saw none.
+    """
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -49,7 +53,10 @@ def trace_step(step: Callable[[], object], *, steps: int, device: str) -> list[K
             step()
         if device == "cuda":
             torch.cuda.synchronize()
-    return sum_kernels(read_events(profiler), steps=steps, device=device)
+    kernels = sum_kernels(read_events(profiler), steps=steps, device=device)
+    if not kernels:
+        raise RuntimeError("torch's profiler saw no work of the device")
+    return kernels
 
 
 def read_events(profiler: torch.profiler.profile) -> list[Event]:

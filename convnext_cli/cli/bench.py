@@ -126,7 +126,9 @@ def step(
         )
     check_devices(plan.cluster, precision=plan.precision)
     few, many = (batch // 4 * 2, batch) if batch >= _HALVES else (batch, 2 * batch)
-    pieces: tuple[GradientCheckpointing, ...] = ("none", "stages", "blocks") if memory else ()
+    pieces: tuple[GradientCheckpointing, ...] = ("none",)
+    if find_variant(plan.recipe.model.name).family != "timm":  # whose models keep all
+        pieces = ("none", "stages", "blocks")
     with console.status("starting") as status:
         report = compare_steps(
             plan,
@@ -136,7 +138,7 @@ def step(
             profiled=profiled,
             memory_plans=[
                 (make(few, f"{_CHECKPOINTING}={piece}"), make(many, f"{_CHECKPOINTING}={piece}"))
-                for piece in pieces
+                for piece in (pieces if memory else ())
             ],
             on_progress=status.update,
         )

@@ -159,6 +159,22 @@ def test_time_and_memory_of_a_step_are_taken_apart(run_process, tmp_path):
     assert per_image == sorted(per_image, reverse=True)
 
 
+def test_a_model_of_timm_has_rates_without_a_roofline(run_process):
+    done = run_process(
+        *("bench", "step", "compare_resnet50", "--batch", 2, "--size", 32, "--device", "cpu"),
+        *("--steps", 1, "--rounds", 1, "--against", "", "--memory", "--profile", "--json"),
+    )
+
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["floors"], report["best_peer"], report["failed"]) == ([], None, {})
+    (rate,) = report["rates"]
+    assert (rate["floor_frac"], rate["best_floor_frac"]) == (None, None)
+    assert [memory["checkpointing"] for memory in report["memory"]] == ["none"]
+    (profile,) = report["profiles"]
+    assert all(each["floor_milliseconds"] is None for each in profile["classes"])
+
+
 def test_the_depthwise_convolution_is_measured_alone(run_process, tmp_path):
     done = run_process(
         *("bench", "depthwise", "--models", "convnextv2_atto,convnextv2_pico", "--batch", 2),

@@ -1,8 +1,9 @@
 """Traces to times: by launch on a GPU, by own time on a CPU."""
 
 import pytest
+import torch
 
-from convnext_cli.bench.trace import sum_classes, sum_kernels
+from convnext_cli.bench.trace import sum_classes, sum_kernels, trace_step
 
 DEPTHWISE_SHAPES = [[8, 96, 14, 14], [8, 96, 14, 14], [96, 1, 7, 7], []]
 WGRAD = "sm80_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc"
@@ -78,3 +79,17 @@ def test_an_operator_of_a_cpu_has_its_own_time_alone():
     times = sum_classes(sum_kernels(events, steps=1, device="cpu"))
 
     assert times == pytest.approx({"matrix product": 0.07, "copies": 0.03, "optimizer": 0.04})
+
+
+def test_a_trace_without_work_is_an_error():
+    with pytest.raises(RuntimeError, match="saw no work"):
+        trace_step(lambda: None, steps=1, device="cpu")
+
+
+def test_the_work_of_a_real_trace_is_found():
+    left, right = torch.randn(64, 64), torch.randn(64, 64)
+
+    kernels = trace_step(lambda: left @ right, steps=2, device="cpu")
+
+    assert kernels[0].name == "aten::mm"
+    assert (kernels[0].operators, kernels[0].launches) == ("matrix product", 1)
