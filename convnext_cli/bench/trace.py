@@ -5,6 +5,8 @@ GPU   kernels and copies of the device; each belongs to what was open on the hos
 CPU   operators, each without the time of those that it called
 ```
 
+What Inductor compiles for a CPU is no operator: there its time is in the step and in no class.
+
 The trace is read as torch exports it for Chrome, which is the same in every version and can be
 written by hand in a test.
 """
