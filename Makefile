@@ -32,7 +32,7 @@ check:  ## Style, types, layers, dependencies, spelling
 	lint-imports --no-logo
 	deptry .
 	typos
-	shellcheck .ci/run slurm/*.sh docker/*.sh
+	shellcheck .ci/run slurm/*.sh docker/*.sh benchmarks/gpu/*.sh
 	hadolint --failure-threshold style docker/Dockerfile docker/Dockerfile.cpu
 
 test:  ## Unit tests, contracts, parity, and kernels in their interpreter, in about 3 minutes

@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from convnext_cli.bench.operators import OperatorClass
+from convnext_cli.bench.roofline import Floor, OpList
+from convnext_cli.recipe.schema import GradientCheckpointing
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -73,6 +77,16 @@ class StepRate:
     high: float
     matmul_frac: float
     """FLOPs of the model a second, against those of one large matrix product on this device."""
+    sheet_frac: float | None
+    """The same against the data sheet's peak; None where it is not known, or not of bf16."""
+    floor_ops: OpList
+    """The operator list that the system is built of, as far as is known."""
+    floor_images_per_second: float | None
+    """What perfect kernels of that list would reach; None for models without a roofline."""
+    floor_frac: float | None
+    """Share of it that is reached; above 1 where the system fuses more than its list does."""
+    best_floor_frac: float | None
+    """Share of what the fastest known list would reach."""
     peak_bytes: int | None
     """Peak of the device's memory, without what the other systems hold; None on a CPU."""
     start_seconds: float
@@ -82,9 +96,69 @@ class StepRate:
 
 
 @dataclass(frozen=True)
+class KernelTime:
+    """One kernel, or one operator on a CPU, over all its launches in a step."""
+
+    name: str
+    operators: OperatorClass
+    milliseconds: float
+    """A step."""
+    launches: float
+    """A step."""
+
+
+@dataclass(frozen=True)
+class ClassTime:
+    """All kernels of one class in a step."""
+
+    operators: OperatorClass
+    milliseconds: float
+    share: float
+    """Of the device's time in the step."""
+    floor_milliseconds: float | None
+    """Of perfect kernels, on the system's operator list; None where it has none of that class."""
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Where the time of one system's step goes, from a trace made after the rounds."""
+
+    system: str
+    step_milliseconds: float
+    """Of the rounds, without a profiler: the median."""
+    device_milliseconds: float
+    """Of the device's kernels in a step; on a CPU, of its operators. Less than the step: the device
+    waits for the host."""
+    classes: tuple[ClassTime, ...]
+    kernels: tuple[KernelTime, ...]
+    """The costliest."""
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Memory of this project's step at two batch sizes, and the line through them."""
+
+    checkpointing: GradientCheckpointing
+    images: tuple[int, int]
+    peak_bytes: tuple[int, int]
+    """Measured: the device's allocations of weights, states, batches and one step."""
+    bytes_per_image: float
+    """Slope."""
+    fixed_bytes: float
+    """What would be left at no image."""
+    predicted_bytes: tuple[int, int]
+    """What `convnext plan` estimates, without compilation."""
+    most_images: int | None
+    """On the line at the device's memory: arithmetic, not tried; None on a CPU, or where the peak
+    is the optimizer's and does not grow."""
+
+
+@dataclass(frozen=True)
 class StepReport:
     """A whole comparison of training steps."""
 
+    date: str
+    """Of the measurement: year-month-day, UTC."""
     model: str
     device: str
     """Its own name."""
@@ -94,6 +168,8 @@ class StepReport:
     image_px: int
     precision: str
     compiled: bool
+    kernels: str
+    """compute.kernels of this project, and the way of each stage where it has its own."""
     steps: int
     """In a round."""
     rounds: int
@@ -103,7 +179,51 @@ class StepReport:
     """Measured, in the precision of the step."""
     copy_bytes_per_second: float
     """Measured: bytes read and written."""
+    floors: tuple[Floor, ...]
+    """For the rates measured here: `eager` and `compiler` under autocast with an fp32 stream, the
+    others without one. Empty for models without a roofline."""
     rates: tuple[StepRate, ...]
     ratios: tuple[Ratio, ...]
+    best_peer: Ratio | None
+    """Against the fastest peer by its median."""
+    profiles: tuple[StepProfile, ...]
+    memory: tuple[StepMemory, ...]
     failed: Mapping[str, str]
-    """Systems that could not be run, and why."""
+    """What could not be run or measured, and why."""
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """One pass of a depthwise convolution."""
+
+    milliseconds: float
+    """Median, cold cache."""
+    copy_frac: float
+    """Two tensors' bytes a second, against those of a copy."""
+    error_frac: float
+    """Norm of the difference from the first system's result, over the norm of that."""
+
+
+@dataclass(frozen=True)
+class DepthwiseTime:
+    """All passes of one system at one shape."""
+
+    system: str
+    channels: int
+    side: int
+    forward: PassTime
+    input_gradient: PassTime
+    weight_gradient: PassTime
+
+
+@dataclass(frozen=True)
+class DepthwiseReport:
+    """7x7 depthwise convolutions at all shapes."""
+
+    date: str
+    device: str
+    versions: Mapping[str, str]
+    images: int
+    precision: str
+    copy_bytes_per_second: float
+    times: tuple[DepthwiseTime, ...]

@@ -7,6 +7,7 @@ GPU, fused AdamW, autocast, and compiled where that is asked.
 Shapes: N images, C channels, H height, W width, K classes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import cycle
@@ -24,11 +25,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import record_function
 from torchvision.transforms import v2
 
+from convnext_cli.bench.operators import MIXING_RANGE, NETWORK_RANGE
+from convnext_cli.bench.roofline import AUTOCAST, FP32, NARROW, OpList, Widths
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.augment import Choices, draw_erased
 from convnext_cli.data.build import build_batch_mix
+from convnext_cli.data.mix import BatchMix
 from convnext_cli.data.order import seeded_random
 from convnext_cli.data.reader import Batch
 from convnext_cli.errors import PlanError
@@ -42,7 +47,15 @@ from convnext_cli.training.kernels import resolve_ways
 from convnext_cli.training.strategy import compile_network
 from convnext_cli.training.task import Classifier
 
-StepSystem = Literal["convnext", "timm", "timm-max-autotune", "timm-eager", "torchvision"]
+StepSystem = Literal[
+    "convnext",
+    "convnext-compile",
+    "timm",
+    "timm-max-autotune",
+    "timm-max-autotune-no-cudagraphs",
+    "timm-eager",
+    "torchvision",
+]
 
 _RESIDENT_BATCHES = 4
 """Different batches that are on the device; enough that no cache holds them."""
@@ -66,16 +79,29 @@ def build_step(name: StepSystem, plan: Plan) -> TrainingStep:
     match name:
         case "convnext":
             return OwnStep(plan)
+        case "convnext-compile":
+            return OwnStep(dataclasses.replace(plan, kernels="compile"))
         case "timm":
             return TimmStep(plan, mode="default" if plan.compile else None)
-        case "timm-max-autotune":
-            return TimmStep(plan, mode="max-autotune")
+        case "timm-max-autotune" | "timm-max-autotune-no-cudagraphs":
+            return TimmStep(plan, mode=name.removeprefix("timm-"))
         case "timm-eager":
             return TimmStep(plan, mode=None)
         case "torchvision":
             return TorchvisionStep(plan)
         case _:
             assert_never(name)
+
+
+def find_op_list(name: StepSystem, plan: Plan) -> tuple[OpList, Widths]:
+    """The operator list of the roofline that a system is built of, and the bytes of its values."""
+    compiles = name.startswith("timm-max-autotune") or (plan.compile and name != "timm-eager")
+    ops: OpList = "compiler" if compiles else "eager"
+    if name == "convnext" and plan.kernels in {"auto", "fused"}:
+        ops = "fused"
+    if plan.precision == "fp32":
+        return ops, FP32
+    return ops, NARROW if name.startswith("convnext") else AUTOCAST
 
 
 class OwnStep:
@@ -85,18 +111,18 @@ class OwnStep:
         model = build_model(plan)
         classes = tuple(str(number) for number in range(plan.num_classes))
         averaged = None if plan.recipe.ema.decay is None else make_averaged(model)
-        mix = build_batch_mix(plan)
+        mix = _MarkedMix(**vars(build_batch_mix(plan)))
         card = make_card(plan, classes=classes)
-        self.task = Classifier(model, averaged=averaged, plan=plan, mix=mix, card=card)
+        self.task = _MarkedTask(model, averaged=averaged, plan=plan, mix=mix, card=card)
         if plan.fp8_layers:
             use_fp8(model)
         self.task.to(_device(plan)).train()
         if plan.channels_last:
             self.task.to_channels_last()
-        ways = resolve_ways(plan, model)
-        if ways is not None:
+        self.ways = resolve_ways(plan, model) or []
+        if self.ways:
             assert isinstance(model, ConvNeXt)
-            model.use_ways(ways)
+            model.use_ways(self.ways)
         if plan.compile:
             graphs = plan.recipe.compute.cuda_graphs
             compile_network(model, strategy="ddp", cuda_graphs=graphs)
@@ -111,16 +137,35 @@ class OwnStep:
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
-            with self._precision():
-                loss = self.task.training_step(batch, 0)
-            assert isinstance(loss, Tensor)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with record_function(NETWORK_RANGE):
+                with self._precision():
+                    loss = self.task.training_step(batch, 0)
+                assert isinstance(loss, Tensor)
+                loss.backward()  # type: ignore[no-untyped-call]
             self.task.configure_gradient_clipping(self.optimizer)
             self._loss = loss.detach()
             return loss
 
         self.task.optimizer_step(0, 0, self.optimizer, closure)
         return self._loss
+
+
+class _MarkedMix(BatchMix):
+    """The mixing, as a range of its own in a trace."""
+
+    def __call__(
+        self, images_NCHW: Tensor, labels_N: Tensor, choices: Choices, *, step: int, first: int
+    ) -> tuple[Tensor, Tensor]:
+        with record_function(MIXING_RANGE):
+            return super().__call__(images_NCHW, labels_N, choices, step=step, first=first)
+
+
+class _MarkedTask(Classifier):
+    """The module, whose last copy before the network belongs to that range."""
+
+    def prepare_images(self, images_NCHW: Tensor) -> Tensor:
+        with record_function(MIXING_RANGE):
+            return super().prepare_images(images_NCHW)
 
 
 class TimmStep:
@@ -170,12 +215,13 @@ class TimmStep:
     def __call__(self) -> Tensor:
         """One optimizer step on the next batch."""
         batch = next(self._batches)
-        x_NCHW = batch.image_NCHW.float().sub_(self._mean_C11).div_(self._std_C11)
-        x_NCHW = self._erase(x_NCHW)
         target = batch.label_N
-        if self._mix is not None:
-            x_NCHW, target = self._mix(x_NCHW, target)
-        x_NCHW = x_NCHW.contiguous(memory_format=self._format)
+        with record_function(MIXING_RANGE):
+            x_NCHW = batch.image_NCHW.float().sub_(self._mean_C11).div_(self._std_C11)
+            x_NCHW = self._erase(x_NCHW)
+            if self._mix is not None:
+                x_NCHW, target = self._mix(x_NCHW, target)
+            x_NCHW = x_NCHW.contiguous(memory_format=self._format)
         with self._precision():
             loss: Tensor = self._loss_of(self._forward(x_NCHW), target)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -239,11 +285,12 @@ class TorchvisionStep:
     def __call__(self) -> Tensor:
         """One optimizer step on the next batch."""
         batch = next(self._batches)
-        x_NCHW = (batch.image_NCHW.float() / 255 - self._mean_C11) / self._std_C11
         target = batch.label_N
-        if self._mix is not None:
-            x_NCHW, target = self._mix(x_NCHW, target)
-        x_NCHW = x_NCHW.contiguous(memory_format=self._format)
+        with record_function(MIXING_RANGE):
+            x_NCHW = (batch.image_NCHW.float() / 255 - self._mean_C11) / self._std_C11
+            if self._mix is not None:
+                x_NCHW, target = self._mix(x_NCHW, target)
+            x_NCHW = x_NCHW.contiguous(memory_format=self._format)
         with self._precision():
             logits_NK = self._forward(x_NCHW)
             loss = functional.cross_entropy(logits_NK, target, label_smoothing=self._smoothing)

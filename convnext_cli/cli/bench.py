@@ -1,5 +1,7 @@
-"""`convnext bench`: measure steps and loader against their peers, and what an order costs."""
+"""`convnext bench`: steps, their convolutions and loaders against peers; what an order costs."""
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -7,8 +9,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from convnext_cli.bench.report import LoaderReport, Ratio, StepReport
-from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.bench.report import LoaderReport, StepReport
+from convnext_cli.bench.tables import (
+    Table,
+    make_depthwise_table,
+    make_floor_table,
+    make_limit_table,
+    make_memory_table,
+    make_profile_table,
+    make_ratio_table,
+    make_speed_table,
+    render_best,
+    render_depthwise_markdown,
+    render_rates,
+    render_step_markdown,
+)
+from convnext_cli.catalog.models import find_variant
+from convnext_cli.cli._console import console, make_table, print_json, print_rows, print_table
 from convnext_cli.cli._inputs import (
     DeviceOption,
     JsonOption,
@@ -18,12 +35,25 @@ from convnext_cli.cli._inputs import (
     load_asked_recipe,
 )
 from convnext_cli.errors import DataError, RecipeError
-from convnext_cli.plan.resolve import make_plan
+from convnext_cli.plan.resolve import Plan, make_plan
+from convnext_cli.recipe.schema import GradientCheckpointing
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, paired with named peers.")
 
 PEERS = ("timm", "timm-unfetched", "timm-uint8", "timm-plain", "torchvision", "webdataset", "dali")
-STEP_PEERS = ("timm", "timm-max-autotune", "timm-eager", "torchvision")
+STEP_PEERS = (
+    *("timm", "timm-max-autotune", "timm-max-autotune-no-cudagraphs", "timm-eager"),
+    *("torchvision", "convnext-compile"),
+)
+
+_CHECKPOINTING = "compute.gradient_checkpointing"
+_HALVES = 4
+"""The smallest batch whose half has a pair of images to mix."""
+
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the report as JSON and as Markdown.", metavar="DIR"),
+]
 
 
 @app.command()
@@ -46,50 +76,136 @@ def step(
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of each system in a round.", min=1)] = 20,
     rounds: Annotated[int, typer.Option(help="How often each system is measured.", min=1)] = 5,
+    profiled: Annotated[
+        bool, typer.Option("--profile", help="Trace each system's step to its kernels, afterwards.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure memory with and without checkpointing.")
+    ] = False,
+    out: OutOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Compare whole training steps on one device: images per second, images on the device.
 
     A step is erasing and mixing, forward, backward, AdamW and averaged weights, with the numbers
-    of the recipe. Peers: timm (compiled as this project is), timm-max-autotune, timm-eager, and
-    torchvision.
+    of the recipe. Peers: timm (compiled as this project is), timm-max-autotune,
+    timm-max-autotune-no-cudagraphs, timm-eager, torchvision, and
+    convnext-compile, which is this project without its kernels.
 
-    Example: convnext bench step in1k_tiny --batch 128 --against timm,timm-max-autotune
+    Beside the rates: the share of a large matrix product's rate and of the data sheet's, and the
+    share of the floor, which is the time of perfect kernels at the measured rates of this device.
+
+    Example: convnext bench step in1k_tiny --batch 128 --against timm,timm-max-autotune --profile
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes into these lines
     from convnext_cli.bench.step import compare_steps
     from convnext_cli.cli.train import find_cluster
     from convnext_cli.training.devices import check_devices
 
     names = _read_peers(against, STEP_PEERS)
-    asked = [f"batch.global_images={batch}", f"batch.per_device_images={batch}"]
-    asked.append("optim.lr_rule=linear")
+    if out is not None:
+        _make_folder(out)
+    asked = ["optim.lr_rule=linear"]
     if size is not None:
         asked.append(f"data.image_px={size}")
     if kernels is not None:
         asked.append(f"compute.kernels={kernels}")
-    plan = make_plan(
-        load_asked_recipe(recipe, [*asked, *(overrides or ())], precision=precision),
-        find_cluster(devices=1, nodes=1, device=device),
-        name="bench",
-    )
+    asked += overrides or ()
+    cluster = find_cluster(devices=1, nodes=1, device=device)
+
+    def make(images: int, *more: str) -> Plan:
+        batches = (f"batch.global_images={images}", f"batch.per_device_images={images}")
+        changes = [*batches, *asked, *more]
+        asked_recipe = load_asked_recipe(recipe, changes, precision=precision)
+        return make_plan(asked_recipe, cluster, name="bench")
+
+    plan = make(batch)
     if plan.accumulate_steps > 1 or plan.precision == "fp16":
         raise RecipeError(
             "a step is measured as one pass, in bf16 or fp32",
             hint="leave batch.per_device_images out, and take --precision bf16",
         )
     check_devices(plan.cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
+    few, many = (batch // 4 * 2, batch) if batch >= _HALVES else (batch, 2 * batch)
+    pieces: tuple[GradientCheckpointing, ...] = ("none",)
+    if find_variant(plan.recipe.model.name).family != "timm":  # whose models keep all
+        pieces = ("none", "stages", "blocks")
     with console.status("starting") as status:
         report = compare_steps(
             plan,
             peers=names,  # type: ignore[arg-type]  # checked above
             steps=steps,
             rounds=rounds,
+            profiled=profiled,
+            memory_plans=[
+                (make(few, f"{_CHECKPOINTING}={piece}"), make(many, f"{_CHECKPOINTING}={piece}"))
+                for piece in (pieces if memory else ())
+            ],
             on_progress=status.update,
         )
+    if out is not None:
+        _write(out, f"step-{report.model}", asdict(report), render_step_markdown(report))
     if json_output:
         print_json(asdict(report))
         return
     _show_steps(report)
+
+
+@app.command()
+def depthwise(
+    *,
+    models: Annotated[
+        str, typer.Option(help="Models whose stages are measured, with commas.", metavar="NAMES")
+    ] = "convnext_tiny,convnext_base,convnext_large",
+    batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 128,
+    size: Annotated[int, typer.Option(help="Side of the images.", min=32)] = 224,
+    device: DeviceOption = "auto",
+    out: OutOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time the 7x7 depthwise convolution and its two gradients alone, at the models' shapes.
+
+    In bf16 on a GPU, in fp32 on a CPU; in both memory formats by torch's own operator. A perfect
+    pass takes as long as a copy of the tensor.
+
+    Example: convnext bench depthwise --models convnext_tiny --batch 128
+    """
+    from convnext_cli.bench.depthwise import measure_depthwise
+    from convnext_cli.cli.train import find_cluster
+    from convnext_cli.training.devices import check_devices
+
+    variants = [find_variant(name.strip()) for name in models.split(",")]
+    others = [variant.name for variant in variants if variant.family == "timm"]
+    if others:
+        raise RecipeError(
+            f"--models: {others[0]} has no depthwise convolutions",
+            hint="take models of ConvNeXt, such as convnext_tiny",
+        )
+    if out is not None:
+        _make_folder(out)
+    cluster = find_cluster(devices=1, nodes=1, device=device)
+    precision: Literal["bf16", "fp32"] = "bf16" if cluster.device == "cuda" else "fp32"
+    check_devices(cluster, precision=precision)
+    with console.status("starting") as status:
+        report = measure_depthwise(
+            variants,
+            device=cluster.device,
+            precision=precision,
+            images=batch,
+            image_px=size,
+            on_progress=status.update,
+        )
+    if out is not None:
+        _write(out, "depthwise", asdict(report), render_depthwise_markdown(report))
+    if json_output:
+        print_json(asdict(report))
+        return
+    console.print(
+        f"7x7 depthwise, batches of {report.images}, {report.precision}, on {report.device};"
+        f" a copy {report.copy_bytes_per_second / 1e9:,.0f} GB/s",
+        soft_wrap=True,
+    )
+    _print(make_depthwise_table(report))
 
 
 @app.command()
@@ -212,41 +328,51 @@ def _read_peers(against: str, known: tuple[str, ...]) -> list[str]:
 def _show_steps(report: StepReport) -> None:
     console.print(
         f"{report.model} at {report.image_px} px, batches of {report.images}, {report.precision},"
-        f" {'compiled' if report.compiled else 'eager'}, on {report.device};"
+        f" {'compiled' if report.compiled else 'eager'}, kernels {report.kernels},"
+        f" on {report.device};"
         f" {report.rounds} rounds of {report.steps} steps",
         soft_wrap=True,
     )
-    table = make_table(
-        *("system", ">images/s", ">low", ">high", ">of the matrix rate", ">peak GB", ">start s")
-    )
-    for rate in sorted(report.rates, key=lambda rate: -rate.images_per_second):
-        table.add_row(
-            rate.system,
-            f"{rate.images_per_second:,.1f}",
-            f"{rate.low:,.1f}",
-            f"{rate.high:,.1f}",
-            f"{rate.matmul_frac:.1%}",
-            "" if rate.peak_bytes is None else f"{rate.peak_bytes / 1e9:.2f}",
-            f"{rate.start_seconds:.1f}",
-        )
-    print_table(table)
-    _show_ratios(report.ratios)
-    console.print(
-        "measured on the device: a large matrix product"
-        f" {report.matmul_flops_per_second / 1e12:,.2f} TFLOP/s, a copy"
-        f" {report.copy_bytes_per_second / 1e9:,.0f} GB/s; the model takes"
-        f" {report.flops_per_image / 1e9:,.1f} GFLOP an image",
-        soft_wrap=True,
-    )
+    _print(make_speed_table(report))
+    if report.ratios:
+        _print(make_ratio_table(report.ratios))
+        console.print(render_best(report), soft_wrap=True)
+    console.print("\nshare of what the device could do", style="bold")
+    _print(make_limit_table(report))
+    console.print(render_rates(report), soft_wrap=True)
+    if report.floors:
+        _print(make_floor_table(report))
+    if report.profiles:
+        console.print("\ndevice time by what it is spent on", style="bold")
+        _print(make_profile_table(report))
+    if report.memory:
+        console.print("\nmemory of this project's step", style="bold")
+        _print(make_memory_table(report))
     _show_failed(report.failed)
 
 
-def _show_ratios(ratios: tuple[Ratio, ...]) -> None:
-    table = make_table("this project", "against", ">times as fast", ">low", ">high")
-    for pair in ratios:
-        low_high = (f"{pair.low:.2f}", f"{pair.high:.2f}")
-        table.add_row(pair.ours, pair.peer, f"{pair.ratio:.2f}", *low_high)
-    print_table(table)
+def _print(table: Table) -> None:
+    print_rows(table.columns, table.rows)
+
+
+def _make_folder(folder: Path) -> None:
+    """Before anything is measured, so that no measurement is lost.
+
+    Raises:
+        DataError: There cannot be such a folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"--out {folder}: {error.strerror or error}", hint="name a folder that can be written"
+        ) from error
+
+
+def _write(folder: Path, name: str, report: Mapping[str, object], markdown: str) -> None:
+    """A report beside its Markdown."""
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
 
 
 def _show_failed(failed: Mapping[str, str]) -> None:
@@ -272,7 +398,7 @@ def _show(report: LoaderReport) -> None:
             f"{rate.wall_images_per_second:,.0f}",
         )
     print_table(table)
-    _show_ratios(report.ratios)
+    _print(make_ratio_table(report.ratios))
     stages = ", ".join(f"{stage.name} {stage.milliseconds:.2f}" for stage in report.stages)
     console.print(
         f"milliseconds an image, alone: {stages}; reading and decoding the crop alone are the"

@@ -1,9 +1,14 @@
 """The benchmarks run at toy size, so that they are whole when somebody needs a number."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 PEERS = {"timm", "timm-unfetched", "timm-plain", "torchvision", "webdataset"}
 
 
@@ -105,6 +110,13 @@ def test_whole_steps_are_measured_beside_their_peers(run_process):
         assert rate["peak_bytes"] is None
     assert report["flops_per_image"] == pytest.approx(6 * 0.55e9 / 49, rel=0.05)
     assert (report["images"], report["precision"], report["compiled"]) == (2, "fp32", False)
+    speeds = {name: rates[name]["images_per_second"] for name in ("timm", "timm-eager")}
+    assert report["best_peer"]["peer"] == max(speeds, key=speeds.__getitem__)
+    floors = {floor["ops"]: floor["images_per_second"] for floor in report["floors"]}
+    assert list(floors) == ["eager", "compiler", "fused", "best per stage"]
+    for rate in rates.values():
+        assert (rate["floor_ops"], rate["sheet_frac"]) == ("eager", None)
+        assert rate["floor_frac"] == pytest.approx(rate["images_per_second"] / floors["eager"])
 
 
 def test_torchvision_takes_the_same_steps(run_process):
@@ -116,6 +128,135 @@ def test_torchvision_takes_the_same_steps(run_process):
     assert done.exit_code == 0, done.stderr
     assert "torchvision" in done.stderr.split("times as fast")[1]
     assert "left out" not in done.stderr
+
+
+def test_time_and_memory_of_a_step_are_taken_apart(run_process, tmp_path):
+    done = run_process(
+        *("bench", "step", "v2_in1k_atto", "--batch", 8, "--size", 64, "--device", "cpu"),
+        *("--steps", 1, "--rounds", 1, "--against", "timm", "--profile", "--memory"),
+        *("--out", "results", "--json"),
+    )
+
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert json.loads((tmp_path / "results/step-convnextv2_atto.json").read_text()) == report
+    assert (tmp_path / "results/step-convnextv2_atto.md").read_text().startswith("## convnextv2_")
+    assert [profile["system"] for profile in report["profiles"]] == ["convnext", "timm"]
+    for profile in report["profiles"]:
+        times = {each["operators"]: each for each in profile["classes"]}
+        assert sum(each["share"] for each in times.values()) == pytest.approx(1)
+        # Ranges and shapes were found: none of these is told by a name alone.
+        for kind in ("mixing", "optimizer", "depthwise forward", "depthwise gradients"):
+            assert times[kind]["milliseconds"] > 0, kind
+        assert times["other"]["share"] < 0.3
+        assert times["matrix product"]["floor_milliseconds"] > 0
+    memory = {each["checkpointing"]: each for each in report["memory"]}
+    assert list(memory) == ["none", "stages", "blocks"]
+    for each in memory.values():
+        assert each["images"] == [4, 8]
+        assert each["peak_bytes"] == pytest.approx(each["predicted_bytes"], rel=0.3)
+    per_image = [each["bytes_per_image"] for each in memory.values()]
+    assert per_image == sorted(per_image, reverse=True)
+
+
+def test_a_model_of_timm_has_rates_without_a_roofline(run_process):
+    done = run_process(
+        *("bench", "step", "compare_resnet50", "--batch", 2, "--size", 32, "--device", "cpu"),
+        *("--steps", 1, "--rounds", 1, "--against", "", "--memory", "--profile", "--json"),
+    )
+
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["floors"], report["best_peer"], report["failed"]) == ([], None, {})
+    (rate,) = report["rates"]
+    assert (rate["floor_frac"], rate["best_floor_frac"]) == (None, None)
+    assert [memory["checkpointing"] for memory in report["memory"]] == ["none"]
+    (profile,) = report["profiles"]
+    assert all(each["floor_milliseconds"] is None for each in profile["classes"])
+
+
+def test_the_depthwise_convolution_is_measured_alone(run_process, tmp_path):
+    done = run_process(
+        *("bench", "depthwise", "--models", "convnextv2_atto,convnextv2_pico", "--batch", 2),
+        *("--size", 32, "--device", "cpu", "--out", tmp_path, "--json"),
+    )
+
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    shapes = [(time["channels"], time["side"]) for time in report["times"]]
+    assert shapes[::2] == shapes[1::2]
+    assert shapes[::2] == [
+        *((40, 8), (80, 4), (160, 2), (320, 1)),
+        *((64, 8), (128, 4), (256, 2), (512, 1)),
+    ]
+    for time in report["times"]:
+        assert time["system"] in {"torch NHWC", "torch NCHW"}
+        for measured in (time["forward"], time["input_gradient"], time["weight_gradient"]):
+            assert measured["milliseconds"] > 0
+            assert measured["error_frac"] < 1e-5
+    assert "| 512 | 1 | torch NCHW |" in (tmp_path / "depthwise.md").read_text()
+
+
+def test_other_models_have_no_depthwise_convolution(run_cli):
+    done = run_cli("bench", "depthwise", "--models", "convnext_tiny,resnet50", "--device", "cpu")
+
+    assert done.exit_code == 2
+    assert "resnet50 has no depthwise convolutions" in done.stderr
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(run_cli, tmp_path):
+    (tmp_path / "file").touch()
+
+    done = run_cli("bench", "step", "in1k_tiny", "--device", "cpu", "--out", "file/results")
+
+    assert done.exit_code == 2
+    assert "--out file/results: Not a directory" in done.stderr
+
+
+def run_script(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`benchmarks/gpu/step.sh` at toy size."""
+    return subprocess.run(
+        ["bash", ROOT / "benchmarks/gpu/step.sh"],
+        cwd=folder,
+        env=os.environ | {"TOY": "1", "OUT": "out", "PYTHON": sys.executable} | settings,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_script_for_a_gpu_runs_at_toy_size(tmp_path):
+    done = run_script(tmp_path)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert len(told) == 6
+    assert all("exit code 0" in line for line in told[1::2])
+    assert (tmp_path / "out/depthwise.md").exists()
+    report = json.loads((tmp_path / "out/step-convnextv2_atto.json").read_text())
+    assert len(report["profiles"]) == 2
+    memory = json.loads((tmp_path / "out/memory/step-convnextv2_atto.json").read_text())
+    assert len(memory["memory"]) == 3
+
+
+def test_the_script_goes_on_after_a_failure_and_tells_it(tmp_path):
+    done = run_script(tmp_path, MODELS="no_such_recipe")
+
+    assert done.returncode == 1
+    codes = [line.rpartition(" ")[2] for line in done.stdout.splitlines() if "exit code" in line]
+    assert codes == ["0", "2", "2"]
+    assert done.stdout.strip() == (tmp_path / "out/step.log").read_text().strip()
+
+
+def test_the_script_begins_nothing_without_time_left(tmp_path):
+    done = run_script(tmp_path, SECONDS_LEFT="5")
+
+    assert done.returncode == 0
+    assert [line.rpartition(":")[0] for line in done.stdout.splitlines()] == [
+        "== depthwise convolutions",
+        "== v2_in1k_atto",
+        "== memory of v2_in1k_atto",
+    ]
 
 
 def test_a_step_of_several_passes_is_refused(run_cli):

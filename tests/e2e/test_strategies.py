@@ -135,6 +135,7 @@ def resume(root: Path, name: str, *more: str) -> list[str]:
 
 DDP, FSDP = "compute.strategy=ddp", "compute.strategy=fsdp"
 STAGES, BLOCKS = (f"compute.gradient_checkpointing={mode}" for mode in ("stages", "blocks"))
+FUSED = "compute.kernels=fused"
 NHWC = "compute.channels_last=true"
 SHORT = ["compute.precision=bf16", "schedule.length=4st"]
 
@@ -151,6 +152,8 @@ def lab(tmp_path_factory, tiny_shards) -> Lab:
         "fsdp-to-fsdp": resume(root, "fsdp", FSDP, STAGES, NHWC),
         "fsdp-to-ddp": resume(root, "fsdp", DDP, NHWC),
         "ddp-to-fsdp": resume(root, "ddp", FSDP, BLOCKS),
+        "ddp-fused": [DDP, FUSED, NHWC],
+        "fsdp-fused": [FSDP, FUSED, BLOCKS],
         "ddp-bf16": [DDP, *SHORT],
         "fsdp-bf16": [FSDP, *SHORT],
     }
@@ -165,6 +168,13 @@ def test_two_devices_learn_what_one_learns(lab):
 
 def test_devices_that_share_everything_learn_what_one_learns(lab):
     lab.assert_same("one", "fsdp")
+
+
+@pytest.mark.parametrize("name", ["ddp-fused", "fsdp-fused"])
+def test_blocks_that_are_one_operator_learn_the_same(lab, name):
+    lab.assert_same("one", name)
+    log = (lab.root / "runs" / name / "train.log").read_text()
+    assert "kernels of the stages: positions, positions, kept, kept" in log
 
 
 def test_clipping_and_averaging_were_at_work(lab):
