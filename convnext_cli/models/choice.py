@@ -27,6 +27,8 @@ from convnext_cli.models.convnext import Block, ConvNeXt
 Clock = Callable[[Callable[[], object]], float]
 """Milliseconds that a piece of work takes on the device."""
 
+MEDIAN: Clock = partial(do_bench, return_mode="median")
+
 _WORSE, _NOISE = 2.0, 1e-3
 """Error that a way may have against float32: so many times the plain one's, and that much."""
 
@@ -95,7 +97,7 @@ def choose_ways(
     device: torch.device,
     dtype: torch.dtype,
     cache: Path,
-    clock: Clock = do_bench,
+    clock: Clock = MEDIAN,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Choice]:
     """The fastest way of each stage that gives right results; measured where no file has it.
@@ -125,6 +127,9 @@ def choose_ways(
             choice = measure_stage(shape, ways, device=device, clock=clock)
             known[shape.key] = choice
             _write(file, known)
+            if device.type == "cuda":  # what training takes is told without this
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
         for way, why in choice.left_out.items():
             say(f"blocks of {shape.key} go without {way} kernels: {why}")
         choices.append(choice)

@@ -41,6 +41,7 @@ REPORT = StepReport(
     image_px=224,
     precision="bf16",
     compiled=True,
+    kernels="fused: kept, kept",
     steps=20,
     rounds=5,
     flops_per_image=26.7e9,
@@ -74,7 +75,9 @@ def test_markdown_has_everything_that_a_reader_must_know():
 
     lines = text.splitlines()
     assert lines[0] == "## convnext_tiny at 224 px, batches of 128"
-    assert "NVIDIA H100 80GB HBM3, 2026-11-25; bf16, compiled; 5 rounds of 20 steps" in lines[2]
+    assert lines[2].startswith(
+        "NVIDIA H100 80GB HBM3, 2026-11-25; bf16, compiled, kernels fused: kept, kept; 5 rounds of"
+    )
     assert lines[2].endswith("torch 2.11.0, cuda 13.0")
     assert "| timm | 4,100.0 | 4,099.0 | 4,101.0 | 12.34 | 31.0 |" in lines
     assert "| convnext | 25.0% | 20.0% | compiler | 7,300 | 50.0% | 25.0% |" in lines
