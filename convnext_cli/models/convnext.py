@@ -82,9 +82,7 @@ class Block(nn.Module):
         """The ways in which this block can be computed, the most fused one last."""
         if type(self.pwconv1) is not nn.Linear:  # such as one in float8
             return ("plain",)
-        ways = list_ways(self.pwconv1.in_features, grn=self.grn is not None)
-        # the whole block in one operator adds to every image, and so cannot skip any
-        return ways[:2] if self.drop_path.kind == "skip" else ways
+        return list_ways(self.pwconv1.in_features, grn=self.grn is not None)
 
     def mix_positions(self, x_NCHW: Tensor) -> Tensor:
         """The half over space: (N, C, H, W) to (N, H, W, C), normalised."""
@@ -119,6 +117,19 @@ class Block(nn.Module):
     def forward_fused(self, x_NCHW: Tensor, *, recomputed: bool) -> Tensor:
         """The whole block as one operator: (N, C, H, W) to the same shape and dtype."""
         x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+        if not self.drop_path.skips:
+            factor_N = self.drop_path.draw_factor(x_NHWC)
+            out_NHWC = self.fuse(x_NHWC, factor_N, recomputed=recomputed)
+            return out_NHWC.permute(0, 3, 1, 2)
+        kept_k = self.drop_path.draw_kept(x_NHWC)
+        dtype = torch.promote_types(x_NHWC.dtype, torch.float32)
+        factor = len(x_NHWC) / len(kept_k)
+        factor_k = torch.full(kept_k.shape, factor, dtype=dtype, device=kept_k.device)
+        out_kHWC = self.fuse(x_NHWC.index_select(0, kept_k), factor_k, recomputed=recomputed)
+        return x_NHWC.index_copy(0, kept_k, out_kHWC).permute(0, 3, 1, 2)
+
+    def fuse(self, x_NHWC: Tensor, factor_N: Tensor | None, *, recomputed: bool) -> Tensor:
+        """The operator: x plus the branch of each image by its factor; None: by 1."""
         weight, bias = self.fold_norm(x_NHWC.dtype)
         out_NHWC: Tensor = fused_block(
             x_NHWC,
@@ -131,11 +142,11 @@ class Block(nn.Module):
             self.gamma,
             None if self.grn is None else self.grn.gamma.view(-1),
             None if self.grn is None else self.grn.beta.view(-1),
-            self.drop_path.draw_factor(x_NHWC),
+            factor_N,
             self.norm.eps,
             recomputed,
         )[0]
-        return out_NHWC.permute(0, 3, 1, 2)
+        return out_NHWC
 
     def branch(self, x_NCHW: Tensor) -> Tensor:
         """What is added to the images: (N, C, H, W) to the same shape."""

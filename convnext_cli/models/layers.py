@@ -127,7 +127,7 @@ class DropPath(nn.Module):
 
     @property
     def skips(self) -> bool:
-        """Whether images are to go through `add_kept` and not `forward`."""
+        """Whether the branch is to compute the images of `draw_kept` and no others."""
         return self.kind == "skip" and self.training and self.drop_frac > 0
 
     def draw_factor(self, x: Tensor) -> Tensor | None:
@@ -149,23 +149,29 @@ class DropPath(nn.Module):
             return x
         return (x * factor_N.view(-1, *(1,) * (x.ndim - 1))).to(x.dtype)
 
-    def add_kept(self, x_NCHW: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """`x` plus the branch of the images that are kept, which sees no others.
+    def draw_kept(self, x: Tensor) -> Tensor:
+        """Which images (k) of N are kept under skip.
 
         Draws a permutation of N from the device's generator; the host does not wait for it.
+        """
+        num_kept = count_kept(x.shape[0], drop_frac=self.drop_frac)
+        return torch.randperm(x.shape[0], device=x.device)[:num_kept]
+
+    def add_kept(self, x_NCHW: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """`x` plus the branch of the images that are kept, which sees no others.
 
         Args:
             x_NCHW: What goes past the branch; its dtype is the result's.
             branch: Maps (k, C, H, W) in channels_last memory to the same shape.
         """
-        images = x_NCHW.shape[0]
-        num_kept = count_kept(images, drop_frac=self.drop_frac)
-        kept_k = torch.randperm(images, device=x_NCHW.device)[:num_kept]
+        kept_k = self.draw_kept(x_NCHW)
         # Picked from and added to NHWC: both operators give contiguous memory, forward and
         # backward, which would be another format than the blocks'.
         x_NHWC = x_NCHW.permute(0, 2, 3, 1)
         branch_kCHW = branch(x_NHWC.index_select(0, kept_k).permute(0, 3, 1, 2))
-        branch_kHWC = (branch_kCHW.permute(0, 2, 3, 1) * (images / num_kept)).to(x_NCHW.dtype)
+        branch_kHWC = (branch_kCHW.permute(0, 2, 3, 1) * (len(x_NCHW) / len(kept_k))).to(
+            x_NCHW.dtype
+        )
         # What `index_add` does, which keeps the branch for its backward pass without using it.
         return x_NHWC.index_put((kept_k,), branch_kHWC, accumulate=True).permute(0, 3, 1, 2)
 

@@ -159,8 +159,7 @@ def estimate_activations(
     kept, at_work = 0, 0
     for depth, dim in zip(variant.depths, variant.dims, strict=True):
         values = side**2 * dim
-        ways = list_ways(dim, grn=variant.grn) if fused else ("plain",)
-        way = ways[-1] if computed is None else ways[:2][-1]  # one operator skips no image
+        way = list_ways(dim, grn=variant.grn)[-1] if fused else "plain"
         widths = count_kept_widths(way, grn=variant.grn)
         stage, left = left[:depth], left[depth:]
         match checkpointing:

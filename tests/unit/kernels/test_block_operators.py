@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convnext_cli.kernels import block as operators
 from convnext_cli.models.convnext import Block, ConvNeXt
+from convnext_cli.models.layers import DropPathKind
 
 CASES = [
     (way, dim, grn)
@@ -18,9 +19,15 @@ CASES = [
 ]
 
 
-def make_block(dim: int, *, grn: bool, drop_frac: float = 0.5) -> Block:
+def make_block(dim: int, *, grn: bool, kind: DropPathKind = "scale") -> Block:
     """Weights at which every part of the block changes the output."""
-    block = Block(dim, drop_frac=drop_frac, layer_scale_init=None if grn else 1.0, grn=grn)
+    block = Block(
+        dim,
+        drop_frac=0.5,
+        drop_path_kind=kind,
+        layer_scale_init=None if grn else 1.0,
+        grn=grn,
+    )
     with torch.no_grad():
         for parameter in block.parameters():
             wide = parameter.ndim > 1 and parameter.shape[0] > 1
@@ -47,9 +54,10 @@ def error(got, exact) -> float:
     return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-9))
 
 
+@pytest.mark.parametrize("kind", ["scale", "skip"])
 @pytest.mark.parametrize(("way", "dim", "grn"), CASES)
-def test_every_way_is_the_same_function_with_the_same_gradients(way, dim, grn):
-    block = make_block(dim, grn=grn).double()
+def test_every_way_is_the_same_function_with_the_same_gradients(way, dim, grn, kind):
+    block = make_block(dim, grn=grn, kind=kind).double()
     x, grad = make_input(dim, torch.float64)
     plain = run(block, x, grad)
 
