@@ -123,6 +123,7 @@ def compare_steps(
             except RuntimeError as error:
                 leave_out(name, error)
     # Everything that is said of a system is of its rounds, so profiles and memory come last.
+    kernels = _describe_kernels(plan, running["convnext"].step)  # memory is measured alone
     measured = {name: _rate(name, each, plan, steps, rates) for name, each in running.items()}
     ratios = tuple(
         _ratio(running["convnext"], name, each)
@@ -153,7 +154,7 @@ def compare_steps(
         image_px=plan.recipe.data.image_px,
         precision=plan.precision,
         compiled=plan.compile,
-        kernels=_describe_kernels(plan, running["convnext"].step),
+        kernels=kernels,
         steps=steps,
         rounds=rounds,
         flops_per_image=_model_flops(plan),
