@@ -10,7 +10,7 @@
 | `valterm` | the same in the validation after that step |
 | `kill` | it is killed at the start of the step |
 | `worker` | it kills its loader processes at the start of the step |
-| `flip` | the lowest bit of one of its weights is flipped at the start of that step |
+| `flip` | the tenth bit of one of its weights is flipped: rounding may swallow the lowest |
 | `slow` | from that step on, each step takes 50 ms longer |
 | `late` | all ranks learn two steps later what was left out, as on a GPU; whatever rank and step |
 """
@@ -75,7 +75,7 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
                 time.sleep(0.05)
             elif now == step and fault == "flip":
                 weight = next(task.model.parameters()).data.view(torch.int32).view(-1)
-                weight[0] ^= 1
+                weight[0] ^= 1 << 9
             elif now == step and fault == "sleep" and once(task, fault):
                 time.sleep(1000)
             elif now == step and fault == "worker" and once(task, fault):
