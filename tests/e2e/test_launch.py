@@ -50,7 +50,7 @@ def alone(tmp_path_factory, tiny_shards) -> RunDir:
     """A run of two processes that nothing disturbed; only read it."""
     folder = tmp_path_factory.mktemp("alone")
     process = start(folder, tiny_shards, name="alone")
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
     assert "Traceback" not in stderr
     return RunDir(folder / "runs" / "alone")
@@ -64,7 +64,7 @@ def test_a_killed_process_is_replaced_and_the_run_ends_with_the_same_weights(
     wait_for_step(process, run, 5)
     torchrun = psutil.Process(process.pid).children()[0]
     torchrun.children()[1].kill()
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=240)
 
     assert process.returncode == 0, stderr
     # 137 of the killed one, or 76 of the other, which may be the first to say that it is alone.
@@ -83,7 +83,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_it_with_75_and_no_restart(
     _, stderr = process.communicate(timeout=60)
     stopped_at = run.newest_step()
     again = start(tmp_path, tiny_shards, name="told")
-    _, more = again.communicate(timeout=120)
+    _, more = again.communicate(timeout=240)
 
     assert process.returncode == 75, stderr
     assert "error: stopped by " in stderr
