@@ -1,14 +1,13 @@
 """Which kernels compute each stage of a run: as asked, or the fastest here, alike on every rank."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 
 from convnext_cli.catalog.ways import Way
+from convnext_cli.data.fetch import default_cache_dir
 from convnext_cli.models.choice import choose_ways
 from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.plan.resolve import Plan
@@ -31,16 +30,10 @@ def resolve_ways(
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             plan.precision
         ],
-        cache=kernel_cache_dir(),
+        cache=default_cache_dir().parent / "kernels",
         say=say,
     )
     return [choice.way for choice in choices]
-
-
-def kernel_cache_dir() -> Path:
-    """Where measurements are kept: `XDG_CACHE_HOME` or ~/.cache, then convnext/kernels."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "convnext" / "kernels"
 
 
 class ChooseKernels(pl.Callback):
