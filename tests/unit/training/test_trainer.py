@@ -8,6 +8,7 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, make_plan
 from convnext_cli.recipe.schema import Recipe
 from convnext_cli.training.build import build_trainer
+from convnext_cli.training.devices import quiet_lightning
 from convnext_cli.training.throughput import DataClock
 
 
@@ -22,6 +23,7 @@ def test_no_pass_asks_all_ranks_for_a_signal_and_waits_for_the_answer(monkeypatc
     )
     facts = DataFacts(train_images=80, val_images=0, num_classes=3, source="test")
     plan = make_plan(recipe, Cluster(device="cpu"), name="test", facts=facts)
+    quiet_lightning()  # as a training does: Lightning warns where it finds an srun
     trainer = build_trainer(
         plan, callbacks=[], loggers=[], clock=DataClock(), checkpoint_io=TorchCheckpointIO()
     )
