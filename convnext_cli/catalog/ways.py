@@ -12,6 +12,12 @@ from typing import Literal, assert_never
 
 Way = Literal["plain", "positions", "kept", "recomputed"]
 
+WHOLE: frozenset[Way] = frozenset({"kept", "recomputed"})
+"""Ways that make a block one operator, which chooses by itself what it computes again."""
+
+PRODUCT_WIDTHS = 6
+"""Values a position, in units of the width, that convolution and products give: 1, 4 and 1."""
+
 NARROWEST = 32
 """A width in kernels for the tensor cores is a multiple of this."""
 
@@ -31,18 +37,18 @@ def list_ways(dim: int, *, grn: bool) -> tuple[Way, ...]:
     return (*ways, "kept") if grn or dim > WIDEST_RECOMPUTED else (*ways, "kept", "recomputed")
 
 
-def count_kept_widths(way: Way, *, grn: bool) -> int:
+def count_kept_widths(way: Way, *, grn: bool, layer_scale: bool) -> int:
     """Values a position that a block keeps for its backward pass, in units of its width.
 
-    Plain: the inputs of dwconv, norm, pwconv1 and LayerScale (4), and of GELU and pwconv2 (8); GRN
-    keeps a tensor of 4 more. In kernels: the block's input and the normalised one (2), and the
-    hidden units before GELU (4).
+    Plain: the inputs of dwconv, norm and pwconv1 (3), of GELU and pwconv2 (8), of GRN (4) and of
+    LayerScale (1). In kernels: the block's input and the normalised one (2), and the hidden units
+    before GELU (4).
     """
     match way:
         case "plain":
-            return 16 if grn else 12
+            return 11 + 4 * grn + layer_scale
         case "positions":
-            return 15 if grn else 11
+            return 10 + 4 * grn + layer_scale
         case "kept":
             return 6
         case "recomputed":

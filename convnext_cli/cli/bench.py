@@ -36,7 +36,6 @@ from convnext_cli.cli._inputs import (
 )
 from convnext_cli.errors import DataError, RecipeError
 from convnext_cli.plan.resolve import Plan, make_plan
-from convnext_cli.recipe.schema import GradientCheckpointing
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, paired with named peers.")
 
@@ -127,9 +126,7 @@ def step(
         )
     check_devices(plan.cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
     few, many = (batch // 4 * 2, batch) if batch >= _HALVES else (batch, 2 * batch)
-    pieces: tuple[GradientCheckpointing, ...] = ("none",)
-    if find_variant(plan.recipe.model.name).family != "timm":  # whose models keep all
-        pieces = ("none", "stages", "blocks")
+    pieces = tuple(plan.activation_bytes) or ("none",)  # timm's models keep all
     with console.status("starting") as status:
         report = compare_steps(
             plan,

@@ -93,7 +93,7 @@ def show_plan(plan: Plan) -> None:
         (
             "state",
             f"{plan.state_bytes / 1e9:.2f} GB a device for weights, gradients, optimizer"
-            f"{'' if recipe.ema.decay is None else ' and EMA'}; activations come on top",
+            f"{'' if recipe.ema.decay is None else ' and EMA'}; {_activations(plan)}",
         ),
     ]
     if plan.world_size > 1:
@@ -162,6 +162,16 @@ def _savings(plan: Plan) -> list[tuple[str, str]]:
             ("saved", f"{plan.saved_flops_frac:.0%} of the FLOP of the paper's way of training")
         )
     return rows
+
+
+def _activations(plan: Plan) -> str:
+    """What is kept for the backward pass, also with more or less of it computed again."""
+    sizes = {mode: f"{size / 1e9:.2f} GB" for mode, size in plan.activation_bytes.items()}
+    if not sizes:
+        return "activations come on top"
+    chosen = sizes.pop(plan.recipe.compute.gradient_checkpointing)
+    others = ", ".join(f"{mode} {size}" for mode, size in sizes.items())
+    return f"activations {chosen} on top (compute.gradient_checkpointing={others})"
 
 
 def _memory(plan: Plan) -> str:

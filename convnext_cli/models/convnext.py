@@ -16,15 +16,16 @@ facebookresearch/ConvNeXt-V2@2553895 models/convnextv2.py.
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from convnext_cli.catalog.models import Variant, drop_fracs
-from convnext_cli.catalog.ways import Way, list_ways
+from convnext_cli.catalog.ways import WHOLE, Way, list_ways
 from convnext_cli.kernels.block import block as fused_block
 from convnext_cli.kernels.block import positions as fused_positions
 from convnext_cli.models.layers import (
@@ -35,8 +36,18 @@ from convnext_cli.models.layers import (
     LayerNorm,
 )
 
-Checkpointing = Literal["none", "stages", "blocks"]
-"""What is computed again in the backward pass instead of being kept: nothing, stages, or blocks."""
+Checkpointing = Literal["none", "selective", "stages", "blocks"]
+"""What is computed again in the backward pass instead of being kept: nothing, all but products and
+convolutions, stages, or blocks."""
+
+_PRODUCTS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_mm.default,  # noqa: SLF001  # in float8
+    torch.ops.convnext.positions.default,
+)
+"""Operators whose results selective checkpointing keeps: all that take time of their own."""
 
 _ISOTROPIC_RUN = 6
 
@@ -160,7 +171,7 @@ class Block(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape and dtype."""
-        if self.way in {"kept", "recomputed"}:
+        if self.way in WHOLE:
             return self.forward_fused(x_NCHW, recomputed=self.way == "recomputed")
         if self.drop_path.skips:
             return self.drop_path.add_kept(x_NCHW, self.branch)
@@ -184,7 +195,8 @@ class ConvNeXt(nn.Module):
         isotropic: Whether one resolution and one width run through all blocks.
         head_init_scale: Factor on the head's first weight and bias (0.001 for fine-tuning).
         gradient_checkpointing: What the backward pass computes again. For isotropic models
-            `stages` means runs of six blocks.
+            `stages` means runs of six blocks. `selective` (Korthikanti et al. 2022, arXiv
+            2205.05198) leaves blocks in kernels of this project as they are.
         drop_path_kind: See `DropPath`.
     """
 
@@ -324,9 +336,26 @@ class ConvNeXt(nn.Module):
             case "blocks":
                 for block in blocks.children():
                     x_NCHW = checkpoint(block, x_NCHW, use_reentrant=False)
+            case "selective":
+                for block in blocks.children():
+                    x_NCHW = _run_selectively(block, x_NCHW)
             case _:
                 assert_never(mode)
         return x_NCHW
+
+
+def _run_selectively(block: nn.Module, x_NCHW: Tensor) -> Tensor:
+    if block.way in WHOLE:
+        out_NCHW: Tensor = block(x_NCHW)
+    else:
+        out_NCHW = checkpoint(block, x_NCHW, use_reentrant=False, context_fn=_keep_products)
+    return out_NCHW
+
+
+def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
+    contexts = create_selective_checkpoint_contexts(list(_PRODUCTS))  # type: ignore[no-untyped-call]
+    return contexts
 
 
 def build_convnext(

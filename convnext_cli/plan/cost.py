@@ -18,13 +18,14 @@ for its copy of fp32 weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import assert_never, get_args
 
 from convnext_cli.catalog.models import Variant, count_kept, drop_fracs, estimate_block_macs
-from convnext_cli.catalog.ways import count_kept_widths, list_ways
+from convnext_cli.catalog.ways import PRODUCT_WIDTHS, WHOLE, count_kept_widths, list_ways
 from convnext_cli.recipe.schema import GradientCheckpointing, Precision, Strategy
 
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
 
 _FP32_BYTES = 4
 _ISOTROPIC_RUN = 6
@@ -137,10 +138,10 @@ def estimate_activations(
     fused: bool = False,
     computed: Sequence[int] | None = None,
 ) -> int | None:
-    """Bytes that the blocks of a ConvNeXt keep for the backward pass; None for other models.
+    """Bytes that a ConvNeXt keeps for the backward pass; None for other models.
 
-    Without compilation, which keeps less. Stem, downsampling and head are left out: a few percent.
-    What autocast casts is kept, too: a copy of the weights, which no strategy shares.
+    Without compilation, which keeps less. What autocast casts is kept, too: a copy of the weights,
+    which no strategy shares.
 
     Args:
         variant: The architecture.
@@ -156,31 +157,47 @@ def estimate_activations(
         return None
     side = image_px // (16 if variant.isotropic else 4)
     left = list(computed or [images] * sum(variant.depths))
-    kept, at_work = 0, 0
+    kept = most = images * 3 * image_px**2
+    if not variant.isotropic:  # what the stem's LayerNorm takes
+        kept += images * side**2 * variant.dims[0]
     for depth, dim in zip(variant.depths, variant.dims, strict=True):
         values = side**2 * dim
         way = list_ways(dim, grn=variant.grn)[-1] if fused else "plain"
-        widths = count_kept_widths(way, grn=variant.grn)
+        widths = count_kept_widths(
+            way, grn=variant.grn, layer_scale=variant.layer_scale_init is not None
+        )
         stage, left = left[:depth], left[depth:]
+        at_work = 0
         match checkpointing:
             case "none":
                 kept += sum(stage) * values * widths
+            case "selective" if way in WHOLE:
+                kept += sum(stage) * values * widths
+            case "selective":
+                kept += (depth * images + sum(stage) * PRODUCT_WIDTHS) * values
+                at_work = max(stage) * values * (widths - PRODUCT_WIDTHS - 1)
             case "stages":
                 run = _ISOTROPIC_RUN if variant.isotropic else depth
                 runs = [stage[start : start + run] for start in range(0, depth, run)]
                 kept += len(runs) * images * values
-                at_work = max(at_work, max(map(sum, runs)) * values * widths)
+                at_work = max(map(sum, runs)) * values * widths
             case "blocks":
                 kept += depth * images * values
-                at_work = max(at_work, max(stage) * values * widths)
+                at_work = max(stage) * values * widths
             case _:
                 assert_never(checkpointing)
+        most = max(most, kept + at_work)  # in the backward pass, what later stages kept is free
+        if dim != variant.dims[-1]:  # what the LayerNorm and the convolution of downsampling take
+            kept += 2 * images * values
         side //= 2
-    # In kernels, LayerNorm's affine part is in a copy of the first matrix, half of the parameters.
-    copied = parameters if precision != "fp32" else parameters // 2 if fused else 0
-    if checkpointing != "none":
+    copied = parameters if precision != "fp32" else 0
+    if precision == "fp32" and fused:  # LayerNorm's affine part is in a copy of the first matrix
+        copied = sum(
+            depth * 4 * dim**2 for depth, dim in zip(variant.depths, variant.dims, strict=True)
+        )
+    if checkpointing in {"stages", "blocks"} or (checkpointing == "selective" and not fused):
         copied = 0
-    return (kept + at_work + copied) * (4 if precision == "fp32" else 2)
+    return (most + copied) * (4 if precision == "fp32" else 2)
 
 
 def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:
@@ -196,6 +213,6 @@ def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:
     if ddp.activations > saved:
         return (
             f"{said}: activations weigh more, and smaller passes (batch.per_device_images) or"
-            " compute.gradient_checkpointing=stages save those without exchanging weights"
+            " compute.gradient_checkpointing=selective save those without exchanging weights"
         )
     return f"{said}: sharding pays where the rest fits and the whole does not"

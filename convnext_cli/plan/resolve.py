@@ -26,6 +26,7 @@ from convnext_cli.catalog.models import (
 from convnext_cli.errors import PlanError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.cost import (
+    CHECKPOINTING,
     STRATEGIES,
     Memory,
     block_images,
@@ -36,7 +37,7 @@ from convnext_cli.plan.cost import (
 )
 from convnext_cli.plan.sizes import TrainSize, count_steps, make_train_sizes
 from convnext_cli.recipe.durations import Duration
-from convnext_cli.recipe.schema import Kernels, Optim, Precision, Recipe
+from convnext_cli.recipe.schema import GradientCheckpointing, Kernels, Optim, Precision, Recipe
 
 SUSTAINED_FLOPS = 1e14
 """What a device is assumed to sustain, in floating-point operations a second: said beside every
@@ -123,6 +124,9 @@ class Plan:
     """Per device, for every strategy on these devices, whichever is chosen."""
     memory_note: str
     """Whether sharing it among the devices pays."""
+    activation_bytes: dict[GradientCheckpointing, int]
+    """Activations of a device by what is computed again, whichever is chosen; empty where no
+    estimate is known."""
 
     @property
     def world_size(self) -> int:
@@ -254,20 +258,25 @@ def make_plan(
         images=per_device_images,
         parameters=parameters,
         precision=precision,
-        checkpointing=compute.gradient_checkpointing,
         fused=compute.kernels == "fused",
     )
-    activations = unskipped = estimate()
+    computed = None
     skipped_macs = [0.0] * len(sizes)
     if recipe.model.drop_path_kind == "skip":
         computed = block_images(variant, images=per_device_images, drop_path=recipe.model.drop_path)
-        activations = estimate(computed=computed)
         skipped_macs = [
             estimate_skipped_macs(
                 variant, image_px=size.image_px, images=per_device_images, computed=computed
             )
             for size in sizes
         ]
+    activation_bytes = {
+        mode: size
+        for mode in CHECKPOINTING
+        if (size := estimate(checkpointing=mode, computed=computed)) is not None
+    }
+    activations = activation_bytes.get(compute.gradient_checkpointing)
+    unskipped = estimate(checkpointing=compute.gradient_checkpointing)
     memory = tuple(
         estimate_memory(
             strategy,
@@ -353,6 +362,7 @@ def make_plan(
         state_bytes=next(m.state for m in memory if m.strategy == compute.strategy),
         memory=memory,
         memory_note=explain_sharding(memory, shards=shards),
+        activation_bytes=activation_bytes,
     )
 
 

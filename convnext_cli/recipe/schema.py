@@ -16,7 +16,7 @@ from convnext_cli.catalog.models import VARIANTS
 from convnext_cli.recipe.durations import AnyDuration, Duration, StepDuration
 
 Precision = Literal["fp32", "bf16", "fp16"]
-GradientCheckpointing = Literal["none", "stages", "blocks"]
+GradientCheckpointing = Literal["none", "selective", "stages", "blocks"]
 Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 Kernels = Literal["fused", "compile", "eager"]
 ShardGroup = Literal["all", "node"]
@@ -338,7 +338,8 @@ class Compute(Section):
     one layer's output is off by .037 and its gradients by .059 (bf16: .003)."""
 
     gradient_checkpointing: GradientCheckpointing = "none"
-    """Recompute activations in the backward pass to save memory: per stage or per block."""
+    """Recompute activations in the backward pass to save memory. selective: only what is
+    cheap, all but products and convolutions; stages, blocks: everything, a piece at a time."""
 
     strategy: Strategy = "ddp"
     """What devices share besides the batch. ddp: nothing; fsdp: weights, gradients, optimizer and

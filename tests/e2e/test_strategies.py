@@ -134,7 +134,9 @@ def resume(root: Path, name: str, *more: str) -> list[str]:
 
 
 DDP, FSDP = "compute.strategy=ddp", "compute.strategy=fsdp"
-STAGES, BLOCKS = (f"compute.gradient_checkpointing={mode}" for mode in ("stages", "blocks"))
+SELECTIVE, STAGES, BLOCKS = (
+    f"compute.gradient_checkpointing={mode}" for mode in ("selective", "stages", "blocks")
+)
 FUSED = "compute.kernels=fused"
 NHWC = "compute.channels_last=true"
 SHORT = ["compute.precision=bf16", "schedule.length=4st"]
@@ -151,7 +153,7 @@ def lab(tmp_path_factory, tiny_shards) -> Lab:
         "fsdp": [FSDP],
         "fsdp-to-fsdp": resume(root, "fsdp", FSDP, STAGES, NHWC),
         "fsdp-to-ddp": resume(root, "fsdp", DDP, NHWC),
-        "ddp-to-fsdp": resume(root, "ddp", FSDP, BLOCKS),
+        "ddp-to-fsdp": resume(root, "ddp", FSDP, SELECTIVE),
         "ddp-fused": [DDP, FUSED, NHWC],
         "fsdp-fused": [FSDP, FUSED, BLOCKS],
         "ddp-bf16": [DDP, *SHORT],

@@ -166,7 +166,7 @@ def test_averaging_does_not_change_the_raw_weights(recipe, tiny_shards, finished
     assert all(torch.equal(raw[key], plain[key]) for key in raw)
 
 
-@pytest.mark.parametrize("mode", ["stages", "blocks"])
+@pytest.mark.parametrize("mode", ["selective", "stages", "blocks"])
 def test_gradient_checkpointing_does_not_change_the_weights(recipe, tiny_shards, finished, mode):
     assert train(recipe, tiny_shards, f"compute.gradient_checkpointing={mode}").returncode == 0
 

@@ -52,9 +52,10 @@ def test_memory_of_a_step_is_near_the_plans_estimate(run_cli):
 
     assert done.exit_code == 0, done.stderr
     memory = {each["checkpointing"]: each for each in json.loads(done.stdout)["memory"]}
-    whole, stages, blocks = (memory[name] for name in ("none", "stages", "blocks"))
+    whole, selective, stages, blocks = memory.values()
     assert whole["peak_bytes"] == pytest.approx(whole["predicted_bytes"], rel=0.3)
     assert whole["bytes_per_image"] > stages["bytes_per_image"] > blocks["bytes_per_image"]
+    assert whole["bytes_per_image"] > selective["bytes_per_image"] > blocks["bytes_per_image"]
     assert whole["most_images"] > 64
 
 

@@ -1,8 +1,12 @@
 """The estimate of activations against what autograd really keeps."""
 
+import gc
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from convnext_cli.bench.trace import read_events
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cost import block_images, estimate_activations
@@ -46,4 +50,45 @@ def test_activations_are_those_that_autograd_keeps(name, precision, drop_path_ki
         computed=block_images(variant, images=IMAGES, drop_path=0.6)
         if drop_path_kind == "skip"
         else None,
-    ) == pytest.approx(sum(value.untyped_storage().nbytes() for value in kept.values()), rel=0.1)
+    ) == pytest.approx(sum(value.untyped_storage().nbytes() for value in kept.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("drop_path_kind", ["scale", "skip"])
+@pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_nano", "convnext_isotropic_small"])
+def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, drop_path_kind):
+    variant = find_variant(name)
+    model = build_convnext(
+        variant,
+        num_classes=10,
+        drop_path=0.6,
+        drop_path_kind=drop_path_kind,
+        gradient_checkpointing="selective",
+    )
+
+    def measure(count: int) -> int:
+        gc.collect()
+        images = torch.rand(count, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+        with (
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            logits = model(images)
+        assert logits.requires_grad
+        memory = [event for event in read_events(profiler) if event["name"] == "[memory]"]
+        return sum(event["args"]["Bytes"] for event in memory)
+
+    def estimate(count: int) -> int:
+        return estimate_activations(
+            variant,
+            image_px=64,
+            images=count,
+            parameters=0,
+            precision="bf16",
+            checkpointing="selective",
+            computed=block_images(variant, images=count, drop_path=0.6)
+            if drop_path_kind == "skip"
+            else None,
+        )
+
+    said = estimate(3 * IMAGES) - estimate(IMAGES)
+    assert said == pytest.approx(measure(3 * IMAGES) - measure(IMAGES), rel=0.05)

@@ -129,7 +129,7 @@ def make_model() -> ConvNeXt:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("mode", ["none", "stages", "blocks"])
+@pytest.mark.parametrize("mode", ["none", "selective", "stages", "blocks"])
 def test_a_fused_network_compiles_as_one_graph_under_checkpointing(mode):
     model = make_model()
     model.gradient_checkpointing = mode

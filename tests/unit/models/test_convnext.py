@@ -169,7 +169,7 @@ def test_a_block_is_the_written_out_formula():
 
 
 @pytest.mark.parametrize("drop_path_kind", ["scale", "skip"])
-@pytest.mark.parametrize("mode", ["stages", "blocks"])
+@pytest.mark.parametrize("mode", ["selective", "stages", "blocks"])
 def test_checkpointing_changes_no_gradient_even_with_drop_path(kind, images, mode, drop_path_kind):
     def gradients(checkpointing):
         torch.manual_seed(0)
@@ -264,7 +264,7 @@ def test_bfloat16_logits_are_near_the_float32_ones(kind, images):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("mode", ["none", "stages", "blocks"])
+@pytest.mark.parametrize("mode", ["none", "selective", "stages", "blocks"])
 def test_the_whole_model_compiles_as_one_graph(kind, images, mode):
     torch.manual_seed(0)
     model = ConvNeXt(**kind, gradient_checkpointing=mode)

@@ -79,6 +79,14 @@ def test_activations_grow_with_images_and_shrink_where_they_are_computed_again(n
     assert activations(name, precision="bf16") == whole / 2
     assert activations(name, checkpointing="blocks") < activations(name, checkpointing="stages")
     assert activations(name, checkpointing="stages") < whole
+    assert activations(name, checkpointing="selective") < 0.7 * whole
+
+
+def test_selective_checkpointing_leaves_blocks_in_kernels_as_they_are():
+    fused = activations("convnext_tiny", fused=True)
+
+    assert activations("convnext_tiny", fused=True, checkpointing="selective") == fused
+    assert fused < activations("convnext_tiny", checkpointing="selective")
 
 
 def test_skipping_keeps_the_share_of_the_images_that_blocks_compute():
@@ -94,7 +102,7 @@ def test_skipping_keeps_the_share_of_the_images_that_blocks_compute():
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnext_isotropic_small"])
-@pytest.mark.parametrize("checkpointing", ["none", "stages", "blocks"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "stages", "blocks"])
 def test_skipping_nothing_keeps_what_is_kept_without(name, checkpointing):
     blocks = sum(find_variant(name).depths)
 
