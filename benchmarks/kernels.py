@@ -127,7 +127,7 @@ def find_main_loop(code: str) -> collections.Counter:
         if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
     ]
     counted = [collections.Counter(names[start:end]) for start, end in inner]
-    working = [one for one in counted if one["FFMA"] + one["HGMMA"] > 4]
+    working = [one for one in counted if one["FFMA"] > 4 or one["HGMMA"]]
     return (
         max(working, key=lambda one: one["FFMA"] + 99 * one["HGMMA"])
         if working

@@ -49,7 +49,9 @@ def _without_autocast(body: Callable[P, R]) -> Callable[P, R]:
     def run(*inputs: P.args, **named: P.kwargs) -> R:
         first = inputs[0]
         assert isinstance(first, Tensor)
-        with torch.autocast(first.device.type, enabled=False):
+        # Triton launches on the current device, whatever its arguments lie on.
+        device = torch.cuda.device_of(first)  # type: ignore[no-untyped-call]
+        with device, torch.autocast(first.device.type, enabled=False):
             return body(*inputs, **named)
 
     return run

@@ -151,8 +151,10 @@ def backward_recomputed(grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, mlp: M
         positions,
         steps,
         **_constants(mlp, xhat_MC, rows=block, units=unit_block),
+        LIFT=_lift(xhat_MC.dtype),
     )
-    return _collect(dz_MC, dw1.sum(dim=0), db1.sum(dim=0), dw2.sum(dim=0).t(), db2.sum(dim=0), mlp)
+    product_CK = dw2.sum(dim=0).t().contiguous()
+    return _collect(dz_MC, dw1.sum(dim=0), db1.sum(dim=0), product_CK, db2.sum(dim=0), mlp)
 
 
 def project(
@@ -177,8 +179,9 @@ def project(
     rows, channels = x_MC.shape
     out_MC = torch.empty_like(x_MC)
     images = len(scale) if scale is not None else 1 if mlp.keep is None else len(mlp.keep)
-    block, tile = 128, power_of_two_in(channels, most=128)
-    mlp_project_kernel[(channels // tile, triton.cdiv(rows, block))](
+    grn = scale is not None
+    block, (tile, pieces) = 128, cut_columns(channels, most=128 if grn else 256)
+    mlp_project_kernel[(channels // (tile * pieces), triton.cdiv(rows, block))](
         h_MK,
         h_MK if scale is None else scale,
         mlp.b2 if shift is None else shift,
@@ -193,13 +196,14 @@ def project(
         HIDDEN=h_MK.shape[1],
         ROWS=block,
         TILE=tile,
+        PIECES=pieces,
         UNITS=power_of_two_in(channels, most=64),
-        GRN=scale is not None,
+        GRN=grn,
         HAS_GAMMA=mlp.gamma is not None,
         HAS_KEEP=mlp.keep is not None,
         PRECISION=dot_precision(x_MC.dtype),
         num_warps=8,
-        num_stages=3,
+        num_stages=2 if grn else 3,
     )
     return out_MC
 
@@ -265,13 +269,16 @@ def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor
     rows, channels = grad_MC.shape
     units = h_MK.shape[1]
     block, columns = 128, power_of_two_in(units, most=64)
+    lift, w2_CK = _lift(h_MK.dtype), mlp.w2
+    if mlp.gamma is not None:
+        w2_CK = (mlp.w2 * (lift * mlp.gamma)[:, None]).to(mlp.w2.dtype)
     dh_MK, act_MK = torch.empty_like(h_MK), torch.empty_like(h_MK)
     parts = torch.empty((triton.cdiv(rows, block), units), dtype=torch.float32, device=h_MK.device)
     mlp_hidden_grad_kernel[(units // columns, len(parts))](
         grad_MC,
         h_MK,
-        mlp.w2,
-        *_factors(mlp),
+        w2_CK,
+        _factors(mlp)[1],
         dh_MK,
         act_MK,
         parts,
@@ -282,7 +289,7 @@ def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor
         ROWS=block,
         TILE=power_of_two_in(channels, most=64),
         UNITS=columns,
-        HAS_GAMMA=mlp.gamma is not None,
+        LIFT=1.0 if mlp.gamma is None else lift,
         HAS_KEEP=mlp.keep is not None,
         PRECISION=dot_precision(h_MK.dtype),
         num_warps=8,
@@ -300,6 +307,31 @@ def hidden_grad_twin(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, T
     slope = below + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
     dh = (_kept(grad, mlp).to(h_MK.dtype) @ mlp.w2).to(dtype) * slope
     return dh.to(h_MK.dtype), (x * below).to(h_MK.dtype), dh.sum(dim=0)
+
+
+def cut_columns(channels: int, *, most: int) -> tuple[int, int]:
+    """(width of a piece, pieces) of a program of `project`, which has registers for `most` columns.
+
+    Each program computes GELU of all hidden units anew, so the wider it is the fewer do; among
+    equals, wide pieces.
+    """
+    widest = power_of_two_in(channels, most=128)
+    tiles = [widest >> shift for shift in range(widest.bit_length()) if widest >> shift >= 16]
+    cuts = [
+        (tile, pieces)
+        for tile in tiles
+        for pieces in range(1, most // tile + 1)
+        if channels % (tile * pieces) == 0
+    ]
+    return max(cuts, key=lambda cut: (cut[0] * cut[1], cut[0]))
+
+
+def _lift(dtype: torch.dtype) -> float:
+    """By what gamma w2 is multiplied where it is an operand.
+
+    A young gamma makes it too small for fp16. A power of two, so that it is taken back exactly.
+    """
+    return 1024.0 if dtype == torch.float16 else 1.0
 
 
 def _unit_block(channels: int, *, most: int) -> int:

@@ -136,11 +136,13 @@ def mlp_weight_grad_kernel(
     dw1_ptr, dw2_ptr, db1_ptr, db2_ptr, num_rows, positions, steps,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNITS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    LIFT: tl.constexpr,
 ):  # fmt: skip
     """Sums over `steps` times ROWS rows, of UNITS hidden units: one part a program.
 
-    dw1 and dw2 are (parts, HIDDEN, CHANNELS), db1 (parts, HIDDEN), db2 (parts, CHANNELS). What
-    belongs to w2 and b2 leaves gamma out, which makes gamma's gradient a small product of weights.
+    gamma is multiplied by LIFT on its way into w2. dw1 and dw2 are (parts, HIDDEN, CHANNELS), db1
+    (parts, HIDDEN), db2 (parts, CHANNELS). What belongs to w2 and b2 leaves gamma out, which makes
+    gamma's gradient a small product of weights.
     """
     PIECES: tl.constexpr = CHANNELS // TILE
     dtype = xhat_ptr.dtype.element_ty
@@ -158,7 +160,7 @@ def mlp_weight_grad_kernel(
         w2 = tl.load(w2_ptr + (channel[None, :] + k * TILE) * HIDDEN + unit[:, None])
         gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)[None, :]
         matrices1 = matrices1 + (w1,)
-        matrices2 = matrices2 + ((w2.to(tl.float32) * gamma).to(dtype),)
+        matrices2 = matrices2 + ((w2.to(tl.float32) * (gamma * LIFT)).to(dtype),)
         dw1 = dw1 + (tl.zeros((UNITS, TILE), tl.float32),)
         dw2 = dw2 + (tl.zeros((UNITS, TILE), tl.float32),)
         db2 = db2 + (tl.zeros((TILE,), tl.float32),)
@@ -183,7 +185,7 @@ def mlp_weight_grad_kernel(
             inputs = inputs + (xhat,)
             grads = grads + (grad,)
         a, slope = gelu_and_slope(h + b1, dtype == tl.float32)
-        dh = da * slope
+        dh = da * slope * (1 / LIFT)
         db1 += tl.sum(dh, axis=1)
         next1 = ()
         next2 = ()
@@ -211,8 +213,8 @@ def mlp_project_kernel(
     h_ptr, scale_ptr, shift_ptr, w2_ptr, b2_ptr, gamma_ptr, keep_ptr, x_ptr, out_ptr,
     num_rows, positions,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    UNITS: tl.constexpr, GRN: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, UNITS: tl.constexpr, GRN: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = x + keep gamma (act(h) w2' + b2); act is GELU, and GRN's scale and shift after it.
 
@@ -220,11 +222,13 @@ def mlp_project_kernel(
     """
     dtype = h_ptr.dtype.element_ty
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    channel = tl.program_id(0) * PIECES * TILE + tl.arange(0, TILE)
     used = (row < num_rows)[:, None]
     place = row.to(tl.int64)[:, None] * HIDDEN
     image = (row // positions).to(tl.int64)[:, None] * HIDDEN
-    total = tl.zeros((ROWS, TILE), tl.float32)
+    sums = ()
+    for _k in tl.static_range(PIECES):
+        sums = sums + (tl.zeros((ROWS, TILE), tl.float32),)
     for start in range(0, HIDDEN, UNITS):
         unit = start + tl.arange(0, UNITS)
         h = tl.load(h_ptr + place + unit[None, :], mask=used, other=0.0)
@@ -232,41 +236,49 @@ def mlp_project_kernel(
         if GRN:
             scale = tl.load(scale_ptr + image + unit[None, :], mask=used, other=0.0)
             a = a * scale + tl.load(shift_ptr + unit)[None, :]
-        w2 = tl.load(w2_ptr + channel[:, None] * HIDDEN + unit[None, :])
-        total = tl.dot(a.to(dtype), tl.trans(w2), total, input_precision=PRECISION)
+        a = a.to(dtype)
+        following = ()
+        for k in tl.static_range(PIECES):
+            w2 = tl.load(w2_ptr + (channel[:, None] + k * TILE) * HIDDEN + unit[None, :])
+            out = tl.dot(a, tl.trans(w2), sums[k], input_precision=PRECISION)
+            following = following + (out,)
+        sums = following
     factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
-    gamma = _load_gamma(gamma_ptr, channel, HAS_GAMMA)[None, :]
     place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    out = (total + tl.load(b2_ptr + channel)[None, :]) * gamma * factor
-    out += tl.load(x_ptr + place, mask=used, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=used)
+    for k in tl.static_range(PIECES):
+        gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)
+        out = (sums[k] + tl.load(b2_ptr + channel + k * TILE)[None, :]) * gamma[None, :] * factor
+        out += tl.load(x_ptr + place + k * TILE, mask=used, other=0.0).to(tl.float32)
+        tl.store(out_ptr + place + k * TILE, out.to(out_ptr.dtype.element_ty), mask=used)
 
 
 @triton.jit
 def mlp_hidden_grad_kernel(
-    grad_ptr, h_ptr, w2_ptr, gamma_ptr, keep_ptr, dh_ptr, act_ptr, db1_ptr, num_rows, positions,
+    grad_ptr, h_ptr, w2_ptr, keep_ptr, dh_ptr, act_ptr, db1_ptr, num_rows, positions,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    UNITS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, LIFT: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dh = (keep gamma grad w2) gelu'(h); gelu(h) again; parts of dh's sum (programs, HIDDEN)."""
+    """dh = (keep grad w2) gelu'(h); gelu(h) again; parts of dh's sum (programs, HIDDEN).
+
+    w2 has gamma in it already, and is LIFT times as large: nothing changes an operand of the
+    product on its way, which every program of the same rows would do again.
+    """
     dtype = h_ptr.dtype.element_ty
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     used = (row < num_rows)[:, None]
-    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     total = tl.zeros((ROWS, UNITS), tl.float32)
     for start in range(0, CHANNELS, TILE):
         channel = start + tl.arange(0, TILE)
         place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
-        gamma = _load_gamma(gamma_ptr, channel, HAS_GAMMA)[None, :]
+        grad = tl.load(grad_ptr + place, mask=used, other=0.0)
         w2 = tl.load(w2_ptr + channel[:, None] * HIDDEN + unit[None, :])
-        grad = (grad * factor * gamma).to(dtype)
         total = tl.dot(grad, w2, total, input_precision=PRECISION)
+    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
     h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32)
     a, slope = gelu_and_slope(h, dtype == tl.float32)
-    dh = total * slope
+    dh = total * (factor / LIFT) * slope
     tl.store(dh_ptr + place, dh.to(dtype), mask=used)
     tl.store(act_ptr + place, a.to(dtype), mask=used)
     tl.store(db1_ptr + tl.program_id(1) * HIDDEN + unit, tl.sum(dh, axis=0))

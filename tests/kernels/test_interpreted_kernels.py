@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_cli.kernels import depthwise, grn, mlp, norm
 from convnext_cli.kernels.mlp import Mlp, MlpGrads
@@ -181,6 +183,69 @@ def test_gelu_and_grn(images, positions, dim, dtype, monkeypatch):
     twin = run(h, dh, x, gamma, beta, weights)
     weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
     assert_as_exact(kernel, twin, run(*exactly((h, dh, x, gamma, beta)), weights_exact), dtype)
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_young_layer_scale_leaves_gradients_in_fp16(recomputed):
+    weights = make_mlp(32, gamma=True, keep=(2.0,), dtype=torch.float16)
+    weights = dataclasses.replace(weights, gamma=1e-6 * weights.gamma)
+    xhat, grad = torch.randn(2, 33, 32).to(torch.float16).unbind()
+    rstd = 0.5 + torch.rand(33)
+
+    def run(xhat, grad, rstd, weights):
+        if recomputed:
+            return mlp.backward_recomputed(grad, xhat, rstd, weights)
+        return mlp.backward_kept(grad, xhat, rstd, mlp.hidden(xhat, weights), weights)
+
+    exact = run(*exactly((xhat, grad, rstd)), Mlp(*exactly(dataclasses.astuple(weights))))
+    got = run(xhat, grad, rstd, weights)
+
+    assert (got.b1.double() - exact.b1).norm() / exact.b1.norm() < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("way", "grn"), [("recomputed", False), ("kept", False), ("kept", True), ("positions", False)]
+)
+def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
+    # What is compiled around an operator asserts the strides that its fake promises.
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            del types
+            done = op(*args, **(kwargs or {}))
+            if op.namespace == "convnext":
+                seen.append((op, args, done))
+            return done
+
+    from convnext_cli.models.convnext import Block
+
+    block = Block(32, drop_frac=0.5, layer_scale_init=None if grn else 1.0, grn=grn).train()
+    block.way = way
+    x = torch.randn(2, 32, 4, 6, requires_grad=True)
+    with Watch():
+        block(x).sum().backward()
+
+    assert len(seen) == 2
+    for op, args, done in seen:
+        mode = FakeTensorMode()
+        told = [
+            mode.from_tensor(given.detach()) if isinstance(given, torch.Tensor) else given
+            for given in args
+        ]
+        with mode:
+            promised = op(*told)
+        for number, (got, fake) in enumerate(zip(done, promised, strict=True)):
+            assert got.dtype == fake.dtype, (op, number)
+            assert (got.shape, got.stride()) == (fake.shape, fake.stride()), (op, number)
+
+
+@pytest.mark.parametrize(
+    ("channels", "most", "cut"),
+    [(96, 256, (32, 3)), (384, 256, (64, 3)), (768, 256, (128, 2)), (768, 128, (128, 1))],
+)
+def test_a_program_has_as_many_columns_as_it_has_registers_for(channels, most, cut):
+    assert mlp.cut_columns(channels, most=most) == cut
 
 
 @pytest.mark.parametrize("grn", [False, True])
