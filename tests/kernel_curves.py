@@ -1,7 +1,7 @@
 """Loss curves of 200 steps on the same batches, in bfloat16, by the way blocks are computed."""
 
+import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from convnext_cli.catalog.ways import Way
 from convnext_cli.models.convnext import ConvNeXt
@@ -20,7 +20,8 @@ def train_curve(
         grn: V2.
         turned: Whether each batch comes in the opposite order: the same numbers, summed otherwise.
     """
-    pixels, labels = load_digits(return_X_y=True)
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
+    pixels, labels = datasets.load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images = torch.nn.functional.interpolate(images, 32).repeat(1, 3, 1, 1).to(device)
     labels = torch.tensor(labels, device=device)

@@ -10,6 +10,11 @@ PyTorch's own operators in the same precision, is left out and named.
 """
 
 import json
+import math
+import os
+import socket
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,19 +23,48 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
-from triton.testing import do_bench
 
-from convnext_cli.catalog.ways import Way
+from convnext_cli import __version__
+from convnext_cli.catalog.ways import WHOLE, Way
 from convnext_cli.models.convnext import Block, ConvNeXt
 
 Clock = Callable[[Callable[[], object]], float]
 """Milliseconds that a piece of work takes on the device."""
 
-MEDIAN: Clock = partial(do_bench, return_mode="median")
+_CHECKED_IMAGES = 32
+"""Float32 results, which take twice the memory, are made of so many."""
+
+_TIMED, _WARM_UPS = 20, 5
+_AHEAD_BYTES, _AHEAD_SECONDS = 2**28, 5e-5
+"""What the device writes before each piece of work, more than its cache holds, and the least time
+that it takes. Written often enough, it gives the host the time to launch all of the piece:
+otherwise a short one would be timed by how fast it is launched."""
 
 _WORSE, _NOISE = 2.0, 1e-3
 """Error that a way may have against float32: so many times the plain one's, and that much."""
+
+
+def time_on_gpu(work: Callable[[], object]) -> float:
+    """Median milliseconds of a piece of work on the GPU, launching not counted."""
+    for _ in range(_WARM_UPS):
+        work()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    launching = time.perf_counter() - started
+    ahead = torch.empty(_AHEAD_BYTES, dtype=torch.uint8, device="cuda")
+    marks = []
+    for _ in range(_TIMED):
+        for _ in range(1 + math.ceil(1.5 * launching / _AHEAD_SECONDS)):
+            ahead.zero_()
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        work()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(float(start.elapsed_time(end)) for start, end in marks)
 
 
 @dataclass(frozen=True)
@@ -89,6 +123,17 @@ def list_shapes(
     return shapes
 
 
+def list_usable(block: Block, *, device: torch.device, dtype: torch.dtype) -> tuple[Way, ...]:
+    """The ways of a block on a device: whole blocks in fp32 have no room on a GPU.
+
+    Compiled for sm_90, they want up to 288 KiB of shared memory, and 34 KiB of local memory for
+    each thread.
+    """
+    if device.type == "cuda" and dtype == torch.float32:
+        return tuple(way for way in block.ways() if way not in WHOLE)
+    return block.ways()
+
+
 def choose_ways(
     model: ConvNeXt,
     *,
@@ -97,7 +142,7 @@ def choose_ways(
     device: torch.device,
     dtype: torch.dtype,
     cache: Path,
-    clock: Clock = MEDIAN,
+    clock: Clock = time_on_gpu,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Choice]:
     """The fastest way of each stage that gives right results; measured where no file has it.
@@ -120,13 +165,16 @@ def choose_ways(
         model.list_stages(),
         strict=True,
     ):
-        ways = blocks[-1].ways()
+        ways = list_usable(blocks[-1], device=device, dtype=dtype)
         choice = known.get(shape.key)
         if choice is None or {*choice.milliseconds, *choice.left_out} != set(ways):
             say(f"measuring kernels for blocks of {shape.key}, once on this machine")
             choice = measure_stage(shape, ways, device=device, clock=clock)
             known[shape.key] = choice
-            _write(file, known)
+            try:
+                _write(file, known)
+            except OSError as error:
+                say(f"{file} cannot be written, so the next run measures again: {error}")
             if device.type == "cuda":  # what training takes is told without this
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
@@ -148,15 +196,16 @@ def measure_stage(
         )
         for _ in range(2)
     )
-    exact = _run(block, x_NCHW, grad_NCHW, dtype=torch.float32)
-    plain_errors = _errors(_run(block, x_NCHW, grad_NCHW, dtype=dtype), exact)
+    few = (x_NCHW[:_CHECKED_IMAGES], grad_NCHW[:_CHECKED_IMAGES])
+    exact = _run(block, *few, dtype=torch.float32)
+    plain_errors = _errors(_run(block, *few, dtype=dtype), exact)
     milliseconds: dict[Way, float] = {}
     left_out: dict[Way, str] = {}
     for way in ways:
         block.way = way
         torch.compiler.reset()
         try:
-            errors = _errors(_run(block, x_NCHW, grad_NCHW, dtype=dtype), exact)
+            errors = _errors(_run(block, *few, dtype=dtype), exact)
             bad = [
                 f"{name} is off by {error:.1e}"
                 for (name, error), plain in zip(errors.items(), plain_errors.values(), strict=True)
@@ -167,7 +216,7 @@ def measure_stage(
                 continue
             fast = torch.compile(block) if device.type == "cuda" else block
             milliseconds[way] = clock(partial(_run, fast, x_NCHW, grad_NCHW, dtype=dtype))
-        except (RuntimeError, TritonError) as error:
+        except Exception as error:  # compilers raise anything; it is told, and the way is not used
             if way == "plain":
                 raise
             left_out[way] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
@@ -176,7 +225,7 @@ def measure_stage(
 
 def _make_block(shape: StageShape, device: torch.device) -> Block:
     """A block whose every part changes its output; it drops half of the images or none."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU
         torch.manual_seed(0)
         block = Block(
             shape.dim,
@@ -220,7 +269,8 @@ def _errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float
 def _name_of(device: torch.device) -> str:
     """The card and the versions that decide what is fast on it."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    parts = (card, *(f"{name}{version(name)}" for name in ("convnext", "torch", "triton")))
+    versions = (f"{name}{version(name)}" for name in ("torch", "triton"))
+    parts = (card, f"convnext{__version__}", *versions)
     return "-".join(part.replace(" ", "_").replace("/", "_") for part in parts)
 
 
@@ -237,6 +287,6 @@ def _write(file: Path, choices: dict[str, Choice]) -> None:
     """Put the file in its place in one step: other processes may read it."""
     rows = {key: choice.__dict__ for key, choice in sorted(choices.items())}
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part")
+    beside = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.part")
     beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     beside.replace(file)

@@ -138,9 +138,9 @@ class DropPath(nn.Module):
         if not self.training or self.drop_frac == 0:
             return None
         keep_frac = 1 - self.drop_frac
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        kept = torch.empty(x.shape[0], dtype=dtype, device=x.device).bernoulli_(keep_frac)
-        return kept / keep_frac
+        # Drawn in float32 whatever comes in: a GPU draws other images in float64.
+        kept = torch.empty(x.shape[0], dtype=torch.float32, device=x.device).bernoulli_(keep_frac)
+        return kept.to(torch.promote_types(x.dtype, torch.float32)) / keep_frac
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, ...) to the same shape and dtype."""

@@ -8,7 +8,7 @@ from torch import nn
 
 from convnext_cli.catalog.ways import Way
 from convnext_cli.data.fetch import default_cache_dir
-from convnext_cli.models.choice import choose_ways
+from convnext_cli.models.choice import choose_ways, list_usable
 from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.training.task import as_task
@@ -20,16 +20,17 @@ def resolve_ways(
     """The way of each stage, measured where the plan leaves it open; None: plain ones."""
     if not isinstance(model, ConvNeXt) or plan.kernels in {"compile", "eager"}:
         return None
+    device = next(model.parameters()).device
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.precision]
     if plan.kernels == "fused":
-        return [blocks[-1].ways()[-1] for blocks in model.list_stages()]
+        stages = model.list_stages()
+        return [list_usable(blocks[-1], device=device, dtype=dtype)[-1] for blocks in stages]
     choices = choose_ways(
         model,
         images=plan.per_device_images,
         image_px=plan.recipe.data.image_px,
-        device=next(model.parameters()).device,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            plan.precision
-        ],
+        device=device,
+        dtype=dtype,
         cache=default_cache_dir().parent / "kernels",
         say=say,
     )

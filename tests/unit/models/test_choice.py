@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from convnext_cli.models import choice
-from convnext_cli.models.choice import StageShape, choose_ways, measure_stage
-from convnext_cli.models.convnext import ConvNeXt
+from convnext_cli.models.choice import StageShape, choose_ways, list_usable, measure_stage
+from convnext_cli.models.convnext import Block, ConvNeXt
 
 SHAPE = StageShape(
     images=2, height=4, width=4, dim=32, grn=False, layer_scale=True, drops=True, dtype="bfloat16"
@@ -77,9 +77,10 @@ def test_a_way_that_is_wrong_is_left_out_however_fast_it_is(monkeypatch):
     assert "output is off by" in chosen.left_out["recomputed"]
 
 
-def test_a_way_that_does_not_run_is_left_out_and_said(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_a_way_that_does_not_run_is_left_out_and_said(monkeypatch, tmp_path, kind):
     def forward_fused(self, x_NCHW, *, recomputed):
-        raise RuntimeError("out of shared memory\nand more")
+        raise kind("out of shared memory\nand more")
 
     monkeypatch.setattr(choice.Block, "forward_fused", forward_fused)
     said: list[str] = []
@@ -88,8 +89,32 @@ def test_a_way_that_does_not_run_is_left_out_and_said(monkeypatch, tmp_path):
 
     assert chosen[0].way == "positions"
     assert any(
-        "go without kept kernels: RuntimeError: out of shared memory" in told for told in said
+        f"go without kept kernels: {kind.__name__}: out of shared memory" in told for told in said
     )
+
+
+def test_a_folder_that_cannot_be_written_costs_the_next_run_a_measurement(tmp_path):
+    (tmp_path / "kernels").write_text("a file")
+    said: list[str] = []
+
+    chosen = choose(tmp_path / "kernels", clock=count_down(), say=said.append)
+
+    assert [one.way for one in chosen] == ["recomputed", "positions"]
+    assert "cannot be written, so the next run measures again" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "last"),
+    [
+        ("cuda", torch.float32, "positions"),
+        ("cuda", torch.bfloat16, "recomputed"),
+        ("cpu", torch.float32, "recomputed"),
+    ],
+)
+def test_whole_blocks_in_fp32_have_no_room_on_a_gpu(device, dtype, last):
+    block = Block(96, drop_frac=0.0, layer_scale_init=1.0, grn=False)
+
+    assert list_usable(block, device=torch.device(device), dtype=dtype)[-1] == last
 
 
 def test_plain_operators_have_to_work(monkeypatch):
