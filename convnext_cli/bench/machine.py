@@ -13,7 +13,7 @@ from convnext_cli.recipe.schema import Precision
 
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 _MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
-_TRIES = 10
+_TRIES, _REPEATS = 5, 5
 
 
 def name_device(device: str) -> str:
@@ -72,7 +72,8 @@ def _best_seconds(work: Callable[[], object], *, device: str) -> float:
     for _ in range(_TRIES):
         wait(device)
         started = time.perf_counter()
-        work()
+        for _ in range(_REPEATS):
+            work()
         wait(device)
-        times.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - started) / _REPEATS)
     return min(times)

@@ -81,6 +81,7 @@ KERNELS: Final[Table] = (
     (r"layer_norm|GammaBeta|PartGradGammaBeta|RowwiseMoments|NormTwoOps", "normalisation"),
     (r"^aten::(linalg_vector_)?norm$|^LinalgVectorNormBackward", "normalisation"),
     (r"elementwise_kernel|\breduce_kernel|[sS]oft[mM]ax|nll_loss|index_\w*kernel", "elementwise"),
+    (r"indexing_backward|indexFunc|RadixSort|^aten::(index_\w+|randperm)$", "elementwise"),
     (r"^aten::(bernoulli_|gelu(_backward)?|(addcmul|add|sub|mul|div)_?)$", "elementwise"),
     (r"^aten::(sum|mean|sqrt|masked_fill_?|where|_?log_softmax\w*)$", "elementwise"),
 )

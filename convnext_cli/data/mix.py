@@ -403,7 +403,11 @@ class BatchMix:
             )
         if choices.ops.shape[1]:
             images_NCHW = apply_ops(
-                images_NCHW, choices.ops, mean=self.mean, interpolation=self.interpolation
+                images_NCHW,
+                choices.ops,
+                mean=self.mean,
+                interpolation=self.interpolation,
+                compiled=self.compiled,
             )
         device, px = images_NCHW.device, images_NCHW.shape[-1]
         noise = noise_bank(self.seed, device)

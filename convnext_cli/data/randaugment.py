@@ -289,6 +289,7 @@ def apply_ops(
     *,
     mean: Colour,
     interpolation: Interpolation,
+    compiled: bool = False,
 ) -> Tensor:
     """Do the drawn operations of a whole batch on its device; waits for nothing.
 
@@ -297,6 +298,7 @@ def apply_ops(
         ops_NL2: From `draw_ops`, stacked; on the host.
         mean: Mean colour in 0..1, which fills empty corners.
         interpolation: Filter of the affine operations.
+        compiled: Whether these, which read up to 16 neighbours of each pixel, are one kernel.
     """
     result_NCHW = images_NCHW.clone()
     for layer in range(ops_NL2.shape[1]):
@@ -306,7 +308,7 @@ def apply_ops(
             (_TABLES, _apply_tables),
             (frozenset({"Color", "ColorIncreasing"}), _apply_color),
             (frozenset({"Sharpness", "SharpnessIncreasing"}), _apply_sharpness),
-            (_AFFINE, _affine(mean, interpolation)),
+            (_AFFINE, _affine(mean, interpolation, compiled=compiled)),
         ):
             rows = np.flatnonzero([name in members for name in names])
             if not len(rows):
@@ -427,8 +429,10 @@ def _blend(degenerate: Tensor, image: Tensor, factor: Tensor) -> Tensor:
 
 
 def _affine(
-    mean: Colour, interpolation: Interpolation
+    mean: Colour, interpolation: Interpolation, *, compiled: bool
 ) -> Callable[[Tensor, list[str], NDArray[np.float32]], Tensor]:
+    transform = compile_affine() if compiled else transform_affine
+
     def apply(images_ECHW: Tensor, names: list[str], values: NDArray[np.float32]) -> Tensor:
         height, width = images_ECHW.shape[-2:]
         matrices_E6 = torch.tensor(
@@ -438,11 +442,12 @@ def _affine(
             ],
             dtype=torch.float64,
         )
-        return transform_affine(
+        device, fill = images_ECHW.device, torch.tensor(fill_colour(mean), dtype=torch.uint8)
+        return transform(
             images_ECHW,
-            to_device(matrices_E6, images_ECHW.device),
+            to_device(matrices_E6, device),
             interpolation=interpolation,
-            fill=fill_colour(mean),
+            fill_C=to_device(fill, device),
         )
 
     return apply
@@ -469,7 +474,7 @@ def transform_affine(
     matrices_E6: Tensor,
     *,
     interpolation: Interpolation,
-    fill: tuple[int, ...],
+    fill_C: Tensor,
 ) -> Tensor:
     """Pillow's `transform(AFFINE)`, each image by its own matrix; uint8."""
     device, (height, width) = images_ECHW.device, images_ECHW.shape[-2:]
@@ -498,8 +503,19 @@ def transform_affine(
     assert total_ECHW is not None
     # Cut off, not rounded; a hair is added so that a whole number does not fall to the one below.
     moved = (total_ECHW + 5e-4).clamp(0, 255).to(torch.uint8)
-    colour_C11 = to_device(torch.tensor(fill, dtype=torch.uint8), device)[:, None, None]
-    return torch.where(inside_EHW[:, None], moved, colour_C11)
+    return torch.where(inside_EHW[:, None], moved, fill_C[:, None, None])
+
+
+@lru_cache(maxsize=1)
+def compile_affine() -> Callable[..., Tensor]:
+    """`transform_affine` as one kernel, for any number of images."""
+    # By default the compiler would store what a value is made of.
+    return torch.compile(
+        transform_affine,
+        fullgraph=True,
+        dynamic=True,
+        options={"realize_reads_threshold": 100, "realize_opcount_threshold": 10_000},
+    )
 
 
 def _weights(frac: Tensor, interpolation: Interpolation) -> dict[int, Tensor]:

@@ -39,22 +39,29 @@ def build_optimizer(plan: Plan, model: nn.Module) -> torch.optim.AdamW:
         lr=plan.lr,
         betas=asked.betas,
         eps=asked.eps,
-        # fused unscales fp16 gradients inside its step, where they could not be clipped before
-        fused=plan.cluster.device == "cuda" and plan.precision != "fp16",
+        # fused unscales fp16 gradients inside its step, where they could not be clipped before;
+        # None leaves torch the choice of many weights at once
+        fused=True if plan.cluster.device == "cuda" and plan.precision != "fp16" else None,
     )
-    optimizer.register_load_state_dict_post_hook(lay_out_moments)
+    optimizer.register_load_state_dict_post_hook(fit_state)
     return optimizer
 
 
-def lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Lay the moments out in memory as their weights lie, whatever wrote them; values stay.
+def fit_state(optimizer: torch.optim.Optimizer) -> None:
+    """Fit a state that was loaded to this device and precision, whatever wrote it; values stay.
 
     A run that goes on may hold its weights in another memory format, and fused AdamW refuses
-    moments of other strides.
+    moments of other strides. Whether AdamW is fused comes with the state, too, and so does the
+    place of its counts of steps, which fused AdamW reads on the device.
     """
+    fused = optimizer.defaults["fused"]
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = fused, optimizer.defaults["foreach"]
     for weight, state in optimizer.state.items():
         for key, value in state.items():
-            if value.shape == weight.shape and value.stride() != weight.stride():
+            if key == "step":
+                state[key] = value.to(weight.device if fused else "cpu")
+            elif value.shape == weight.shape and value.stride() != weight.stride():
                 state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 

@@ -47,6 +47,10 @@ CORE_IMAGES, CORE_IMAGES_AUGMENTED = 500, 350
 """Images that a core loads in a second at 224 px, without and with RandAugment by Pillow.
 Source: benchmarks/README.md."""
 
+_AMPLE = 2
+"""RandAugment is done by the cores where they load so many times what the devices take: it would
+take time of the devices, which are dearer, and may be faster than assumed."""
+
 _MOST_PASSES_OVER_FEWEST = 4
 """A batch that splits into still smaller passes, as a prime number does, would crawl."""
 
@@ -258,7 +262,8 @@ def make_plan(
         images=per_device_images,
         parameters=parameters,
         precision=precision,
-        fused=compute.kernels == "fused",
+        # whole blocks in fp32 have no room on a GPU
+        fused=compute.kernels == "fused" and not (on_gpu and precision == "fp32"),
     )
     computed = None
     skipped_macs = [0.0] * len(sizes)
@@ -297,9 +302,15 @@ def make_plan(
         recipe, on_gpu=on_gpu, compiled=kernels != "eager", accumulate_steps=accumulate_steps
     )
     workers = _workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers
-    augment_on: Literal["cpu", "device"] = "device" if on_gpu else "cpu"
-    if recipe.augment.augment_on != "auto":
-        augment_on = recipe.augment.augment_on
+    device_images = None
+    if on_gpu:
+        flops = 6 * (size_macs[0] - skipped_macs[0])
+        device_images = SUSTAINED_FLOPS / flops * cluster.devices_per_node
+    load = partial(estimate_loader_rate, cluster, workers=workers)
+    augment_on = recipe.augment.augment_on
+    if augment_on == "auto":
+        enough = device_images is None or load(augments=True) >= _AMPLE * device_images
+        augment_on = "cpu" if enough else "device"
     images_read = total_steps * global_images
     size_images = [steps * global_images for steps in count_steps(sizes, total_steps=total_steps)]
     train_flops = sum(
@@ -340,11 +351,7 @@ def make_plan(
             workers=workers,
             augments=recipe.augment.rand_augment is not None and augment_on == "cpu",
         ),
-        device_images_per_second=SUSTAINED_FLOPS
-        / (6 * (size_macs[0] - skipped_macs[0]))
-        * cluster.devices_per_node
-        if on_gpu
-        else None,
+        device_images_per_second=device_images,
         eval_per_device_images=recipe.batch.per_device_images * 3 // 2
         if recipe.evaluate.per_device_images == "auto"
         else recipe.evaluate.per_device_images,

@@ -202,7 +202,8 @@ class Augment(Section):
 
     augment_on: Literal["auto", "cpu", "device"] = "auto"
     """Where RandAugment is done: cpu: in the loader, by Pillow. device: for whole batches there,
-    with the same choices. auto: device on a GPU."""
+    with the same choices, which takes its time. auto: on a GPU whose cores load less than twice
+    what it is estimated to take, device."""
 
     color_jitter: Positive | None = None
     """Strength of colour jitter, used only without RandAugment. Paper: .4, unused for that

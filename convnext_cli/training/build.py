@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from typing import assert_never
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from convnext_cli.errors import UserError
@@ -19,6 +21,10 @@ from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.devices import lightning_precision
 from convnext_cli.training.strategy import build_strategy
 from convnext_cli.training.throughput import DataClock
+
+_FIRST_SCALE = 2.0**13
+"""Of the loss in fp16. torch's 2**16 brings the first gradients of a ConvNeXt to the largest number
+there is, and steps that are left out because of that are no sign of a run that diverges."""
 
 
 def chosen_trackers(plan: Plan) -> tuple[Tracker, ...]:
@@ -94,6 +100,10 @@ def build_trainer(
 ) -> pl.Trainer:
     """A Trainer for one attempt of a run: one long epoch over the steps that are left."""
     every = plan.eval_every_steps or plan.total_steps
+    scaled = []
+    if plan.precision == "fp16":
+        scaler = torch.amp.GradScaler("cuda", init_scale=_FIRST_SCALE)
+        scaled = [MixedPrecision("16-mixed", "cuda", scaler)]
     trainer = pl.Trainer(
         accelerator="gpu" if plan.cluster.device == "cuda" else "cpu",
         devices=plan.cluster.devices_per_node,
@@ -106,8 +116,8 @@ def build_trainer(
         ),
         # weights that are put together in inference mode could not be trained with again
         inference_mode=plan.recipe.compute.strategy == "ddp",
-        plugins=[checkpoint_io],
-        precision=lightning_precision(plan.precision),
+        plugins=[checkpoint_io, *scaled],
+        precision=None if scaled else lightning_precision(plan.precision),
         max_epochs=1,
         min_epochs=0,
         accumulate_grad_batches=plan.accumulate_steps,

@@ -100,5 +100,7 @@ def quiet_lightning() -> None:
         r".*does not have many workers",  # the plan chose their number
         r".*was configured so 100% of the batches",
         r".*srun. command is available on your system but is not used",
+        r".*GPU available but not used",  # asked for by --device cpu
+        r".*TensorFloat32 tensor cores for float32 matrix multiplication available",  # not in fp32
     ):
         warnings.filterwarnings("ignore", message=message)

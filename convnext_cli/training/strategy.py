@@ -19,6 +19,7 @@ from typing import assert_never
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
@@ -29,6 +30,18 @@ from convnext_cli.training.zero import ZeroStrategy
 
 WHOLE_WEIGHTS: frozenset[StrategyName] = frozenset({"ddp", "zero1", "zero2"})
 """Strategies under which every rank holds all weights."""
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """DDP that is made on the stream that trains.
+
+    Lightning makes it on another one, and torch 2.10 and newer then has the two wait for each other
+    at every gradient. Source: Lightning-AI/pytorch-lightning#21567.
+    """
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        device_ids = self.determine_ddp_device_ids()
+        return DistributedDataParallel(model, device_ids=device_ids, **self._ddp_kwargs)
 
 
 def check_strategy(cluster: Cluster, *, strategy: StrategyName) -> None:
@@ -65,7 +78,7 @@ def build_strategy(
     backend = "nccl" if cluster.device == "cuda" else "gloo"
     match strategy:
         case "ddp":
-            return DDPStrategy(gradient_as_bucket_view=True, process_group_backend=backend)
+            return ReplicatedStrategy(gradient_as_bucket_view=True, process_group_backend=backend)
         case "fsdp":
             return ShardedStrategy(shard_group=shard_group, process_group_backend=backend)
         case "zero1":
@@ -83,22 +96,22 @@ def compile_network(
 ) -> None:
     """Have a network compiled when it first runs: whole, or block by block where it is sharded.
 
-    FSDP's hooks, which fetch the weights of a block, stay outside of what is compiled.
+    Every shape is compiled by itself, training and evaluation too, for a graph that leaves a size
+    open is slower. FSDP's hooks, which fetch the weights of a block, stay outside of what is
+    compiled.
 
     Args:
         network: What learns.
         strategy: How devices share it.
-        sizes: Sizes that training images have in turn; each is compiled by itself, for a graph that
-            leaves the size open is slower.
+        sizes: Sizes that training images have in turn.
         cuda_graphs: Whether each compiled graph is recorded; not under fsdp.
     """
-    dynamic = False if sizes > 1 else None
     options = {"triton.cudagraphs": True} if cuda_graphs else None
     from torch._dynamo import config  # noqa: PLC0415  # takes seconds
 
     if strategy != "fsdp":
         config.recompile_limit = max(config.recompile_limit, 2 * (sizes + 1))
-        network.compile(dynamic=dynamic, options=options)
+        network.compile(dynamic=False, options=options)
         return
     blocks = list(iter_shard_units(network))
     # each block has other widths and another drop rate, in training and in evaluation
@@ -106,4 +119,4 @@ def compile_network(
     config.recompile_limit = max(config.recompile_limit, graphs)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=dynamic)
+        block.forward = torch.compile(block.forward, dynamic=False)

@@ -17,11 +17,11 @@ def test_steps_are_measured_compiled_and_with_their_memory(run_cli):
     rates = {rate["system"]: rate for rate in report["rates"]}
     assert set(rates) == {"convnext", "timm", "torchvision"}
     state = 5 * 4 * 28_589_128  # weights, gradients, moments, averages
-    for rate in rates.values():
+    for system, rate in rates.items():
         assert state < rate["peak_bytes"] < 10 * state
         assert 0 < rate["matmul_frac"] < 1
         assert 0 < rate["floor_frac"] < 1
-        assert rate["floor_ops"] == "compiler"
+        assert rate["floor_ops"] == ("fused" if system == "convnext" else "compiler")
 
 
 @pytest.mark.parametrize("peer", ["timm", "timm-eager"])
@@ -40,7 +40,7 @@ def test_the_time_of_a_step_is_found_in_its_kernels(run_cli, peer):
             assert times[f"depthwise {kind}"] > 0, profile["kernels"]
         for kind in ("matrix product", "normalisation", "elementwise", "optimizer", "mixing"):
             assert times[kind] > 0, profile["kernels"]
-        assert times["other"] < 0.05, profile["kernels"]
+        assert times.get("other", 0) < 0.05, profile["kernels"]
         assert profile["device_milliseconds"] < 1.1 * profile["step_milliseconds"]
 
 
@@ -64,7 +64,7 @@ def test_depthwise_convolutions_are_measured_in_bf16(run_cli):
 
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["precision"], len(report["times"])) == ("bf16", 8)
+    assert (report["precision"], len(report["times"])) == ("bf16", 12)  # 3 systems, 4 stages
     for time in report["times"]:
         for measured in (time["forward"], time["input_gradient"], time["weight_gradient"]):
             assert 0 < measured["copy_frac"] < 2  # a small tensor may stay in the cache

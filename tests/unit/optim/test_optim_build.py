@@ -68,6 +68,28 @@ def test_loaded_moments_lie_as_the_weights_that_go_on_with_them():
     assert torch.equal(moment, written.state[before.downsample_layers[1][1].weight]["exp_avg"])
 
 
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_run_goes_on_with_the_kernels_of_its_own_device_whatever_wrote_the_state(fused):
+    plan, _ = make()
+    network = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    written, optimizer = build_optimizer(plan, network), build_optimizer(plan, network)
+    for weight in network.parameters():
+        weight.grad = torch.randn_like(weight)
+    written.step()
+    optimizer.defaults["fused"] = fused  # as on a GPU, or in fp16
+
+    state = written.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = not fused
+    optimizer.load_state_dict(state)
+
+    assert {group["fused"] for group in optimizer.param_groups} == {fused}
+    optimizer.found_inf = torch.ones(()) if fused else None
+    optimizer.step()
+    counts = {int(moments["step"]) for moments in optimizer.state.values()}
+    assert counts == {1 if fused else 2}  # fused AdamW leaves out a step on the device
+
+
 def test_layer_decay_of_a_kind_that_the_model_lacks_is_refused_with_a_hint_that_works():
     plan, network = make("convnextv2_atto", layer_decay=0.9, layer_decay_kind="grouped")
 

@@ -544,12 +544,21 @@ def test_without_mixing_a_pass_may_hold_an_odd_number_of_images():
     ("device", "asked", "used"),
     [("cuda", "auto", "device"), ("cpu", "auto", "cpu"), ("cuda", "cpu", "cpu")],
 )
-def test_rand_augment_happens_on_a_gpu_where_there_is_one_and_nothing_else_is_asked(
+def test_rand_augment_happens_on_a_gpu_with_few_cores_where_nothing_else_is_asked(
     device, asked, used
 ):
-    plan = plan_of(f"augment.augment_on={asked}", cluster=Cluster(device=device))
+    plan = plan_of(f"augment.augment_on={asked}", cluster=Cluster(device=device, cpus_per_node=2))
 
     assert plan.augment_on == used
+
+
+def test_rand_augment_takes_no_time_of_a_gpu_where_cores_have_enough():
+    node = Cluster(devices_per_node=8, cpus_per_node=96)
+
+    fast, slow = plan_of(cluster=node), plan_of("model.name=convnext_large", cluster=node)
+
+    assert (fast.augment_on, slow.augment_on) == ("device", "cpu")
+    assert slow.loader_images_per_second >= 2 * slow.device_images_per_second
 
 
 def test_cores_that_also_augment_load_fewer_images():

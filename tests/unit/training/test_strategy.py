@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.errors import DeviceError
@@ -12,7 +12,12 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.cost import STRATEGIES
 from convnext_cli.training import strategy as door
 from convnext_cli.training.sharding import ShardedStrategy, iter_shard_units
-from convnext_cli.training.strategy import build_strategy, check_strategy, compile_network
+from convnext_cli.training.strategy import (
+    ReplicatedStrategy,
+    build_strategy,
+    check_strategy,
+    compile_network,
+)
 from convnext_cli.training.zero import ZeroStrategy
 
 ALONE = Cluster(device="cpu")
@@ -23,7 +28,7 @@ def test_every_name_has_its_strategy():
     built = {name: build_strategy(TWO, strategy=name) for name in STRATEGIES}
 
     assert {name: type(strategy) for name, strategy in built.items()} == {
-        "ddp": DDPStrategy,
+        "ddp": ReplicatedStrategy,
         "fsdp": ShardedStrategy,
         "zero1": ZeroStrategy,
         "zero2": ZeroStrategy,
