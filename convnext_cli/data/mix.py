@@ -36,7 +36,7 @@ from torch import Tensor
 
 from convnext_cli.data.augment import NOISE_PX, Choices
 from convnext_cli.data.order import mix_rng, philox
-from convnext_cli.data.randaugment import apply_ops, to_device
+from convnext_cli.data.randaugment import ONE_KERNEL, apply_ops, to_device
 
 MixKind = Literal["none", "mixup", "cutmix"]
 Colour = tuple[float, float, float]
@@ -309,13 +309,7 @@ def _inside(edges_N4: Tensor, y_H: Tensor, x_W: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def compile_mix() -> Callable[..., tuple[Tensor, Tensor]]:
     """`mix_fused` as two kernels: one makes each value of the images, the other the targets."""
-    # By default the compiler would store what two values are made of: here, images before mixing.
-    return torch.compile(
-        mix_fused,
-        fullgraph=True,
-        dynamic=False,
-        options={"realize_reads_threshold": 100, "realize_opcount_threshold": 10_000},
-    )
+    return torch.compile(mix_fused, fullgraph=True, dynamic=False, options=ONE_KERNEL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,14 @@ _FIXED = ("Invert", "Posterize", "Solarize", "Brightness")
 _AFFINE = frozenset(name for name in OPS if name.startswith(("Rotate", "Shear", "Translate")))
 
 
+ONE_KERNEL: dict[str, str | int | bool | Callable[..., object]] = {
+    "realize_reads_threshold": 100,
+    "realize_acc_reads_threshold": 100,
+    "realize_opcount_threshold": 10_000,
+}
+"""For torch.compile, which would otherwise store what a value is made of: here, images."""
+
+
 @lru_cache(maxsize=8)
 def build_policy(
     policy: str, *, image_px: int, mean: Colour, interpolation: Interpolation
@@ -509,13 +517,7 @@ def transform_affine(
 @lru_cache(maxsize=1)
 def compile_affine() -> Callable[..., Tensor]:
     """`transform_affine` as one kernel, for any number of images."""
-    # By default the compiler would store what a value is made of.
-    return torch.compile(
-        transform_affine,
-        fullgraph=True,
-        dynamic=True,
-        options={"realize_reads_threshold": 100, "realize_opcount_threshold": 10_000},
-    )
+    return torch.compile(transform_affine, fullgraph=True, dynamic=True, options=ONE_KERNEL)
 
 
 def _weights(frac: Tensor, interpolation: Interpolation) -> dict[int, Tensor]:
