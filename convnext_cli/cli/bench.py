@@ -87,8 +87,8 @@ def step(
     """Compare whole training steps on one device: images per second, images on the device.
 
     A step is erasing and mixing, forward, backward, AdamW and averaged weights, with the numbers
-    of the recipe. Peers: timm (compiled as this project is), timm-max-autotune,
-    timm-max-autotune-no-cudagraphs, timm-eager, torchvision, and
+    of the recipe; RandAugment is left to the loader. Peers: timm (compiled as this project is),
+    timm-max-autotune, timm-max-autotune-no-cudagraphs, timm-eager, torchvision, and
     convnext-compile, which is this project without its kernels.
 
     Beside the rates: the share of a large matrix product's rate and of the data sheet's, and the

@@ -346,10 +346,8 @@ def make_plan(
         channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
         workers=workers,
         augment_on=augment_on,
-        loader_images_per_second=estimate_loader_rate(
-            cluster,
-            workers=workers,
-            augments=recipe.augment.rand_augment is not None and augment_on == "cpu",
+        loader_images_per_second=load(
+            augments=recipe.augment.rand_augment is not None and augment_on == "cpu"
         ),
         device_images_per_second=device_images,
         eval_per_device_images=recipe.batch.per_device_images * 3 // 2
