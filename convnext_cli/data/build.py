@@ -151,7 +151,32 @@ def check_shards(card: DatasetCard, store: Store) -> None:
             shards.path(shard.name, expected=Expected(num_bytes=shard.bytes))
 
 
-class IndexedData(pl.LightningDataModule):
+class DeviceData(pl.LightningDataModule):
+    """Batches are copied to a GPU on a stream of their own, while it is at the step before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._copies: torch.cuda.Stream | None = None
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """The batch with its tensors on the device; the host waits for nothing."""
+        if device.type != "cuda":
+            here: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            return here
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copies):
+            moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        training = torch.cuda.current_stream(device)
+        training.wait_stream(self._copies)
+        for tensor in (moved.image_NCHW, moved.label_N, moved.sample_N):
+            tensor.record_stream(training)  # its memory is not used again before training is done
+        return moved
+
+
+class IndexedData(DeviceData):
     """Exact order, exact evaluation, exact resume, through the index beside the shards."""
 
     def __init__(
@@ -295,7 +320,7 @@ class IndexedData(pl.LightningDataModule):
         )
 
 
-class StreamedData(pl.LightningDataModule):
+class StreamedData(DeviceData):
     """Unindexed shards through the webdataset library; see `stream` for the weaker promise."""
 
     def __init__(self, plan: Plan, path: str, *, first_step: int) -> None:

@@ -84,7 +84,6 @@ class Classifier(pl.LightningModule):
         self.left_out = torch.zeros(())
         """1 where the newest step was left out, because its gradient is not finite, else 0; stays
         on the device (`guard` reads it later)."""
-        self._copies: torch.cuda.Stream | None = None
         self.bad: list[Unusable] = []
         """Images that this rank could not use since the row before."""
         self.at_step_end = False
@@ -100,23 +99,6 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the published groups; the learning rate is set before each step."""
         return build_optimizer(self.plan, self.model)
-
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
-        """Copy a batch on a stream of its own, while the device is still at the step before."""
-        if device.type != "cuda":
-            here: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-            return here
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copies):
-            moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        training = torch.cuda.current_stream(device)
-        training.wait_stream(self._copies)
-        for tensor in (moved.image_NCHW, moved.label_N, moved.sample_N):
-            tensor.record_stream(training)  # its memory is not used again before training is done
-        return moved
 
     def prepare_images(self, images_NCHW: Tensor) -> Tensor:
         """Put float images into the memory format of the plan."""
