@@ -63,7 +63,7 @@ done
 for recipe in ${slow:+${models//,/ }}; do
     steps "$recipe against all" 150 "$recipe" "$fast,$slow"
 done
-for recipe in ${models//,/ }; do # not compiled, as the plan estimates it; seven networks are built
+for recipe in ${models//,/ }; do # not compiled, as the plan estimates it; nine networks are built
     run "memory of $recipe" 40 step "$recipe" "${size[@]}" "${precision[@]}" --kernels eager --rounds 1 \
         --steps 1 --batch "$batch" --against '' --memory --out "$out/memory"
 done
