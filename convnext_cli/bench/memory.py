@@ -93,7 +93,7 @@ def _measure_peak(plan: Plan) -> int:
     torch.compiler.reset()
     if plan.cluster.device != "cuda":
         with torch.profiler.profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
         ) as profiler:
             step = build_step("convnext", plan)
             for _ in range(_STEPS):

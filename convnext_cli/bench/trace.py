@@ -50,7 +50,9 @@ def trace_step(step: Callable[[], object], *, steps: int, device: str) -> list[K
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+    with torch.profiler.profile(
+        activities=activities, record_shapes=True, acc_events=True
+    ) as profiler:
         for _ in range(steps):
             step()
         if device == "cuda":

@@ -69,7 +69,9 @@ def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, drop_pa
         gc.collect()
         images = torch.rand(count, 3, 64, 64).contiguous(memory_format=torch.channels_last)
         with (
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+            profile(
+                activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            ) as profiler,
             torch.autocast("cpu", dtype=torch.bfloat16),
         ):
             logits = model(images)
