@@ -35,12 +35,12 @@ check:  ## Style, types, layers, dependencies, spelling
 	shellcheck .ci/run slurm/*.sh docker/*.sh benchmarks/gpu/*.sh
 	hadolint --failure-threshold style docker/Dockerfile docker/Dockerfile.cpu
 
-test:  ## Unit tests, contracts, parity, and kernels in their interpreter, in about 3 minutes
+test:  ## Unit tests, contracts, parity, and kernels in their interpreter, in about 6 minutes
 	python -m pytest -n $(WORKERS) tests/unit tests/contracts tests/parity
 	TRITON_INTERPRET=1 python -m pytest -n $(WORKERS) tests/kernels
 
-e2e:  ## Real processes that train, in about 30 minutes
-	OMP_NUM_THREADS=2 python -m pytest tests/e2e
+e2e:  ## Real processes that train, in about 27 minutes
+	python -m pytest -n $(WORKERS) --dist loadfile tests/e2e
 
 cluster:  ## A real Slurm of two nodes on this machine (root; installs Debian's Slurm)
 	OMP_NUM_THREADS=1 python -m pytest tests/cluster

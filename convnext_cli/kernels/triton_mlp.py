@@ -39,6 +39,33 @@ def _load_gamma(gamma_ptr, channel, HAS_GAMMA: tl.constexpr):
 
 
 @triton.jit
+def _add_products(
+    a, sums, w2_ptr, channel, unit,
+    HIDDEN: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums + a w2', a piece of TILE columns each."""
+    following = ()
+    for k in tl.static_range(len(sums)):
+        w2 = tl.load(w2_ptr + (channel[:, None] + k * TILE) * HIDDEN + unit[None, :])
+        out = tl.dot(a, tl.trans(w2), sums[k], input_precision=PRECISION)
+        following = following + (out,)
+    return following
+
+
+@triton.jit
+def _store_output(
+    sums, b2_ptr, gamma_ptr, factor, x_ptr, out_ptr, channel, place, used,
+    TILE: tl.constexpr, HAS_GAMMA: tl.constexpr,
+):  # fmt: skip
+    """out = x + factor gamma (sums + b2), a piece of TILE columns each."""
+    for k in tl.static_range(len(sums)):
+        gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)
+        out = (sums[k] + tl.load(b2_ptr + channel + k * TILE)[None, :]) * gamma[None, :] * factor
+        out += tl.load(x_ptr + place + k * TILE, mask=used, other=0.0).to(tl.float32)
+        tl.store(out_ptr + place + k * TILE, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
 def mlp_forward_kernel(
     xhat_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, gamma_ptr, keep_ptr, x_ptr, out_ptr,
     num_rows, positions,
@@ -64,18 +91,11 @@ def mlp_forward_kernel(
             w1 = tl.load(w1_ptr + unit[:, None] * CHANNELS + channel[None, :] + k * TILE)
             h = tl.dot(inputs[k], tl.trans(w1), h, input_precision=PRECISION)
         a = gelu(h + tl.load(b1_ptr + unit)[None, :], dtype == tl.float32).to(dtype)
-        following = ()
-        for k in tl.static_range(PIECES):
-            w2 = tl.load(w2_ptr + (channel[:, None] + k * TILE) * HIDDEN + unit[None, :])
-            out = tl.dot(a, tl.trans(w2), sums[k], input_precision=PRECISION)
-            following = following + (out,)
-        sums = following
+        sums = _add_products(a, sums, w2_ptr, channel, unit, HIDDEN, TILE, PRECISION)
     factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
-    for k in tl.static_range(PIECES):
-        gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)
-        out = (sums[k] + tl.load(b2_ptr + channel + k * TILE)[None, :]) * gamma[None, :] * factor
-        out += tl.load(x_ptr + place + k * TILE, mask=used, other=0.0).to(tl.float32)
-        tl.store(out_ptr + place + k * TILE, out.to(out_ptr.dtype.element_ty), mask=used)
+    _store_output(
+        sums, b2_ptr, gamma_ptr, factor, x_ptr, out_ptr, channel, place, used, TILE, HAS_GAMMA
+    )
 
 
 @triton.jit
@@ -237,19 +257,12 @@ def mlp_project_kernel(
             scale = tl.load(scale_ptr + image + unit[None, :], mask=used, other=0.0)
             a = a * scale + tl.load(shift_ptr + unit)[None, :]
         a = a.to(dtype)
-        following = ()
-        for k in tl.static_range(PIECES):
-            w2 = tl.load(w2_ptr + (channel[:, None] + k * TILE) * HIDDEN + unit[None, :])
-            out = tl.dot(a, tl.trans(w2), sums[k], input_precision=PRECISION)
-            following = following + (out,)
-        sums = following
+        sums = _add_products(a, sums, w2_ptr, channel, unit, HIDDEN, TILE, PRECISION)
     factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    for k in tl.static_range(PIECES):
-        gamma = _load_gamma(gamma_ptr, channel + k * TILE, HAS_GAMMA)
-        out = (sums[k] + tl.load(b2_ptr + channel + k * TILE)[None, :]) * gamma[None, :] * factor
-        out += tl.load(x_ptr + place + k * TILE, mask=used, other=0.0).to(tl.float32)
-        tl.store(out_ptr + place + k * TILE, out.to(out_ptr.dtype.element_ty), mask=used)
+    _store_output(
+        sums, b2_ptr, gamma_ptr, factor, x_ptr, out_ptr, channel, place, used, TILE, HAS_GAMMA
+    )
 
 
 @triton.jit

@@ -29,7 +29,7 @@ schedule: {{length: {STEPS}st, warmup: 2st}}
 ema: {{decay: 0.9}}
 evaluate: {{every: 4st, per_device_images: 4}}
 checkpoint: {{every: 2st, keep_last: 10}}
-guard: {{max_skipped_steps: 1, hang_minutes: 0.1, start_minutes: 2}}
+guard: {{max_skipped_steps: 1, hang_minutes: 0.25, start_minutes: 2}}
 log: {{every_steps: 3, trackers: [csv]}}
 """
 
@@ -353,8 +353,9 @@ def test_bad_steps_that_are_known_late_are_named_and_gone_back_from_as_if_known_
 def test_the_watch_of_before_going_back_does_not_end_the_run(runner):
     # 80 steps of 100 ms and more, after which a watch that was told of the first ones would act
     longer = ("schedule.length=80st", "checkpoint.every=80st", "evaluate.every=80st")
+    guard = ("guard.max_skipped_steps=0", "guard.hang_minutes=0.1")
 
-    done = runner(*longer, "guard.max_skipped_steps=0", fault="nan@r0:s2,slow@r0:s1")
+    done = runner(*longer, *guard, fault="nan@r0:s2,slow@r0:s1")
 
     assert done.returncode == 0, done.stderr
     assert "going back to step 0" in done.stderr

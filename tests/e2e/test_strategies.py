@@ -44,6 +44,8 @@ for arguments in json.loads(sys.argv[1]):
             raise
 """
 
+pytestmark = pytest.mark.timeout(600)
+
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install '.[deepspeed]'"
 )
@@ -88,7 +90,7 @@ class Lab:
             for node in range(nodes)
         ]
         for process in started:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=540)
             assert process.returncode == 0, output
 
     def checkpoint(self, name: str, step: int) -> Path:

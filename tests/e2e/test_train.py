@@ -146,6 +146,7 @@ def test_two_processes_learn_what_one_learns_with_accumulation(recipe, tiny_shar
 
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
+    assert "Warning" not in two.stderr
     for left, right in zip(rows(run_dir(recipe, "one")), rows(run_dir(recipe, "two")), strict=True):
         for key in ("train/loss", "val/loss", "val_ema/loss"):
             if key in left:

@@ -77,7 +77,7 @@ def main() -> None:
         folder = Path(temporary)
         recipe = RECIPE.replace("length: 8st", f"length: {asked.steps}st")
         recipe = recipe.replace("every: 4st", "every: 400st").replace("every: 2st", "every: 5st")
-        recipe = recipe.replace("hang_minutes: 0.1", "hang_minutes: 5")
+        recipe = recipe.replace("hang_minutes: 0.25", "hang_minutes: 5")
         (folder / "soak.yaml").write_text(recipe.replace("keep_last: 10", "keep_last: 3"))
         data = make_data(folder)
         whole, run = folder / "runs" / "whole", folder / "runs" / "killed"
