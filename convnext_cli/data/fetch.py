@@ -65,10 +65,14 @@ def is_url(location: str) -> bool:
     return "://" in location and not location.startswith("file://")
 
 
+def default_cache_home() -> Path:
+    """Where all that can be made again is kept: `XDG_CACHE_HOME` or ~/.cache, then convnext."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "convnext"
+
+
 def default_cache_dir() -> Path:
-    """Where shards from a URL are kept: `XDG_CACHE_HOME` or ~/.cache, then convnext/shards."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "convnext" / "shards"
+    """Where shards from a URL are kept, in `default_cache_home`."""
+    return default_cache_home() / "shards"
 
 
 def without_secrets(url: str) -> str:

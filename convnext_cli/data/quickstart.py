@@ -14,7 +14,6 @@ Source: scikit-learn `load_digits`, a copy of the test set of UCI "Optical Recog
 Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998; CC BY 4.0).
 """
 
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from convnext_cli.data.fetch import default_cache_home
 from convnext_cli.data.pack import is_complete, pack
 from convnext_cli.errors import StorageError
 from convnext_cli.runs.record import writing_to
@@ -64,7 +64,7 @@ def pack_quickstart(cache: Path | None = None) -> Path:
     """The digits as a packed data set; packed once, then reused.
 
     Args:
-        cache: Folder of what can be made again; None: `XDG_CACHE_HOME` or ~/.cache, then convnext.
+        cache: Folder of what can be made again; None: `default_cache_home`.
 
     Returns:
         The folder of the data set, `cache/quickstart`.
@@ -72,8 +72,7 @@ def pack_quickstart(cache: Path | None = None) -> Path:
     Raises:
         StorageError: The folder, or one for temporary files, cannot be written.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = Path(home).expanduser() / "convnext" if cache is None else cache
+    cache = default_cache_home() if cache is None else cache
     folder = cache / "quickstart"
     if is_complete(folder):
         return folder

@@ -302,11 +302,9 @@ def hidden_grad_twin(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, T
     """Define `hidden_grad`."""
     dtype = torch.promote_types(h_MK.dtype, torch.float32)
     grad = grad_MC.to(dtype) if mlp.gamma is None else grad_MC * mlp.gamma
-    x = h_MK.to(dtype)
-    below = 0.5 * (1 + torch.erf(x * 0.5**0.5))
-    slope = below + x * torch.exp(-0.5 * x * x) * (0.5 / torch.pi) ** 0.5
-    dh = (_kept(grad, mlp).to(h_MK.dtype) @ mlp.w2).to(dtype) * slope
-    return dh.to(h_MK.dtype), (x * below).to(h_MK.dtype), dh.sum(dim=0)
+    da = (_kept(grad, mlp).to(h_MK.dtype) @ mlp.w2).to(dtype)
+    dh = torch.ops.aten.gelu_backward(da, h_MK.to(dtype))
+    return dh.to(h_MK.dtype), functional.gelu(h_MK), dh.sum(dim=0)
 
 
 def cut_columns(channels: int, *, most: int) -> tuple[int, int]:

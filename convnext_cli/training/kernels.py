@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from convnext_cli.catalog.ways import Way
-from convnext_cli.data.fetch import default_cache_dir
+from convnext_cli.data.fetch import default_cache_home
 from convnext_cli.models.choice import choose_ways, list_usable
 from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.plan.resolve import Plan
@@ -31,7 +31,7 @@ def resolve_ways(
         image_px=plan.recipe.data.image_px,
         device=device,
         dtype=dtype,
-        cache=default_cache_dir().parent / "kernels",
+        cache=default_cache_home() / "kernels",
         say=say,
     )
     return [choice.way for choice in choices]
