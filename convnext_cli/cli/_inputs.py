@@ -80,6 +80,7 @@ def read_facts(recipe: Recipe) -> DataFacts | None:
         val_images=images.get("val", 0),
         num_classes=len(card.classes),
         source=path,
+        fingerprint=card.fingerprint,
     )
 
 

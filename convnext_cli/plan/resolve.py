@@ -64,6 +64,8 @@ class DataFacts:
     num_classes: int
     source: str
     """Where the numbers come from, for messages."""
+    fingerprint: str | None = None
+    """What changes when an image or a class does; None where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Plan:
     recipe: Recipe
     cluster: Cluster
     data_source: str
+    data_fingerprint: str | None
     num_classes: int
     parameters: int
     gmacs: float
@@ -324,6 +327,7 @@ def make_plan(
         recipe=recipe,
         cluster=cluster,
         data_source=facts.source,
+        data_fingerprint=facts.fingerprint,
         num_classes=num_classes,
         parameters=parameters,
         gmacs=macs / 1e9,

@@ -35,6 +35,7 @@ from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
 from convnext_cli.runs.record import (
     JsonLines,
+    read_json,
     record_environment,
     utc_now,
     write_json,
@@ -150,7 +151,7 @@ def _write_run(plan: Plan, run: RunDir) -> None:
 
 
 def _check_same_run(plan: Plan, run: RunDir) -> None:
-    """Refuse to go on with a run under another recipe."""
+    """Refuse to go on with a run under another recipe, or on other images."""
     # a key that the run's version did not know has the default, under which the run was begun
     defaults = flatten_keys(Recipe(about="").model_dump(mode="json"))
     before = defaults | read_recipe_keys(run)
@@ -167,6 +168,15 @@ def _check_same_run(plan: Plan, run: RunDir) -> None:
             f"{run.root} holds a run with {key}={before.get(key)}, but {asked.get(key)} is asked"
             f" now{more}",
             hint="give the new run its own folder with --name NAME",
+        )
+    recorded = read_json(run.plan)
+    fingerprint = recorded.get("data_fingerprint")
+    if fingerprint is not None and fingerprint != plan.data_fingerprint:
+        raise RunError(
+            f"{run.root} holds a run on the data set {recorded.get('data_source')}, and that is not"
+            f" what {plan.data_source} holds now: images would come twice or never",
+            hint="go on with the data set of before, or give the new run its own folder with"
+            " --name NAME",
         )
 
 

@@ -33,7 +33,7 @@ from torch.nn import functional
 from convnext_cli.data.mix import BatchMix, normalise
 from convnext_cli.data.order import pass_rng
 from convnext_cli.data.reader import Batch, Unusable
-from convnext_cli.errors import DataError
+from convnext_cli.errors import CheckpointError, DataError
 from convnext_cli.models.weights import ModelCard
 from convnext_cli.optim.build import apply_lr, build_optimizer
 from convnext_cli.optim.ema import update_averaged
@@ -115,11 +115,7 @@ class Classifier(pl.LightningModule):
         # For drop path, which draws on the device; `torch.manual_seed` would visit all devices.
         seed_device = torch.cuda.manual_seed if self.device.type == "cuda" else torch.manual_seed
         seed_device(int(rng.integers(2**63)))
-        if self.plan.recipe.compute.cuda_graphs:
-            # What the graphs of the step before made lies in memory that is now used again: its
-            # gradients go, and everything else that is kept (losses, norm) was made outside.
-            self.zero_grad(set_to_none=True)
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        self._begin_graphs()
         passes_before = rank * self.plan.accumulate_steps + micro
         x_NCHW, target_NK = self.mix(
             batch.image_NCHW,
@@ -214,6 +210,16 @@ class Classifier(pl.LightningModule):
         logits_NK: Tensor = model(self.prepare_images(x_NCHW))
         return logits_NK.float()
 
+    def _begin_graphs(self) -> None:
+        """Let CUDA graphs use their memory again.
+
+        What they made for the batch before lies in it: its gradients go, and everything else that
+        is kept (losses, norm, scores) was made outside.
+        """
+        if self.plan.recipe.compute.cuda_graphs:
+            self.zero_grad(set_to_none=True)
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
     def on_validation_epoch_start(self) -> None:
         """Start counting afresh."""
         self.val_scores.reset()
@@ -223,6 +229,7 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one batch for the raw and for the averaged weights; padding is not counted."""
         del batch_idx
+        self._begin_graphs()
         self.val_scores.update(self.predict_logits(batch.image_NCHW, ema=False), batch.label_N)
         if self.val_ema_scores is not None:
             logits_NK = self.predict_logits(batch.image_NCHW, ema=True)
@@ -289,13 +296,23 @@ class Classifier(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on at the step of the checkpoint."""
-        self.step = int(checkpoint[CHECKPOINT_KEY]["step"])
-        self.validation_due = bool(checkpoint[CHECKPOINT_KEY]["validation_due"])
-        self.loss_sum = checkpoint[CHECKPOINT_KEY]["loss_sum"].to(self.device)
-        self.loss_steps = torch.tensor(
-            float(checkpoint[CHECKPOINT_KEY]["loss_steps"]), device=self.device
-        )
+        """Go on at the step of the checkpoint.
+
+        Raises:
+            CheckpointError: It is of another model, or has other classes.
+        """
+        saved = checkpoint[CHECKPOINT_KEY]
+        theirs, ours = ModelCard.from_dict(saved), self.card
+        if (theirs.variant, theirs.num_classes) != (ours.variant, ours.num_classes):
+            raise CheckpointError(
+                f"the checkpoint is of {theirs.variant} with {theirs.num_classes} classes, and this"
+                f" run trains {ours.variant} with {ours.num_classes}",
+                hint="start a new run from its weights: init.weights=CHECKPOINT --name NAME",
+            )
+        self.step = int(saved["step"])
+        self.validation_due = bool(saved["validation_due"])
+        self.loss_sum = saved["loss_sum"].to(self.device)
+        self.loss_steps = torch.tensor(float(saved["loss_steps"]), device=self.device)
 
 
 def as_task(module: pl.LightningModule) -> Classifier:

