@@ -30,8 +30,12 @@ def order(
     global_images: Annotated[int, typer.Option(help="Images a step.", min=1)] = 4096,
     kind: Annotated[Literal["full", "window"], typer.Option(help="Same as data.order.")] = "full",
     lanes: Annotated[int, typer.Option(help="Same as data.lanes.", min=1)] = 256,
-    world: Annotated[int | None, typer.Option(help="Devices (default: the run's, or 1).")] = None,
-    rank: Annotated[int | None, typer.Option(help="One device's share (default: all).")] = None,
+    world: Annotated[
+        int | None, typer.Option(help="Devices (default: the run's, or 1).", min=1)
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="One device's share (default: all).", min=0)
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Print the images of one step, in the order of the batch, of all devices or of one.
@@ -69,6 +73,7 @@ def order(
             lanes=lanes,
             kind=kind,
         )
+        planned.check_world(world)
         if epoch is None:
             epoch, step = planned.locate(step)
         ids = (

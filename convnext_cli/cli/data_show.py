@@ -68,8 +68,10 @@ def show(
     with console.status("drawing"):
         sheet = make_sheet(reader, classes=card.classes, mix=mix, num_images=shown, title=title)
     target = out.expanduser()
-    with writing_to(target), written_whole(target) as beside:
-        sheet.save(beside, "PNG")
+    with writing_to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(target) as beside:
+            sheet.save(beside, "PNG")
     if json_output:
         print_json({"sheet": str(target), "images": shown, "split": split})
     else:

@@ -21,9 +21,6 @@ from convnext_cli.cli.train import find_cluster
 from convnext_cli.errors import DataError
 from convnext_cli.training.report import Prediction, Unread
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""Names of the files that are taken from a folder."""
-
 _NAMED = 5
 
 
@@ -80,38 +77,60 @@ def predict(
 def find_images(asked: Sequence[str]) -> tuple[list[Path], list[Unread]]:
     """The files of paths, folders and patterns, each once; and what is not there.
 
-    A named file is taken whatever its name says; from folders those with an image's suffix.
+    A named file is taken whatever its name says, if it is a regular file; from folders those that
+    `convnext data pack` would take.
     """
     found: dict[Path, None] = {}
     unread: list[Unread] = []
     for name in asked:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES]
-            if not inside:
+            files = _list_folder(path)
+            if not files:
                 unread.append(Unread(image=name, reason="a folder without images"))
-            found |= dict.fromkeys(inside)
         elif path.exists() or not set(name) & set("*?["):
-            found[path] = None
-        elif files := _match(path):
-            found |= dict.fromkeys(files)
+            files = [path]
         else:
-            unread.append(Unread(image=name, reason="no file matches"))
-    return list(found), unread
+            files = _match(path)
+            if not files:
+                unread.append(Unread(image=name, reason="no file matches"))
+        found |= dict.fromkeys(files)
+    special = [path for path in found if path.exists() and not path.is_file()]
+    reason = "not a regular file, but a device or a pipe"
+    unread += [Unread(image=str(path), reason=reason) for path in special]
+    return [path for path in found if path not in special], unread
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    """Files of a folder, however deep, with an image's suffix, sorted; hidden ones left out."""
+    from convnext_cli.data.sources import IMAGE_SUFFIXES
+
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix and file.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and not file.is_dir()
+    ]
 
 
 def _match(pattern: Path) -> list[Path]:
-    """Files that match a quoted pattern, sorted."""
+    """Files that match a quoted pattern, sorted; hidden ones only where it begins with a dot."""
     root = Path(pattern.anchor) if pattern.anchor else Path()
     parts = pattern.relative_to(pattern.anchor) if pattern.anchor else pattern
-    return sorted(path for path in root.glob(str(parts)) if path.is_file())
+    hidden = pattern.name.startswith(".")
+    return sorted(
+        path
+        for path in root.glob(str(parts))
+        if not path.is_dir() and (hidden or not path.name.startswith("."))
+    )
 
 
 def _explain(unread: Sequence[Unread], *, num_files: int) -> DataError:
     named = "; ".join(f"{bad.image}: {bad.reason}" for bad in unread[:_NAMED])
     more = f"; and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
     many = f"{len(unread)} of {num_files} images cannot be read: " if len(unread) > 1 else ""
-    return DataError(f"{many}{named}{more}", hint="name JPEG, PNG or WEBP files")
+    return DataError(f"{many}{named}{more}", hint="name JPEG, PNG, WEBP, BMP, GIF or TIFF files")
 
 
 def _show(predictions: Sequence[Prediction]) -> None:

@@ -148,7 +148,7 @@ def run_training(
         start = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
         steps = fit(plan, run, start=start, request=request, console=console)
     if cluster.rank == 0:
-        _tell_result(run, recipe=recipe, steps=steps)
+        _tell_result(run, recipe=recipe, steps=steps, has_val=plan.val_images > 0)
 
 
 def _with_builtin_data(recipe: Recipe) -> Recipe:
@@ -162,7 +162,7 @@ def _with_builtin_data(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data})
 
 
-def _tell_result(run: RunDir, *, recipe: Recipe, steps: int) -> None:
+def _tell_result(run: RunDir, *, recipe: Recipe, steps: int, has_val: bool) -> None:
     from convnext_cli.runs.plots import plot_runs
 
     plot_runs([run], run.curves)
@@ -181,6 +181,8 @@ def _tell_result(run: RunDir, *, recipe: Recipe, steps: int) -> None:
     evaluate = f"convnext evaluate {checkpoint} --data {recipe.data.path or 'DIR'}"
     if averaged is not None and checkpoint == run.best:
         evaluate += " --weights raw"  # the better ones here; averaged ones are the default
+    if not has_val:
+        evaluate = f"convnext predict {checkpoint} IMAGE"
     for name, value in (
         ("finished", text),
         ("checkpoint", str(checkpoint)),

@@ -39,6 +39,7 @@ MAX_PIXELS = 64_000_000
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
+_WEBP_FLAGS, _WEBP_ANIMATION = 20, 0b10
 _JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8\xff", b"\xff\xd9"
 
 
@@ -88,6 +89,12 @@ def read_image_size(data: bytes | bytearray, *, key: str) -> tuple[int, int]:
     if width * height > MAX_PIXELS:
         raise BadImage(key, f"{width} x {height} are more than {MAX_PIXELS:,} pixels")
     return width, height
+
+
+def is_animated_webp(data: bytes | bytearray) -> bool:
+    """Whether the header says so: a flag of the extended format (RFC 9649, section 2.7)."""
+    extended = data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X"
+    return extended and len(data) > _WEBP_FLAGS and bool(data[_WEBP_FLAGS] & _WEBP_ANIMATION)
 
 
 def decode_rgb(data: bytes | bytearray, *, key: str) -> Tensor:
@@ -196,6 +203,8 @@ def _decode(data: bytes | bytearray, *, key: str) -> Tensor:
                 torch.frombuffer(buffer, dtype=torch.uint8), mode=ImageReadMode.RGB
             )
     except RuntimeError as error:
+        if is_animated_webp(data):
+            raise BadImage(key, "an animated WEBP, not a single image") from error
         # torchvision's message begins with its function, file and line.
         reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
         raise BadImage(key, f"damaged data ({reason})") from error

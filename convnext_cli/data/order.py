@@ -300,19 +300,32 @@ class Order:
         """
         return self._slice(epoch, step, first=0, count=self.global_images)
 
+    def check_world(self, world: int) -> None:
+        """Make sure that so many ranks can share the batches.
+
+        Raises:
+            ValueError: `world` does not divide the batch (window: the lanes); names those that do.
+        """
+        if world not in self.worlds:
+            raise ValueError(
+                f"a world of {world} cannot share global batches of {self.global_images} "
+                f"images in {self.num_lanes} lanes; world sizes that can: "
+                f"{', '.join(map(str, self.worlds))}"
+            )
+
     def share(self, epoch: int, step: int, *, rank: int, world: int) -> Ids:
         """Sample ids of one rank in one global batch, shape (global_images / world,).
 
         The shares of all ranks, one after the other, are the batch.
 
         Raises:
-            ValueError: `world` does not divide the batch (window: the lanes); names those that do.
+            ValueError: What `check_world` refuses, or there is no such rank.
         """
-        if world not in self.worlds or not 0 <= rank < world:
+        self.check_world(world)
+        if not 0 <= rank < world:
+            ranks = f"0 to {world - 1}" if world > 1 else "0 alone"
             raise ValueError(
-                f"rank {rank} of {world} cannot share global batches of {self.global_images} "
-                f"images in {self.num_lanes} lanes; world sizes that can: "
-                f"{', '.join(map(str, self.worlds))}"
+                f"there is no rank {rank} in a world of {world}: ranks count from 0, here {ranks}"
             )
         count = self.global_images // world
         return self._slice(epoch, step, first=rank * count, count=count)

@@ -51,6 +51,10 @@ _AMPLE = 2
 """RandAugment is done by the cores where they load so many times what the devices take: it would
 take time of the devices, which are dearer, and may be faster than assumed."""
 
+_SMALL_BATCH = 64
+"""Of the recipe `small_data`. Images that fill a smaller batch only are offered as a whole, more of
+them at a twentieth, so that an epoch has many steps."""
+
 _MOST_PASSES_OVER_FEWEST = 4
 """A batch that splits into still smaller passes, as a prime number does, would crawl."""
 
@@ -216,11 +220,10 @@ def make_plan(
     global_images = recipe.batch.global_images
     steps_per_epoch, dropped_images = divmod(facts.train_images, global_images)
     if steps_per_epoch == 0:
-        smaller = 1 << (max(1, facts.train_images // 20).bit_length() - 1)
         raise PlanError(
             f"one step takes {global_images} images, but {facts.source} has only"
             f" {facts.train_images} to train on",
-            hint=_hint_for_batch(recipe, _even_batch(smaller, recipe, cluster)),
+            hint=_hint_for_few_images(recipe, cluster, train_images=facts.train_images),
         )
     total_steps = _steps(recipe.schedule.length, steps_per_epoch)
     warmup = recipe.schedule.warmup
@@ -582,7 +585,7 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
             f" {'a pass' if few else 'a step'}",
             hint="take an even number: batch.per_device_images=2"
             if few
-            else _hint_for_batch(recipe, _even_batch(global_images, recipe, cluster)),
+            else _hint_for_batch(recipe, _even_batch(global_images, recipe, cluster, unit=unit)),
         )
     fewest = math.ceil(per_step / limit)
     most = min(per_step, _MOST_PASSES_OVER_FEWEST * fewest)
@@ -591,17 +594,30 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
         raise PlanError(
             f"batch.global_images: {global_images} images, {per_step} a device, do not split into"
             f" even passes of {math.ceil(per_step / most)} to {limit}",
-            hint=_hint_for_batch(recipe, _even_batch(global_images, recipe, cluster)),
+            hint=_hint_for_batch(recipe, _even_batch(global_images, recipe, cluster, unit=unit)),
         )
     return per_step // passes, passes
 
 
-def _even_batch(images: int, recipe: Recipe, cluster: Cluster) -> int:
+def _even_batch(images: int, recipe: Recipe, cluster: Cluster, *, unit: int) -> int:
     """At most so many images per step, in even passes; the fewest a pass can have at least."""
-    unit = _unit(recipe)
-    per_step = max(unit, images // cluster.world_size)
-    passes = math.ceil(per_step / recipe.batch.per_device_images) * unit
+    per_step = max(1, images // cluster.world_size // unit) * unit
+    passes = -(-per_step // (recipe.batch.per_device_images // unit * unit)) * unit
     return per_step // passes * passes * cluster.world_size
+
+
+def _hint_for_few_images(recipe: Recipe, cluster: Cluster, *, train_images: int) -> str:
+    """A batch that the images fill; where none does, what else there is to do."""
+    world, unit = cluster.world_size, _unit(recipe)
+    if train_images < world:
+        fewer = f", or use fewer devices: {train_images} at most" if train_images else ""
+        return f"pack more images{fewer}"
+    twentieth = 1 << (max(1, train_images // 20).bit_length() - 1)
+    images = min(train_images, max(_SMALL_BATCH, twentieth))
+    if train_images < world * unit:
+        odd = _hint_for_batch(recipe, _even_batch(images, recipe, cluster, unit=1))
+        return f"pack more images, or mix none and {odd} mix.mixup=null mix.cutmix=null"
+    return _hint_for_batch(recipe, _even_batch(images, recipe, cluster, unit=unit))
 
 
 def _unit(recipe: Recipe) -> int:

@@ -204,6 +204,12 @@ def find_run(name_or_path: str, root: Path) -> RunDir:
             hint=f"give the path of one: {', '.join(str(run.root) for run in named)}",
         )
     for folder in (Path(name_or_path), root / name_or_path):
+        above = _find_above(folder)
+        if above is not None and folder.exists():
+            what = "a checkpoint" if folder.suffix == ".ckpt" else "a part of a run"
+            raise RunError(
+                f"{folder} is {what}, not a run", hint=f"name the run's folder: {above.root}"
+            )
         if folder.is_dir():
             run = RunDir(folder)
             absent = [path.name for path in (run.recipe, run.plan) if not path.is_file()]
@@ -211,10 +217,22 @@ def find_run(name_or_path: str, root: Path) -> RunDir:
                 f"{folder} is not a run: it has no {' and no '.join(absent)}",
                 hint=_near_hint(name_or_path, runs, root),
             )
+        if folder.exists():
+            what = "a checkpoint" if folder.suffix == ".ckpt" else "a file"
+            raise RunError(
+                f"{folder} is {what}, not the folder of a run",
+                hint=_near_hint(name_or_path, runs, root),
+            )
     raise RunError(
         f"no run '{name_or_path}': neither that path nor {root / name_or_path} is there",
         hint=_near_hint(name_or_path, runs, root),
     )
+
+
+def _find_above(path: Path) -> RunDir | None:
+    """The run that a path lies in; relative where the path leads there itself."""
+    folders = (*path.parents, *path.absolute().parents)
+    return next((run for run in map(RunDir, folders) if run.is_run()), None)
 
 
 def _iter_runs(folder: Path, *, depth: int) -> Iterator[RunDir]:

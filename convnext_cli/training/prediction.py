@@ -10,13 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.decode import BadImage, decode_rgb, is_animated_webp
 from convnext_cli.data.mix import normalise
+from convnext_cli.data.pack import Unreadable, make_jpeg
 from convnext_cli.plan.cluster import DeviceKind
 from convnext_cli.training.loading import LoadedModel
 from convnext_cli.training.report import Guess, Prediction, Unread
 
 _PER_PASS = 16
+
+_CONVERTED = (b"BM", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How BMP, GIF and TIFF files begin, which only the packer reads."""
 
 
 def predict_images(
@@ -26,7 +30,7 @@ def predict_images(
 
     Args:
         model: Moved to the device.
-        paths: JPEG, PNG or WEBP files.
+        paths: Files of the formats that can be packed.
         device: Where the network runs.
         top: Classes to propose for each image, at most as many as there are.
     """
@@ -62,9 +66,14 @@ def predict_images(
 
 def _read_view(path: Path, model: LoadedModel) -> Tensor | Unread:
     try:
-        image_CHW = decode_rgb(path.read_bytes(), key=str(path))
+        data = path.read_bytes()
+        if data.startswith(_CONVERTED) or is_animated_webp(data):
+            data, _, _ = make_jpeg(data)
+        image_CHW = decode_rgb(data, key=str(path))
     except BadImage as error:
         return Unread(image=str(path), reason=error.reason)
+    except Unreadable as error:
+        return Unread(image=str(path), reason=str(error))
     except OSError as error:
         return Unread(image=str(path), reason=error.strerror or str(error))
     return model.preprocessing.view(image_CHW)

@@ -158,3 +158,12 @@ def test_ctrl_c_ends_with_75_and_the_same_command_goes_on(tmp_path):
     assert not any(name.endswith(".tmp") for name in left)
     assert again.returncode == 0, again.stderr
     assert "were finished before" in again.stderr
+
+
+def test_show_makes_the_folder_of_its_sheet(run_cli, tiny_shards, tmp_path):
+    options = ("--images", 2, "data.image_px=32", "--recipe", "small_data")
+
+    done = run_cli("data", "show", tiny_shards, "--out", "new/deep/sheet.png", *options)
+
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "new" / "deep" / "sheet.png").is_file()

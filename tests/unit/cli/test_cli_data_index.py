@@ -104,6 +104,9 @@ def test_steps_of_a_run_may_be_counted_through(run_cli, tiny_shards):
     [
         (("--epoch", 0, "--step", 9), "epochs have 4 steps"),
         (("--world", 3, "--rank", 1), "world sizes that can: 1, 2, 4, 8"),
+        (("--world", 3), "a world of 3 cannot share global batches of 8 images"),
+        (("--world", 4, "--rank", 4), "no rank 4 in a world of 4: ranks count from 0, here 0 to 3"),
+        (("--rank", 1), "no rank 1 in a world of 1: ranks count from 0, here 0 alone"),
         (("--global-images", 100), "fewer than one global batch"),
     ],
 )

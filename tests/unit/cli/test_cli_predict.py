@@ -1,5 +1,6 @@
 """Which files `convnext predict` takes, and how it names what it cannot read."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,32 @@ def test_an_existing_file_with_brackets_in_its_name_is_no_pattern(album: Path):
     (album / "cat[1].jpg").write_bytes(b"x")
 
     assert names(["cat[1].jpg"]) == ["cat[1].jpg"]
+
+
+def test_a_folder_gives_what_the_packer_takes_and_no_litter(album: Path):
+    (album / ".thumbs").mkdir()
+    for name in ("d.bmp", "e.tiff", "f.gif", "._a.png", ".thumbs/a.png", "Thumbs.db"):
+        (album / name).write_bytes(b"x")
+
+    assert names(["."]) == ["a.png", "b.JPG", "d.bmp", "deep/c.webp", "e.tiff", "f.gif"]
+    assert names(["*.png"]) == ["a.png"]
+    assert names(["._*"]) == ["._a.png"]
+
+
+@pytest.mark.parametrize("asked", ["pipe.jpg", "pipe*", "."])
+def test_a_pipe_is_refused_before_it_is_read(album: Path, asked: str):
+    os.mkfifo(album / "pipe.jpg")
+
+    found, unread = find_images([asked])
+
+    assert Path("pipe.jpg") not in found
+    reason = "not a regular file, but a device or a pipe"
+    assert [(bad.image, bad.reason) for bad in unread] == [("pipe.jpg", reason)]
+
+
+def test_a_device_is_refused_before_the_model_is_read():
+    with pytest.raises(DataError, match="/dev/zero: not a regular file"):
+        predict("no-such-checkpoint", ["/dev/zero"])
 
 
 def test_what_matches_nothing_is_named(album: Path):

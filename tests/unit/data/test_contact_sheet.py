@@ -120,6 +120,8 @@ def test_a_bad_image_in_validation_is_refused_by_key(dataset):
 
 
 def test_a_sheet_that_cannot_be_written_is_refused_and_leaves_nothing(dataset):
+    (dataset / "nowhere").touch()
+
     with pytest.raises(StorageError, match="nowhere"):
         show(str(dataset), images=2, out=dataset / "nowhere" / "sheet.png")
 

@@ -76,6 +76,14 @@ def test_pillow_stands_in_for_a_torchvision_without_decoder(name, monkeypatch):
     np.testing.assert_array_equal(decode_rgb(IMAGES[name], key=name).numpy(), expected.numpy())
 
 
+def test_an_animated_webp_is_not_called_damaged():
+    later = picture("RGB").transpose(Image.Transpose.ROTATE_180)
+    data = encode(picture("RGB"), "WEBP", save_all=True, append_images=[later])
+
+    with pytest.raises(BadImage, match="an animated WEBP, not a single image"):
+        decode_rgb(data, key="dance")
+
+
 @pytest.mark.parametrize("decoder", ["torchvision", "pillow"])
 def test_sixteen_bits_are_scaled_and_not_clipped(decoder, monkeypatch):
     if decoder == "pillow":

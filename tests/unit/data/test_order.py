@@ -134,7 +134,7 @@ def test_lanes_are_a_divisor_of_the_batch_that_many_worlds_divide(global_images,
 def test_a_world_that_does_not_divide_the_lanes_is_refused_with_those_that_do():
     order = Order(shard_images=(5000,), seed=0, global_images=64, lanes=8)
 
-    with pytest.raises(ValueError, match=r"rank 0 of 3 .* can: 1, 2, 4, 8$"):
+    with pytest.raises(ValueError, match=r"a world of 3 .* can: 1, 2, 4, 8$"):
         order.share(0, 0, rank=0, world=3)
 
 

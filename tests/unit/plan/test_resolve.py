@@ -190,6 +190,53 @@ def test_data_smaller_than_a_batch_is_refused_with_a_batch_that_works(devices, r
     assert plan.steps_per_epoch >= 3
 
 
+@given(train=st.integers(1, 200), world=st.integers(1, 5), limit=st.integers(2, 64))
+@settings(max_examples=60, deadline=None)
+def test_the_batch_offered_for_few_images_plans_when_followed(train, world, limit):
+    facts = dataclasses.replace(PHOTOS, train_images=train)
+    cluster = Cluster(devices_per_node=world)
+    overrides = (f"batch.global_images={960 * world}", f"batch.per_device_images={limit}")
+    with pytest.raises(PlanError, match=f"has only {train} to train on") as caught:
+        plan_of(*overrides, facts=facts, cluster=cluster, recipe="small_data")
+
+    hint = caught.value.hint
+    if train < world:
+        assert hint == f"pack more images, or use fewer devices: {train} at most"
+        return
+    plan = follow(hint, *overrides, facts=facts, cluster=cluster, recipe="small_data")
+    assert plan.steps_per_epoch >= 1
+
+
+@pytest.mark.parametrize(("train", "offered"), [(30, 30), (31, 30), (63, 62), (2, 2)])
+def test_images_too_few_for_the_batch_are_offered_as_one(train, offered):
+    facts = dataclasses.replace(PHOTOS, train_images=train)
+    with pytest.raises(PlanError, match="one step takes 64 images") as caught:
+        plan_of(facts=facts, cluster=Cluster(), recipe="small_data")
+
+    plan = follow(caught.value.hint, facts=facts, cluster=Cluster(), recipe="small_data")
+    assert (plan.global_images, plan.recipe.mix.mixup is None) == (offered, False)
+
+
+def test_where_no_even_batch_fits_the_hint_does_without_mixing():
+    facts = dataclasses.replace(PHOTOS, train_images=1)
+    overrides = ("batch.global_images=2", "optim.lr_rule=linear")
+    with pytest.raises(PlanError, match="has only 1 to train on") as caught:
+        plan_of(*overrides, facts=facts, cluster=Cluster(), recipe="small_data")
+
+    hint = caught.value.hint or ""
+    assert "pack more images, or" in hint
+    plan = follow(hint, *overrides, facts=facts, cluster=Cluster(), recipe="small_data")
+    assert plan.global_images == 1
+
+
+def test_passes_of_an_odd_limit_are_offered_a_batch_that_is_not_empty():
+    overrides = ("batch.global_images=5", "batch.per_device_images=2", "optim.lr_rule=none")
+    with pytest.raises(PlanError, match="pair neighbours") as caught:
+        plan_of(*overrides, cluster=Cluster())
+
+    assert follow(caught.value.hint, *overrides, cluster=Cluster()).global_images == 4
+
+
 def test_a_recipe_for_any_data_needs_the_data():
     with pytest.raises(PlanError, match="number of images is not known") as caught:
         plan_of(recipe="small_data")

@@ -121,6 +121,30 @@ def test_a_folder_that_is_not_a_run_is_told_what_it_lacks(tmp_path):
         find_run("half", tmp_path)
 
 
+def test_a_checkpoint_in_place_of_its_run_is_told_the_folder(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "runs" / "r1")
+    run.checkpoints.mkdir()
+    run.best.touch()
+    monkeypatch.chdir(tmp_path)
+
+    for given in ("./runs/r1/checkpoints/best.ckpt", "r1/checkpoints/best.ckpt"):
+        with pytest.raises(RunError, match=r"best\.ckpt is a checkpoint, not a run") as caught:
+            find_run(given, Path("runs"))
+        assert caught.value.hint == "name the run's folder: runs/r1"
+
+    monkeypatch.chdir(run.checkpoints)
+    with pytest.raises(RunError, match=r"best\.ckpt is a checkpoint") as caught:
+        find_run("best.ckpt", Path("runs"))
+    assert caught.value.hint == f"name the run's folder: {run.root}"
+
+
+def test_a_file_that_lies_in_no_run_is_not_said_to_be_absent(tmp_path):
+    (tmp_path / "weights.ckpt").touch()
+
+    with pytest.raises(RunError, match="is a checkpoint, not the folder of a run"):
+        find_run(str(tmp_path / "weights.ckpt"), tmp_path)
+
+
 def test_a_name_that_two_runs_share_is_refused_with_both_paths(tmp_path):
     first, second = make_run(tmp_path / "x" / "a"), make_run(tmp_path / "y" / "a")
 

@@ -1,0 +1,34 @@
+"""What `convnext train` says at the end."""
+
+from pathlib import Path
+
+import pytest
+
+from convnext_cli.cli.train import _tell_result
+from convnext_cli.recipe.files import load_recipe
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.record import JsonLines, write_json
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A finished run without validation."""
+    run = RunDir(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    run.recipe.write_text("model:\n  name: convnext_tiny\n")
+    write_json(run.plan, {"total_steps": 2, "steps_per_epoch": 1})
+    with JsonLines(run.metrics) as lines:
+        lines.write({"step": 2, "epoch": 2.0, "time": "2026-01-01T10:00:00.000+00:00",
+                     "train/loss": 6.5})  # fmt: skip
+    return run
+
+
+@pytest.mark.parametrize(
+    ("has_val", "words"), [(True, "evaluate {} --data packed"), (False, "predict {} IMAGE")]
+)
+def test_the_next_command_is_one_that_the_data_allow(run, has_val, words, capsys):
+    recipe = load_recipe("small_data", ["data.path=packed"])
+
+    _tell_result(run, recipe=recipe, steps=2, has_val=has_val)
+
+    assert f"convnext {words.format(run.last)}\n" in capsys.readouterr().err
