@@ -15,6 +15,10 @@ from convnext_cli.errors import DataError
 from convnext_cli.runs.record import write_json
 
 CARD_NAME = "dataset.json"
+STATE_NAME = "pack-state"
+"""Folder in a data set while it is packed."""
+PLAN_NAME = "plan.json"
+"""What is being packed, in that folder."""
 FORMAT = 1
 
 

@@ -38,7 +38,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from convnext_cli.data.card import CARD_NAME, DatasetCard, Shard, Split, index_name, read_card
+from convnext_cli.data.card import (
+    CARD_NAME,
+    PLAN_NAME,
+    STATE_NAME,
+    DatasetCard,
+    Shard,
+    Split,
+    index_name,
+    read_card,
+)
 from convnext_cli.data.card import write_card as write_dataset_card
 from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.data.pool import iter_done
@@ -54,10 +63,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 PostScript to its interpreter."""
 
 JPEG_QUALITY = 95
-STATE_NAME = "pack-state"
 UNREADABLE_NAME = "unreadable.csv"
 
-_PLAN_NAME = "plan.json"
 VERSION = 1
 """Counts up when the same source and options would give other bytes than before."""
 _KEY_CHARS = 80
@@ -178,6 +185,7 @@ def pack(
             reused_shards=sum(len(split.shards) for split in done.splits.values()),
         )
     state = out / STATE_NAME
+    _check_own(out)
     with writing_to(out):
         state.mkdir(parents=True, exist_ok=True)
     with _locked(state):
@@ -351,9 +359,22 @@ def _locked(state: Path) -> Iterator[None]:
         yield
 
 
+def _check_own(out: Path) -> None:
+    """Keep out of a folder that holds anything but an unfinished data set."""
+    if not out.is_dir() or (out / STATE_NAME / PLAN_NAME).is_file():
+        return
+    with writing_to(out):
+        strangers = [entry.name for entry in out.iterdir() if entry.name != STATE_NAME]
+    if strangers:
+        raise DataError(
+            f"{out} is not empty: it holds {min(strangers)}",
+            hint="name a folder for OUT that is empty or not there yet",
+        )
+
+
 def _check_plan(out: Path, *, fingerprint: str, options: PackOptions) -> None:
     """Begin a data set, or make sure that it is this one that goes on."""
-    path = out / STATE_NAME / _PLAN_NAME
+    path = out / STATE_NAME / PLAN_NAME
     if path.is_file():
         if read_json(path).get("source") != fingerprint:
             raise DataError(
@@ -361,12 +382,7 @@ def _check_plan(out: Path, *, fingerprint: str, options: PackOptions) -> None:
                 hint=f"repeat that call, or start anew: rm -r {out}",
             )
         return
-    strangers = [entry.name for entry in out.iterdir() if entry.name != STATE_NAME]
-    if strangers:
-        raise DataError(
-            f"{out} is not empty: it holds {min(strangers)}",
-            hint="name a folder for OUT that is empty or not there yet",
-        )
+    _check_own(out)  # again: another packer may have finished since
     write_json(path, {"source": fingerprint, **asdict(options)})
 
 
@@ -382,7 +398,7 @@ def _remove_state(state: Path) -> None:
         return
     with writing_to(state):
         # The plan goes last: without it, what is left would look like somebody's files.
-        for path in sorted(state.iterdir(), key=lambda path: path.name == _PLAN_NAME):
+        for path in sorted(state.iterdir(), key=lambda path: path.name == PLAN_NAME):
             path.unlink(missing_ok=True)
         state.rmdir()
 

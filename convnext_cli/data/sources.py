@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from convnext_cli.data.card import CARD_NAME
+from convnext_cli.data.card import CARD_NAME, STATE_NAME
 from convnext_cli.data.index import iter_members
 from convnext_cli.errors import DataError
 
@@ -181,12 +181,14 @@ _ARCHIVES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"))
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted; hidden files and litter of file managers left out."""
+    """What a folder holds, sorted; without hidden files, litter of file managers, `pack-state`."""
     with os.scandir(folder) as entries:
         kept = [
             entry
             for entry in entries
-            if not entry.name.startswith(".") and entry.name.lower() not in _LITTER
+            if not entry.name.startswith(".")
+            and entry.name.lower() not in _LITTER
+            and entry.name != STATE_NAME
         ]
     return sorted(kept, key=lambda entry: os.fsencode(entry.name))
 

@@ -770,7 +770,19 @@ def test_a_folder_with_strange_files_is_not_written_into(folders, tmp_path):
     with pytest.raises(DataError, match=r"is not empty: it holds thesis\.txt"):
         pack(folders, out)
 
-    assert content(out) == {"thesis.txt": b"precious"} | {"pack-state/lock": b""}
+    assert content(out) == {"thesis.txt": b"precious"}
+    assert not (out / "pack-state").exists()
+
+
+def test_the_state_of_a_packing_is_no_class(tmp_path):
+    photos = write_folders(tmp_path / "photos", {"a": 2, "b": 2})
+    (photos / "pack-state").mkdir()
+    (photos / "pack-state" / "lock").touch()
+
+    packed = pack(photos, tmp_path / "out")
+
+    assert packed.card.classes == ("a", "b")
+    assert packed.unreadable == 0
 
 
 def test_a_lost_shard_is_noticed(folders, tmp_path):
