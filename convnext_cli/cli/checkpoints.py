@@ -7,7 +7,7 @@ import typer
 
 from convnext_cli.cli._console import console, print_json, print_rows
 from convnext_cli.cli._inputs import JsonOption
-from convnext_cli.errors import CheckpointError
+from convnext_cli.errors import CheckpointError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step, find_run
 from convnext_cli.runs.manifest import CheckpointState, check_checkpoint
 
@@ -137,8 +137,8 @@ def consolidate(
     if out.suffix != ".safetensors":
         raise CheckpointError(
             f"--out {out}: one file of weights ends in .safetensors",
-            hint=f"use --out {out.with_suffix('.safetensors')}; other layouts: convnext weights"
-            " convert --help",
+            hint=f"use --out {quote_path(out.with_suffix('.safetensors'))}; other layouts:"
+            " convnext weights convert --help",
         )
     convert(path, to="official", out=out, weights=weights, force=force)
-    console.print(f"evaluate it: convnext evaluate {out} --data DIR", soft_wrap=True)
+    console.print(f"evaluate it: convnext evaluate {quote_path(out)} --data DIR", soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
-from convnext_cli.errors import CheckpointError, StorageError
+from convnext_cli.errors import CheckpointError, StorageError, quote_path
 
 app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert them.")
 
@@ -119,7 +119,7 @@ def convert(
         if found.num_classes is None:
             raise CheckpointError(
                 f"{path} has no head to export",
-                hint=f"fine-tune it first: convnext finetune --from {path} --data DIR",
+                hint=f"fine-tune it first: convnext finetune --from {quote_path(path)} --data DIR",
             )
         if bad := count_non_finite(found.state):
             raise CheckpointError(
@@ -156,16 +156,16 @@ def _check_out(out: Path, *, to: Target, force: bool) -> None:
         if out.suffix in _FILE_ENDINGS or out.is_file():
             raise StorageError(
                 f"--out {out}: for --to huggingface it is a folder",
-                hint=f"for example --out {out.stem}-huggingface",
+                hint=f"for example --out {quote_path(f'{out.stem}-huggingface')}",
             )
         return
     endings = (".onnx",) if to == "onnx" else (".pth", ".pt", ".safetensors")
     if out.suffix not in endings:
         raise StorageError(
             f"--out {out}: for --to {to} the name ends in {' or '.join(endings)}",
-            hint=f"for example --out {out.stem}{endings[0]}",
+            hint=f"for example --out {quote_path(out.stem + endings[0])}",
         )
     if out.is_dir():
         raise StorageError(
-            f"--out {out}: this is a folder", hint=f"for example --out {out}/{out.name}"
+            f"--out {out}: this is a folder", hint=f"for example --out {quote_path(out / out.name)}"
         )

@@ -52,7 +52,7 @@ from convnext_cli.data.card import write_card as write_dataset_card
 from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.data.pool import iter_done
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source
-from convnext_cli.errors import DataError, Stopped, StorageError
+from convnext_cli.errors import DataError, Stopped, StorageError, quote_path
 from convnext_cli.runs.record import read_json, sync, write_json, writing_to, written_whole
 
 MAX_PIXELS = 64_000_000
@@ -310,13 +310,13 @@ def _read_finished(out: Path, *, fingerprint: str) -> DatasetCard | None:
     if card.options.get("source") != fingerprint:
         raise DataError(
             f"{out} holds a data set from another source or with other options",
-            hint=f"name another folder for OUT, or remove that one: rm -r {out}",
+            hint=f"name another folder for OUT, or remove that one: rm -r {quote_path(out)}",
         )
     lost = _lost_file(out, card)
     if lost is not None:
         raise DataError(
             f"{lost} or its index is gone or cut, but {CARD_NAME} names it",
-            hint=f"pack again from the start: rm -r {out}",
+            hint=f"pack again from the start: rm -r {quote_path(out)}",
         )
     return card
 
@@ -379,7 +379,7 @@ def _check_plan(out: Path, *, fingerprint: str, options: PackOptions) -> None:
         if read_json(path).get("source") != fingerprint:
             raise DataError(
                 f"{out} holds an unfinished data set from another source or with other options",
-                hint=f"repeat that call, or start anew: rm -r {out}",
+                hint=f"repeat that call, or start anew: rm -r {quote_path(out)}",
             )
         return
     _check_own(out)  # again: another packer may have finished since
@@ -666,7 +666,7 @@ def _finish(
         raise DataError(
             f"none of the training images of {source} can be read, such as {pairs[0][0]}: "
             f"{pairs[0][1]}",
-            hint=f"see all reasons: cat {folder / UNREADABLE_NAME}",
+            hint=f"see all reasons: cat {quote_path(folder / UNREADABLE_NAME)}",
         )
     splits: dict[str, Split] = {}
     for name in ("train", "val"):

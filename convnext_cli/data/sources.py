@@ -25,7 +25,7 @@ from typing import Literal
 
 from convnext_cli.data.card import CARD_NAME, STATE_NAME
 from convnext_cli.data.index import iter_members
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, quote_path
 
 SourceKind = Literal["folders", "csv", "imagenet", "class_tars"]
 
@@ -114,7 +114,7 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
         if val_labels is not None and kind != "imagenet":
             raise DataError(
                 f"{source} is {KIND_TITLES[kind]}: --val-labels is for {VAL_TAR} alone",
-                hint=f"leave out --val-labels {val_labels}",
+                hint=f"leave out --val-labels {quote_path(val_labels)}",
             )
         match kind:
             case "folders":
@@ -126,9 +126,10 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
             case "class_tars":
                 return _list_class_tars(source)
     except OSError as error:
+        path = error.filename or source
         raise DataError(
-            f"{error.filename or source} cannot be read: {error.strerror or error}",
-            hint=f"check the path and your permission: ls -ld {error.filename or source}",
+            f"{path} cannot be read: {error.strerror or error}",
+            hint=f"check the path and your permission: ls -ld {quote_path(path)}",
         ) from error
 
 
@@ -153,7 +154,7 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
     if (source / CARD_NAME).is_file():
         raise DataError(
             f"{source} is a packed data set already: it holds {CARD_NAME}",
-            hint=f"train on it: convnext train small_data --data {source}",
+            hint=f"train on it: convnext train small_data --data {quote_path(source)}",
         )
     entries = _scan(source)
     if any(entry.name == TRAIN_TAR for entry in entries):
@@ -331,7 +332,9 @@ def _deeper(source: Path) -> str | None:
         return None
     folders = [entry for entry in _scan(source) if entry.is_dir()]
     if len(folders) == 1 and any(entry.is_dir() for entry in _scan(Path(folders[0].path))):
-        return f"if its folders are the classes: convnext data pack {folders[0].path} OUT"
+        return (
+            f"if its folders are the classes: convnext data pack {quote_path(folders[0].path)} OUT"
+        )
     return None
 
 
@@ -377,7 +380,8 @@ def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
         what = f"{others[0]}, no class tar" if others else "nothing"
         raise DataError(
             f"{train} holds {what}: it is not a tar of one tar a class",
-            hint=f"unpack it, then pack the folder: mkdir images; tar xf {train} -C images",
+            hint="unpack it, then pack the folder: mkdir images;"
+            f" tar xf {quote_path(train)} -C images",
         )
     for member in members:
         name = Path(member.name).name.removesuffix(".tar")
