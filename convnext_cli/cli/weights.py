@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
-from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.cli._inputs import JsonOption, check_folder_of
 from convnext_cli.errors import CheckpointError, StorageError, quote_path
 
 app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert them.")
@@ -148,7 +148,8 @@ def _check_out(out: Path, *, to: Target, force: bool) -> None:
     """Refuse a place before any work is done for it.
 
     Raises:
-        StorageError: Something is there, or its name is not one of the target's.
+        StorageError: Something is there, its name is not one of the target's, or its folder is
+            not there.
     """
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", hint="overwrite it with --force")
@@ -169,3 +170,4 @@ def _check_out(out: Path, *, to: Target, force: bool) -> None:
         raise StorageError(
             f"--out {out}: this is a folder", hint=f"for example --out {quote_path(out / out.name)}"
         )
+    check_folder_of(out)

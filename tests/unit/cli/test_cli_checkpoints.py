@@ -58,6 +58,13 @@ def test_consolidate_wants_the_name_of_one_file(run, run_cli):
     assert "x.safetensors" in done.stderr
 
 
+def test_consolidate_wants_a_folder_that_is_there(run, run_cli):
+    done = run_cli("checkpoints", "consolidate", str(run.root), "--out", "nodir/x.safetensors")
+
+    assert done.exit_code == 2
+    assert "cannot write nodir/x.safetensors: nodir is no writable folder" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("cost", "write", "seconds"),
     [
