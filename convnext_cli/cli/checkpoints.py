@@ -28,17 +28,17 @@ def _check_run(run: RunDir, *, deep: bool) -> list[CheckpointState]:
 
 
 def _show(run: RunDir, states: list[CheckpointState], *, json_output: bool, whole: str) -> None:
-    named = {
-        name.resolve().name: name.stem
-        for name in (run.last, run.best, run.best_ema)
-        if name.exists()
-    }
+    named: dict[str, list[str]] = {state.path.name: [] for state in states}
+    for name in (run.last, run.best, run.best_ema):
+        if name.exists():
+            named.setdefault(name.resolve().name, []).append(name.stem)
     if json_output:
         print_json(
             [
                 {
                     "path": str(state.path),
                     "step": checkpoint_step(state.path),
+                    "named": named[state.path.name],
                     "bytes": state.path.stat().st_size,
                     "time": state.manifest.time if state.manifest else None,
                     "world_size": state.manifest.world_size if state.manifest else None,
@@ -56,7 +56,7 @@ def _show(run: RunDir, states: list[CheckpointState], *, json_output: bool, whol
                 f"{checkpoint_step(state.path):,}",
                 f"{state.path.stat().st_size / 1e6:,.0f}",
                 state.manifest.time[:19].replace("T", " ") if state.manifest else "",
-                named.get(state.path.name, ""),
+                ", ".join(named[state.path.name]),
                 state.problem or whole,
             )
             for state in states

@@ -28,6 +28,18 @@ def test_list_says_what_there_is(run, run_cli):
     assert "last" in done.stderr
 
 
+def test_a_checkpoint_is_listed_with_all_its_names(run, run_cli):
+    run.best.symlink_to(run.checkpoint(4).name)
+    run.best_ema.symlink_to(run.checkpoint(4).name)
+
+    for command in ("list", "verify"):
+        told = run_cli("checkpoints", command, "mine")
+        data = json.loads(run_cli("checkpoints", command, "mine", "--json").stdout)
+
+        assert "last, best, best_ema" in told.stderr
+        assert [state["named"] for state in data] == [[], ["last", "best", "best_ema"]]
+
+
 def test_verify_finds_a_flipped_bit_that_list_does_not(run, run_cli):
     content = bytearray(run.checkpoint(4).read_bytes())
     content[300] ^= 4
