@@ -18,7 +18,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -74,7 +74,7 @@ class Source:
     classes: tuple[str, ...]
     samples: Sequence[Sample]
     left_out: Sequence[tuple[str, str]] = ()
-    """Files that are not tried, with the reason."""
+    """Files and folders that are not tried, with the reason."""
     notes: tuple[str, ...] = ()
     """What a person should know."""
 
@@ -183,15 +183,36 @@ _ARCHIVES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"))
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder holds, sorted; without hidden files, litter of file managers, `pack-state`."""
+    return _scan_both(folder)[0]
+
+
+def _scan_both(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """What is taken of a folder, and what is passed over; both sorted."""
+    taken: list[os.DirEntry[str]] = []
+    passed: list[os.DirEntry[str]] = []
     with os.scandir(folder) as entries:
-        kept = [
-            entry
-            for entry in entries
-            if not entry.name.startswith(".")
-            and entry.name.lower() not in _LITTER
-            and entry.name != STATE_NAME
-        ]
-    return sorted(kept, key=lambda entry: os.fsencode(entry.name))
+        for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name)):
+            hidden = entry.name.startswith(".") or entry.name.lower() in _LITTER
+            (passed if hidden or entry.name == STATE_NAME else taken).append(entry)
+    return taken, passed
+
+
+def _tell_passed(passed: Iterable[os.DirEntry[str]], found: _Found, *, prefix: str) -> None:
+    """List the folders that are passed over as left out, where they hold images."""
+    for entry in passed:
+        if entry.is_dir() and _has_images(entry.path):
+            begins = "begins with a dot" if entry.name.startswith(".") else f"is {STATE_NAME}"
+            reason = f"its name {begins}: the images in it are passed over"
+            found.left_out.append((f"{prefix}{entry.name}", reason))
+
+
+def _has_images(folder: str) -> bool:
+    """Whether a file below has the ending of an image; without one it may be anything."""
+    return any(
+        not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES - {""}
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def _list_folders(source: Path) -> Source:
@@ -207,6 +228,7 @@ def _list_folders(source: Path) -> Source:
         empty = _walk_classes(source, found, prefix="", split="train")
         return _with_sorted_classes("folders", found, source=source, notes=_tell_empty(empty))
     found, notes = _Found(), []
+    _tell_passed(_scan_both(source)[1], found, prefix="")
     empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
     if val is not None:
         empty += _walk_classes(source / val, found, prefix=f"{val}/", split="val")
@@ -246,11 +268,14 @@ def _tell_empty(folders: Sequence[str]) -> list[str]:
 def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list[str]:
     """Add the images of a folder of class folders; the class folders without any."""
     folders, empty = 0, []
-    for entry in _scan(root):
+    entries, passed = _scan_both(root)
+    _tell_passed(passed, found, prefix=prefix)
+    for entry in entries:
         if entry.is_dir():
             folders += 1
             before = len(found.rows)
-            for path, file, size in _iter_files(Path(entry.path), f"{prefix}{entry.name}", ()):
+            files = _iter_files(Path(entry.path), f"{prefix}{entry.name}", found, above=())
+            for path, file, size in files:
                 _add_file(found, path, file, name=_text(entry.name), split=split, size=size)
             if len(found.rows) == before:
                 empty.append(f"{prefix}{_text(entry.name)}")
@@ -265,17 +290,19 @@ def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list
 
 
 def _iter_files(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...]
+    folder: Path, prefix: str, found: _Found, *, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, str, int]]:
     """Files below a folder; follows links, but not in circles."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for entry in _scan(folder):
+    entries, passed = _scan_both(folder)
+    _tell_passed(passed, found, prefix=f"{prefix}/")
+    for entry in entries:
         path = f"{prefix}/{entry.name}"
         if entry.is_dir():
-            yield from _iter_files(Path(entry.path), path, (*above, here))
+            yield from _iter_files(Path(entry.path), path, found, above=(*above, here))
         else:
             try:
                 size = entry.stat().st_size
