@@ -19,6 +19,8 @@ UserError              2   what, where, found value; a hint that works
 Anything else that escapes is a bug: its traceback stays, exit code 1.
 """
 
+import shlex
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -35,6 +37,11 @@ class UserError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def quote_path(path: str | Path) -> str:
+    """A path or address as a shell takes it: every one in a command that is printed."""
+    return shlex.quote(str(path))
 
 
 class RecipeError(UserError):

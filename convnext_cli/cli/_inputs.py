@@ -1,12 +1,14 @@
 """What several commands take: recipe, overrides, data, devices; parsed alike everywhere."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from convnext_cli.data.card import read_card
-from convnext_cli.errors import DataError, RecipeError
+from convnext_cli.errors import DataError, RecipeError, StorageError
 from convnext_cli.plan.resolve import DataFacts
 from convnext_cli.recipe.files import load_recipe, render_override
 from convnext_cli.recipe.schema import Recipe
@@ -33,6 +35,19 @@ PrecisionOption = Annotated[
     PrecisionChoice | None, typer.Option(help="Same as compute.precision=...")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
+
+
+def check_folder_of(path: Path) -> None:
+    """Refuse a file to write before the work for it is done, where its folder cannot take it.
+
+    Raises:
+        StorageError: The folder is not there, or may not be written.
+    """
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise StorageError(
+            f"cannot write {path}: {path.parent} is no writable folder",
+            hint="name a file in a folder that is there and may be written",
+        )
 
 
 def load_asked_recipe(

@@ -7,7 +7,7 @@ import typer
 
 from convnext_cli.cli._console import console, print_json, print_rows
 from convnext_cli.cli._inputs import JsonOption
-from convnext_cli.errors import CheckpointError
+from convnext_cli.errors import CheckpointError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step, find_run
 from convnext_cli.runs.manifest import CheckpointState, check_checkpoint
 
@@ -28,17 +28,17 @@ def _check_run(run: RunDir, *, deep: bool) -> list[CheckpointState]:
 
 
 def _show(run: RunDir, states: list[CheckpointState], *, json_output: bool, whole: str) -> None:
-    named = {
-        name.resolve().name: name.stem
-        for name in (run.last, run.best, run.best_ema)
-        if name.exists()
-    }
+    named: dict[str, list[str]] = {state.path.name: [] for state in states}
+    for name in (run.last, run.best, run.best_ema):
+        if name.exists():
+            named.setdefault(name.resolve().name, []).append(name.stem)
     if json_output:
         print_json(
             [
                 {
                     "path": str(state.path),
                     "step": checkpoint_step(state.path),
+                    "named": named[state.path.name],
                     "bytes": state.path.stat().st_size,
                     "time": state.manifest.time if state.manifest else None,
                     "world_size": state.manifest.world_size if state.manifest else None,
@@ -56,7 +56,7 @@ def _show(run: RunDir, states: list[CheckpointState], *, json_output: bool, whol
                 f"{checkpoint_step(state.path):,}",
                 f"{state.path.stat().st_size / 1e6:,.0f}",
                 state.manifest.time[:19].replace("T", " ") if state.manifest else "",
-                named.get(state.path.name, ""),
+                ", ".join(named[state.path.name]),
                 state.problem or whole,
             )
             for state in states
@@ -137,8 +137,8 @@ def consolidate(
     if out.suffix != ".safetensors":
         raise CheckpointError(
             f"--out {out}: one file of weights ends in .safetensors",
-            hint=f"use --out {out.with_suffix('.safetensors')}; other layouts: convnext weights"
-            " convert --help",
+            hint=f"use --out {quote_path(out.with_suffix('.safetensors'))}; other layouts:"
+            " convnext weights convert --help",
         )
     convert(path, to="official", out=out, weights=weights, force=force)
-    console.print(f"evaluate it: convnext evaluate {out} --data DIR", soft_wrap=True)
+    console.print(f"evaluate it: convnext evaluate {quote_path(out)} --data DIR", soft_wrap=True)

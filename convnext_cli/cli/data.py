@@ -21,7 +21,7 @@ from convnext_cli.cli.data_index import index
 from convnext_cli.cli.data_order import order
 from convnext_cli.cli.data_show import show
 from convnext_cli.data.report import DatasetReport, Spread
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, quote_path
 
 app = typer.Typer(no_args_is_help=True, help="Pack, check and show data sets.")
 
@@ -111,9 +111,9 @@ def pack(
             style="yellow",
         )
     console.print(f"\nwritten to {out}; next:", soft_wrap=True)
-    console.print(f"  convnext data check {out}", soft_wrap=True)
-    console.print(f"  convnext data show {out}", soft_wrap=True)
-    console.print(f"  convnext train small_data --data {out}", soft_wrap=True)
+    console.print(f"  convnext data check {quote_path(out)}", soft_wrap=True)
+    console.print(f"  convnext data show {quote_path(out)}", soft_wrap=True)
+    console.print(f"  convnext train small_data --data {quote_path(out)}", soft_wrap=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, quote_path
 
 _MAX_KINDS = 8
 
@@ -107,15 +107,16 @@ def index(
         console.print(f"members that are no images or labels: {told}", soft_wrap=True)
     if made.unreadable:
         console.print(
-            f"{made.unreadable:,} images have no readable header: convnext data check {out} --deep",
+            f"{made.unreadable:,} images have no readable header:"
+            f" convnext data check {quote_path(out)} --deep",
             soft_wrap=True,
             style="yellow",
         )
     if made.reused_shards:
         console.print(f"{made.reused_shards} shards were scanned before", soft_wrap=True)
     console.print(f"\nwritten to {out}; next:", soft_wrap=True)
-    console.print(f"  convnext data check {out}", soft_wrap=True)
-    console.print(f"  convnext train small_data --data {out}", soft_wrap=True)
+    console.print(f"  convnext data check {quote_path(out)}", soft_wrap=True)
+    console.print(f"  convnext train small_data --data {quote_path(out)}", soft_wrap=True)
 
 
 def _read_classes(path: Path) -> list[str]:

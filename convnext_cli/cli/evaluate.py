@@ -1,7 +1,6 @@
 """`convnext evaluate`: a checkpoint on a data set: accuracy, classes, confusion, calibration."""
 
 import csv
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,13 @@ from rich.text import Text
 
 from convnext_cli.catalog.datasets import imagenet_class_names
 from convnext_cli.cli._console import console, make_table, print_json, print_table
-from convnext_cli.cli._inputs import DeviceOption, DevicesOption, JsonOption, PrecisionChoice
+from convnext_cli.cli._inputs import (
+    DeviceOption,
+    DevicesOption,
+    JsonOption,
+    PrecisionChoice,
+    check_folder_of,
+)
 from convnext_cli.cli._models import (
     CheckpointArgument,
     CropFracOption,
@@ -201,11 +206,12 @@ def _check_target(path: Path, *, columns: Sequence[str] | None) -> None:
     Raises:
         StorageError: It is a folder, its folder is not there, or it holds another table.
     """
-    hint = "name a file in a folder that is there and may be written"
     if path.is_dir():
-        raise StorageError(f"cannot write {path}: it is a folder", hint=hint)
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise StorageError(f"cannot write {path}: {path.parent} is no writable folder", hint=hint)
+        raise StorageError(
+            f"cannot write {path}: it is a folder",
+            hint="name a file in a folder that is there and may be written",
+        )
+    check_folder_of(path)
     if columns is None or not path.is_file():
         return
     with writing_to(path), path.open(encoding="utf-8", errors="replace") as file:

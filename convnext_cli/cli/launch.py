@@ -21,7 +21,7 @@ from convnext_cli.cli._inputs import (
 )
 from convnext_cli.cli.plan import show_plan
 from convnext_cli.cli.train import NameOption, RunsDirOption, check_name
-from convnext_cli.errors import LaunchError
+from convnext_cli.errors import LaunchError, quote_path
 from convnext_cli.launch.exits import repeat
 from convnext_cli.launch.local import LocalLaunch
 from convnext_cli.launch.slurm import SlurmJob, find_sbatch, render_job, submit
@@ -130,7 +130,7 @@ def slurm(
     for word, text in (
         ("submitted", f"job {number}"),
         ("job file", str(job.file)),
-        ("watch", f"squeue --jobs={number}; tail -F {launch}/rank0000.log"),
+        ("watch", f"squeue --jobs={number}; tail -F {quote_path(launch / 'rank0000.log')}"),
         ("save, requeue", f"scancel --signal=USR1 {number}"),
         ("end", f"scancel {number}; the same command again goes on where it stopped"),
     ):

@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, print_json, print_rows
-from convnext_cli.errors import RunError, UserError
+from convnext_cli.errors import RunError, UserError, quote_path
 from convnext_cli.runs.layout import RunDir, find_run, find_runs
 
 app = typer.Typer(no_args_is_help=True, help="List, show, compare and plot runs.")
@@ -105,7 +105,7 @@ def compare(
     if len(found) < 2:
         raise RunError(
             f"one run alone cannot be compared: {found[0].root}",
-            hint=f"name a second one; all runs: convnext runs list --root {root}",
+            hint=f"name a second one; all runs: convnext runs list --root {quote_path(root)}",
         )
     comparison = compare_runs(*found)
     labels = comparison.labels

@@ -22,7 +22,7 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
-from convnext_cli.errors import RecipeError
+from convnext_cli.errors import RecipeError, quote_path
 from convnext_cli.plan.cluster import (
     Cluster,
     count_cpus,
@@ -178,11 +178,12 @@ def _tell_result(run: RunDir, *, recipe: Recipe, steps: int, has_val: bool) -> N
         text += f", averaged weights {averaged:.2f}% (step {summary.best_ema_top1_step})"
     if recipe.published_top1 is not None:
         text += f"; published {recipe.published_top1:.1f}%"
-    evaluate = f"convnext evaluate {checkpoint} --data {recipe.data.path or 'DIR'}"
+    data = quote_path(recipe.data.path or "DIR")
+    evaluate = f"convnext evaluate {quote_path(checkpoint)} --data {data}"
     if averaged is not None and checkpoint == run.best:
         evaluate += " --weights raw"  # the better ones here; averaged ones are the default
     if not has_val:
-        evaluate = f"convnext predict {checkpoint} IMAGE"
+        evaluate = f"convnext predict {quote_path(checkpoint)} IMAGE"
     for name, value in (
         ("finished", text),
         ("checkpoint", str(checkpoint)),

@@ -7,8 +7,8 @@ import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
-from convnext_cli.cli._inputs import JsonOption
-from convnext_cli.errors import CheckpointError, StorageError
+from convnext_cli.cli._inputs import JsonOption, check_folder_of
+from convnext_cli.errors import CheckpointError, StorageError, quote_path
 
 app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert them.")
 
@@ -119,7 +119,7 @@ def convert(
         if found.num_classes is None:
             raise CheckpointError(
                 f"{path} has no head to export",
-                hint=f"fine-tune it first: convnext finetune --from {path} --data DIR",
+                hint=f"fine-tune it first: convnext finetune --from {quote_path(path)} --data DIR",
             )
         if bad := count_non_finite(found.state):
             raise CheckpointError(
@@ -148,7 +148,8 @@ def _check_out(out: Path, *, to: Target, force: bool) -> None:
     """Refuse a place before any work is done for it.
 
     Raises:
-        StorageError: Something is there, or its name is not one of the target's.
+        StorageError: Something is there, its name is not one of the target's, or its folder is
+            not there.
     """
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", hint="overwrite it with --force")
@@ -156,16 +157,17 @@ def _check_out(out: Path, *, to: Target, force: bool) -> None:
         if out.suffix in _FILE_ENDINGS or out.is_file():
             raise StorageError(
                 f"--out {out}: for --to huggingface it is a folder",
-                hint=f"for example --out {out.stem}-huggingface",
+                hint=f"for example --out {quote_path(f'{out.stem}-huggingface')}",
             )
         return
     endings = (".onnx",) if to == "onnx" else (".pth", ".pt", ".safetensors")
     if out.suffix not in endings:
         raise StorageError(
             f"--out {out}: for --to {to} the name ends in {' or '.join(endings)}",
-            hint=f"for example --out {out.stem}{endings[0]}",
+            hint=f"for example --out {quote_path(out.stem + endings[0])}",
         )
     if out.is_dir():
         raise StorageError(
-            f"--out {out}: this is a folder", hint=f"for example --out {out}/{out.name}"
+            f"--out {out}: this is a folder", hint=f"for example --out {quote_path(out / out.name)}"
         )
+    check_folder_of(out)

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from convnext_cli.data.fetch import read_file
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, quote_path
 from convnext_cli.runs.record import write_json
 
 CARD_NAME = "dataset.json"
+STATE_NAME = "pack-state"
+"""Folder in a data set while it is packed."""
+PLAN_NAME = "plan.json"
+"""What is being packed, in that folder."""
 FORMAT = 1
 
 
@@ -86,16 +90,13 @@ def read_card(location: str | Path) -> DatasetCard:
         plain = json.loads(read_file(f"{place}/{CARD_NAME}"))
     except DataError as error:
         if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
-            check = "check the network and try again" if "://" in place else f"ls -ld {place}"
+            check = (
+                "check the network and try again"
+                if "://" in place
+                else f"ls -ld {quote_path(place)}"
+            )
             raise DataError(str(error), hint=error.hint or check) from error
-        there = "://" in place or Path(place).is_dir()
-        what = f"{place} holds no {CARD_NAME}" if there else f"there is no folder {place}"
-        raise DataError(
-            f"{what}: it is not a packed data set",
-            hint="check the address, or pack one: convnext data pack SOURCE OUT"
-            if "://" in place
-            else f"pack one: convnext data pack SOURCE {place}",
-        ) from error
+        raise _no_card(place) from error
     except ValueError as error:
         raise DataError(
             f"{place}/{CARD_NAME} cannot be read: {error}",
@@ -125,6 +126,39 @@ def read_card(location: str | Path) -> DatasetCard:
             f"{place}/{CARD_NAME} is damaged: {error!r}",
             hint="pack the data set again: convnext data pack SOURCE OUT",
         ) from error
+
+
+def _no_card(place: str) -> DataError:
+    """Why there is no card: nothing there, packing not at its end, or images as they came."""
+    if "://" in place:
+        return DataError(
+            f"{place} holds no {CARD_NAME}: it is not a packed data set",
+            hint="check the address, or pack one: convnext data pack SOURCE OUT",
+        )
+    folder = Path(place)
+    if not folder.is_dir():
+        return DataError(
+            f"there is no folder {place}: it is not a packed data set",
+            hint=f"pack one: convnext data pack SOURCE {quote_path(place)}",
+        )
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except PermissionError:
+        names = set()
+    if names == {STATE_NAME} or (folder / STATE_NAME / PLAN_NAME).is_file():
+        return DataError(
+            f"{place} holds no {CARD_NAME}: its packing is not finished",
+            hint=f"repeat the command: convnext data pack SOURCE {quote_path(place)}",
+        )
+    if not names:
+        source, out = "SOURCE", quote_path(place)
+    else:
+        beside = folder if folder.name not in ("", "..") else folder.resolve()
+        source, out = quote_path(place), quote_path(f"{beside}-packed")
+    return DataError(
+        f"{place} holds no {CARD_NAME}: it is not a packed data set",
+        hint=f"pack one: convnext data pack {source} {out}",
+    )
 
 
 def write_card(card: DatasetCard, folder: Path) -> None:

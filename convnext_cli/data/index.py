@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from convnext_cli.data.decode import BadImage, read_image_size
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, quote_path
 from convnext_cli.runs.record import writing_to, written_whole
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -267,7 +267,8 @@ def scan_shard(path: Path, *, labels: LabelSource = "cls", names: bool = False) 
             return scan_stream(file, where=str(path), num_bytes=size, labels=labels, names=names)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", hint=f"look: ls -l {path}"
+            f"{path} cannot be read: {error.strerror or error}",
+            hint=f"look: ls -l {quote_path(path)}",
         ) from error
 
 

@@ -38,12 +38,21 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from convnext_cli.data.card import CARD_NAME, DatasetCard, Shard, Split, index_name, read_card
+from convnext_cli.data.card import (
+    CARD_NAME,
+    PLAN_NAME,
+    STATE_NAME,
+    DatasetCard,
+    Shard,
+    Split,
+    index_name,
+    read_card,
+)
 from convnext_cli.data.card import write_card as write_dataset_card
 from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.data.pool import iter_done
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source
-from convnext_cli.errors import DataError, Stopped, StorageError
+from convnext_cli.errors import DataError, Stopped, StorageError, quote_path
 from convnext_cli.runs.record import read_json, sync, write_json, writing_to, written_whole
 
 MAX_PIXELS = 64_000_000
@@ -54,10 +63,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 PostScript to its interpreter."""
 
 JPEG_QUALITY = 95
-STATE_NAME = "pack-state"
 UNREADABLE_NAME = "unreadable.csv"
 
-_PLAN_NAME = "plan.json"
 VERSION = 1
 """Counts up when the same source and options would give other bytes than before."""
 _KEY_CHARS = 80
@@ -178,6 +185,7 @@ def pack(
             reused_shards=sum(len(split.shards) for split in done.splits.values()),
         )
     state = out / STATE_NAME
+    _check_own(out)
     with writing_to(out):
         state.mkdir(parents=True, exist_ok=True)
     with _locked(state):
@@ -302,13 +310,13 @@ def _read_finished(out: Path, *, fingerprint: str) -> DatasetCard | None:
     if card.options.get("source") != fingerprint:
         raise DataError(
             f"{out} holds a data set from another source or with other options",
-            hint=f"name another folder for OUT, or remove that one: rm -r {out}",
+            hint=f"name another folder for OUT, or remove that one: rm -r {quote_path(out)}",
         )
     lost = _lost_file(out, card)
     if lost is not None:
         raise DataError(
             f"{lost} or its index is gone or cut, but {CARD_NAME} names it",
-            hint=f"pack again from the start: rm -r {out}",
+            hint=f"pack again from the start: rm -r {quote_path(out)}",
         )
     return card
 
@@ -351,22 +359,30 @@ def _locked(state: Path) -> Iterator[None]:
         yield
 
 
-def _check_plan(out: Path, *, fingerprint: str, options: PackOptions) -> None:
-    """Begin a data set, or make sure that it is this one that goes on."""
-    path = out / STATE_NAME / _PLAN_NAME
-    if path.is_file():
-        if read_json(path).get("source") != fingerprint:
-            raise DataError(
-                f"{out} holds an unfinished data set from another source or with other options",
-                hint=f"repeat that call, or start anew: rm -r {out}",
-            )
+def _check_own(out: Path) -> None:
+    """Keep out of a folder that holds anything but an unfinished data set."""
+    if not out.is_dir() or (out / STATE_NAME / PLAN_NAME).is_file():
         return
-    strangers = [entry.name for entry in out.iterdir() if entry.name != STATE_NAME]
+    with writing_to(out):
+        strangers = [entry.name for entry in out.iterdir() if entry.name != STATE_NAME]
     if strangers:
         raise DataError(
             f"{out} is not empty: it holds {min(strangers)}",
             hint="name a folder for OUT that is empty or not there yet",
         )
+
+
+def _check_plan(out: Path, *, fingerprint: str, options: PackOptions) -> None:
+    """Begin a data set, or make sure that it is this one that goes on."""
+    path = out / STATE_NAME / PLAN_NAME
+    if path.is_file():
+        if read_json(path).get("source") != fingerprint:
+            raise DataError(
+                f"{out} holds an unfinished data set from another source or with other options",
+                hint=f"repeat that call, or start anew: rm -r {quote_path(out)}",
+            )
+        return
+    _check_own(out)  # again: another packer may have finished since
     write_json(path, {"source": fingerprint, **asdict(options)})
 
 
@@ -382,7 +398,7 @@ def _remove_state(state: Path) -> None:
         return
     with writing_to(state):
         # The plan goes last: without it, what is left would look like somebody's files.
-        for path in sorted(state.iterdir(), key=lambda path: path.name == _PLAN_NAME):
+        for path in sorted(state.iterdir(), key=lambda path: path.name == PLAN_NAME):
             path.unlink(missing_ok=True)
         state.rmdir()
 
@@ -650,7 +666,7 @@ def _finish(
         raise DataError(
             f"none of the training images of {source} can be read, such as {pairs[0][0]}: "
             f"{pairs[0][1]}",
-            hint=f"see all reasons: cat {folder / UNREADABLE_NAME}",
+            hint=f"see all reasons: cat {quote_path(folder / UNREADABLE_NAME)}",
         )
     splits: dict[str, Split] = {}
     for name in ("train", "val"):

@@ -18,14 +18,14 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from convnext_cli.data.card import CARD_NAME
+from convnext_cli.data.card import CARD_NAME, STATE_NAME
 from convnext_cli.data.index import iter_members
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, quote_path
 
 SourceKind = Literal["folders", "csv", "imagenet", "class_tars"]
 
@@ -74,7 +74,7 @@ class Source:
     classes: tuple[str, ...]
     samples: Sequence[Sample]
     left_out: Sequence[tuple[str, str]] = ()
-    """Files that are not tried, with the reason."""
+    """Files and folders that are not tried, with the reason."""
     notes: tuple[str, ...] = ()
     """What a person should know."""
 
@@ -114,7 +114,7 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
         if val_labels is not None and kind != "imagenet":
             raise DataError(
                 f"{source} is {KIND_TITLES[kind]}: --val-labels is for {VAL_TAR} alone",
-                hint=f"leave out --val-labels {val_labels}",
+                hint=f"leave out --val-labels {quote_path(val_labels)}",
             )
         match kind:
             case "folders":
@@ -126,9 +126,10 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
             case "class_tars":
                 return _list_class_tars(source)
     except OSError as error:
+        path = error.filename or source
         raise DataError(
-            f"{error.filename or source} cannot be read: {error.strerror or error}",
-            hint=f"check the path and your permission: ls -ld {error.filename or source}",
+            f"{path} cannot be read: {error.strerror or error}",
+            hint=f"check the path and your permission: ls -ld {quote_path(path)}",
         ) from error
 
 
@@ -153,7 +154,7 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
     if (source / CARD_NAME).is_file():
         raise DataError(
             f"{source} is a packed data set already: it holds {CARD_NAME}",
-            hint=f"train on it: convnext train small_data --data {source}",
+            hint=f"train on it: convnext train small_data --data {quote_path(source)}",
         )
     entries = _scan(source)
     if any(entry.name == TRAIN_TAR for entry in entries):
@@ -181,14 +182,37 @@ _ARCHIVES = frozenset((".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"))
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted; hidden files and litter of file managers left out."""
+    """What a folder holds, sorted; without hidden files, litter of file managers, `pack-state`."""
+    return _scan_both(folder)[0]
+
+
+def _scan_both(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """What is taken of a folder, and what is passed over; both sorted."""
+    taken: list[os.DirEntry[str]] = []
+    passed: list[os.DirEntry[str]] = []
     with os.scandir(folder) as entries:
-        kept = [
-            entry
-            for entry in entries
-            if not entry.name.startswith(".") and entry.name.lower() not in _LITTER
-        ]
-    return sorted(kept, key=lambda entry: os.fsencode(entry.name))
+        for entry in sorted(entries, key=lambda entry: os.fsencode(entry.name)):
+            hidden = entry.name.startswith(".") or entry.name.lower() in _LITTER
+            (passed if hidden or entry.name == STATE_NAME else taken).append(entry)
+    return taken, passed
+
+
+def _tell_passed(passed: Iterable[os.DirEntry[str]], found: _Found, *, prefix: str) -> None:
+    """List the folders that are passed over as left out, where they hold images."""
+    for entry in passed:
+        if entry.is_dir() and _has_images(entry.path):
+            begins = "begins with a dot" if entry.name.startswith(".") else f"is {STATE_NAME}"
+            reason = f"its name {begins}: the images in it are passed over"
+            found.left_out.append((f"{prefix}{entry.name}", reason))
+
+
+def _has_images(folder: str) -> bool:
+    """Whether a file below has the ending of an image; without one it may be anything."""
+    return any(
+        not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES - {""}
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
 
 
 def _list_folders(source: Path) -> Source:
@@ -204,6 +228,7 @@ def _list_folders(source: Path) -> Source:
         empty = _walk_classes(source, found, prefix="", split="train")
         return _with_sorted_classes("folders", found, source=source, notes=_tell_empty(empty))
     found, notes = _Found(), []
+    _tell_passed(_scan_both(source)[1], found, prefix="")
     empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
     if val is not None:
         empty += _walk_classes(source / val, found, prefix=f"{val}/", split="val")
@@ -243,11 +268,14 @@ def _tell_empty(folders: Sequence[str]) -> list[str]:
 def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list[str]:
     """Add the images of a folder of class folders; the class folders without any."""
     folders, empty = 0, []
-    for entry in _scan(root):
+    entries, passed = _scan_both(root)
+    _tell_passed(passed, found, prefix=prefix)
+    for entry in entries:
         if entry.is_dir():
             folders += 1
             before = len(found.rows)
-            for path, file, size in _iter_files(Path(entry.path), f"{prefix}{entry.name}", ()):
+            files = _iter_files(Path(entry.path), f"{prefix}{entry.name}", found, above=())
+            for path, file, size in files:
                 _add_file(found, path, file, name=_text(entry.name), split=split, size=size)
             if len(found.rows) == before:
                 empty.append(f"{prefix}{_text(entry.name)}")
@@ -262,17 +290,19 @@ def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list
 
 
 def _iter_files(
-    folder: Path, prefix: str, above: tuple[tuple[int, int], ...]
+    folder: Path, prefix: str, found: _Found, *, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, str, int]]:
     """Files below a folder; follows links, but not in circles."""
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
-    for entry in _scan(folder):
+    entries, passed = _scan_both(folder)
+    _tell_passed(passed, found, prefix=f"{prefix}/")
+    for entry in entries:
         path = f"{prefix}/{entry.name}"
         if entry.is_dir():
-            yield from _iter_files(Path(entry.path), path, (*above, here))
+            yield from _iter_files(Path(entry.path), path, found, above=(*above, here))
         else:
             try:
                 size = entry.stat().st_size
@@ -329,7 +359,9 @@ def _deeper(source: Path) -> str | None:
         return None
     folders = [entry for entry in _scan(source) if entry.is_dir()]
     if len(folders) == 1 and any(entry.is_dir() for entry in _scan(Path(folders[0].path))):
-        return f"if its folders are the classes: convnext data pack {folders[0].path} OUT"
+        return (
+            f"if its folders are the classes: convnext data pack {quote_path(folders[0].path)} OUT"
+        )
     return None
 
 
@@ -375,7 +407,8 @@ def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
         what = f"{others[0]}, no class tar" if others else "nothing"
         raise DataError(
             f"{train} holds {what}: it is not a tar of one tar a class",
-            hint=f"unpack it, then pack the folder: mkdir images; tar xf {train} -C images",
+            hint="unpack it, then pack the folder: mkdir images;"
+            f" tar xf {quote_path(train)} -C images",
         )
     for member in members:
         name = Path(member.name).name.removesuffix(".tar")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids, map_classes
 from convnext_cli.catalog.models import VARIANTS, Variant, find_architecture, find_variant
-from convnext_cli.errors import CheckpointError
+from convnext_cli.errors import CheckpointError, quote_path
 from convnext_cli.models.layouts import (
     Layout,
     State,
@@ -300,7 +300,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     if isinstance(error, OSError) and error.strerror:
         return CheckpointError(
             f"cannot read {path}: {error.strerror}",
-            hint=f"check the path and its permission: ls -ld {path}",
+            hint=f"check the path and its permission: ls -ld {quote_path(path)}",
         )
     size = path.stat().st_size
     return CheckpointError(

@@ -14,7 +14,7 @@ from typing import Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from convnext_cli.errors import RunError
+from convnext_cli.errors import RunError, quote_path
 from convnext_cli.recipe.files import flatten_keys
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import read_json, read_jsonl
@@ -160,7 +160,8 @@ def read_recipe_keys(run: RunDir) -> dict[str, object]:
     if not isinstance(recipe, dict):
         raise RunError(
             f"{run.recipe} holds no recipe, but a {type(recipe).__name__}",
-            hint=f"move the damaged run aside: mv {run.root} {run.root}.damaged",
+            hint=f"move the damaged run aside: mv {quote_path(run.root)}"
+            f" {quote_path(f'{run.root}.damaged')}",
         )
     return flatten_keys(recipe)
 

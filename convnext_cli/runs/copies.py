@@ -18,7 +18,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from convnext_cli.errors import CheckpointError, RunError
+from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path
 from convnext_cli.runs.record import JsonLines, utc_now, writing_to
@@ -198,8 +198,8 @@ def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
     if run.root.exists():
         raise RunError(
             f"{run.root} is there already",
-            hint=f"move it away, or fetch beside it: convnext checkpoints fetch {url} --runs-dir"
-            " OTHER",
+            hint="move it away, or fetch beside it: convnext checkpoints fetch"
+            f" {quote_path(url)} --runs-dir OTHER",
         )
     with writing_to(run.root):
         try:

@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnext_cli.errors import RunError
+from convnext_cli.errors import RunError, quote_path
 
 _STEP_NAME = re.compile(r"step=(\d{8,})\.ckpt")
 _SEARCH_DEPTH = 3
@@ -256,5 +256,5 @@ def _near_hint(name: str, runs: list[RunDir], root: Path) -> str:
         return f"{root} holds no run; name another folder with --root, or start one: convnext train"
     near = difflib.get_close_matches(Path(name).name, [run.name for run in runs], n=1)
     if near:
-        return f"did you mean '{near[0]}'? all runs: convnext runs list --root {root}"
-    return f"see what there is: convnext runs list --root {root}"
+        return f"did you mean '{near[0]}'? all runs: convnext runs list --root {quote_path(root)}"
+    return f"see what there is: convnext runs list --root {quote_path(root)}"

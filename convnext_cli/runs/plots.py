@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from convnext_cli.errors import RunError
+from convnext_cli.errors import RunError, quote_path
 from convnext_cli.runs.compare import labels_for, number
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import read_json, read_jsonl, writing_to
@@ -160,7 +160,7 @@ def _load_curves(run: RunDir, label: str, colour: str) -> _Curves:
     if not rows:
         raise RunError(
             f"run '{label}' has no metrics yet: {run.metrics} is absent or empty",
-            hint=f"leave it out, or see how far it is: convnext runs show {run.root}",
+            hint=f"leave it out, or see how far it is: convnext runs show {quote_path(run.root)}",
         )
     steps_per_epoch = number(read_json(run.plan), "steps_per_epoch")
     return _Curves(label=label, colour=colour, rows=rows, steps_per_epoch=steps_per_epoch)

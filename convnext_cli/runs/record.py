@@ -30,7 +30,7 @@ from typing import BinaryIO, Self
 
 import psutil
 
-from convnext_cli.errors import RunError, WriteError
+from convnext_cli.errors import RunError, WriteError, quote_path
 
 _PACKAGES = (
     "convnext", "deepspeed", "fsspec", "lightning", "matplotlib", "mlflow", "numpy",
@@ -156,7 +156,8 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise RunError(
             f"{path} holds no JSON object, but a {type(value).__name__}",
-            hint=f"move the damaged run aside: mv {path.parent} {path.parent}.damaged",
+            hint=f"move the damaged run aside: mv {quote_path(path.parent)}"
+            f" {quote_path(f'{path.parent}.damaged')}",
         )
     return value
 
@@ -239,9 +240,10 @@ def writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        folder = quote_path(path.parent)
         raise WriteError(
             f"cannot write {path}: {error.strerror or error}",
-            hint=f"check space and permission: df -h {path.parent}; ls -ld {path.parent}",
+            hint=f"check space and permission: df -h {folder}; ls -ld {folder}",
         ) from error
 
 
@@ -301,7 +303,7 @@ def _iter_lines(path: Path) -> Iterator[tuple[dict[str, object], bytes]]:
         elif number != filled[-1][0]:
             raise RunError(
                 f"{path} line {number} is not a JSON object: {line[:60].decode(errors='replace')}",
-                hint=f"remove that line: sed -i {number}d {path}",
+                hint=f"remove that line: sed -i {number}d {quote_path(path)}",
             )
 
 

@@ -26,7 +26,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from convnext_cli.errors import CheckpointError, WriteError
+from convnext_cli.errors import CheckpointError, WriteError, quote_path
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.layout import RunDir, checkpoint_step
@@ -107,7 +107,7 @@ def _check_space(checkpoint: dict[str, Any], target: Path) -> None:
     if free < needed:
         raise WriteError(
             f"cannot write {target}: No space left for {needed:,} bytes, {free:,} are free",
-            hint=f"make room on the disk of {target.parent}: df -h {target.parent}",
+            hint=f"make room on the disk of {target.parent}: df -h {quote_path(target.parent)}",
         )
 
 

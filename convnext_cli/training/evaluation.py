@@ -26,7 +26,7 @@ from convnext_cli.data.reader import (
     build_loader,
     from_worker,
 )
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, quote_path
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.schema import Precision
 from convnext_cli.training.devices import check_devices, lightning_precision, quiet_lightning
@@ -87,7 +87,7 @@ def check_classes(model: LoadedModel, card: DatasetCard, *, data: str) -> None:
         raise DataError(
             f"{model.path} tells {model.num_classes:,} classes apart, but {data} has"
             f" {num_classes:,}",
-            hint=_classes_hint(model, num_classes),
+            hint=_classes_hint(model, num_classes, data=data),
         )
     theirs = model.likely_classes
     if not theirs or card.classes == theirs:
@@ -104,17 +104,21 @@ def check_classes(model: LoadedModel, card: DatasetCard, *, data: str) -> None:
     strange = next(name for name in card.classes if name not in model.classes)
     raise DataError(
         f"{data} has other classes than {model.path}: {strange} is none of the model's",
-        hint=f"train the model on them: convnext finetune --from {model.path} --data {data}",
+        hint=f"train the model on them: {_finetune(model, data)}",
     )
 
 
-def _classes_hint(model: LoadedModel, num_classes: int) -> str:
+def _classes_hint(model: LoadedModel, num_classes: int, *, data: str) -> str:
     if (model.num_classes, num_classes) == (21_841, 1_000):
         return (
             "take the rows of the 1,000 classes from its head: convnext weights convert"
-            f" {model.path} --map-head --to official --out mapped.pth"
+            f" {quote_path(model.path)} --map-head --to official --out mapped.pth"
         )
-    return f"train a head for them: convnext finetune --from {model.path} --data DIR"
+    return f"train a head for them: {_finetune(model, data)}"
+
+
+def _finetune(model: LoadedModel, data: str) -> str:
+    return f"convnext finetune --from {quote_path(model.path)} --data {quote_path(data)}"
 
 
 def evaluate_model(
@@ -160,7 +164,7 @@ def evaluate_model(
     if counted != expected:
         raise DataError(
             f"{data}: {counted} images were counted, but {split} has {expected}",
-            hint=f"check the data set: convnext data check {data}",
+            hint=f"check the data set: convnext data check {quote_path(data)}",
         )
     return make_report(
         model, task.counted, classes=card.classes, data=data, split=split, precision=setup.precision

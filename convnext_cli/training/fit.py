@@ -20,7 +20,7 @@ from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_batch_mix, build_data
 from convnext_cli.data.reader import from_worker, is_lost_worker
 from convnext_cli.data.stream import WEAKER_PROMISE
-from convnext_cli.errors import CheckpointError, DataError, RunError
+from convnext_cli.errors import CheckpointError, DataError, RunError, quote_path
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
 from convnext_cli.models.weights import LoadReport, ModelCard, load_into, read_weights
@@ -126,7 +126,8 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
         raise RunError(
             f"{run.root} has no checkpoint, but {copies.url} has copies of one",
             hint=f"move {run.root} away if it is there, then: convnext checkpoints fetch"
-            f" {copies.url} --runs-dir {run.root.parent}; or start anew with --name NAME",
+            f" {quote_path(copies.url)} --runs-dir {quote_path(run.root.parent)};"
+            " or start anew with --name NAME",
         )
     if resume == "must":
         raise RunError(

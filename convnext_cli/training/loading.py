@@ -29,7 +29,7 @@ from convnext_cli.catalog.datasets import (
     imagenet22k_wnids,
 )
 from convnext_cli.data.augment import Colour, EvalCrop, EvalView, Interpolation
-from convnext_cli.errors import CheckpointError, RunError
+from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.models.convnext import build_comparison, build_convnext
 from convnext_cli.models.weights import Weights, load_into, read_content, read_weights
 from convnext_cli.runs.layout import RunDir
@@ -134,7 +134,7 @@ def load_model(
     if weights.num_classes is None:
         raise CheckpointError(
             f"{path} has no head: it is a pre-trained {weights.variant.name} without classes",
-            hint=f"train a head first: convnext finetune --from {path} --data DIR",
+            hint=f"train a head first: convnext finetune --from {quote_path(path)} --data DIR",
         )
     network = _build(weights)
     card = weights.card

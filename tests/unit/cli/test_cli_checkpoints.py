@@ -28,6 +28,18 @@ def test_list_says_what_there_is(run, run_cli):
     assert "last" in done.stderr
 
 
+def test_a_checkpoint_is_listed_with_all_its_names(run, run_cli):
+    run.best.symlink_to(run.checkpoint(4).name)
+    run.best_ema.symlink_to(run.checkpoint(4).name)
+
+    for command in ("list", "verify"):
+        told = run_cli("checkpoints", command, "mine")
+        data = json.loads(run_cli("checkpoints", command, "mine", "--json").stdout)
+
+        assert "last, best, best_ema" in told.stderr
+        assert [state["named"] for state in data] == [[], ["last", "best", "best_ema"]]
+
+
 def test_verify_finds_a_flipped_bit_that_list_does_not(run, run_cli):
     content = bytearray(run.checkpoint(4).read_bytes())
     content[300] ^= 4
@@ -56,6 +68,13 @@ def test_consolidate_wants_the_name_of_one_file(run, run_cli):
 
     assert done.exit_code == 2
     assert "x.safetensors" in done.stderr
+
+
+def test_consolidate_wants_a_folder_that_is_there(run, run_cli):
+    done = run_cli("checkpoints", "consolidate", str(run.root), "--out", "nodir/x.safetensors")
+
+    assert done.exit_code == 2
+    assert "cannot write nodir/x.safetensors: nodir is no writable folder" in done.stderr
 
 
 @pytest.mark.parametrize(

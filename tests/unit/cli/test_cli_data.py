@@ -25,6 +25,15 @@ def test_pack_says_what_it_wrote_and_what_to_do_next(run_cli, image_folder, tmp_
     assert (tmp_path / "packed" / "dataset.json").is_file()
 
 
+def test_commands_to_paste_hold_a_path_with_a_space_as_one_word(run_cli, image_folder, tmp_path):
+    done = run_cli("data", "pack", image_folder, "packed odd", "--workers", 1)
+    other = run_cli("data", "pack", image_folder / "train", "packed odd", "--seed", 1)
+
+    for command in ("data check", "data show", "train small_data --data"):
+        assert f"convnext {command} 'packed odd'\n" in done.stderr
+    assert "rm -r 'packed odd'\n" in other.stderr
+
+
 def test_pack_writes_json_to_stdout_alone(run_cli, image_folder, tmp_path):
     folder = image_folder / "train"
     (folder / "disc" / "empty.jpg").touch()

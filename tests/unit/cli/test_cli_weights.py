@@ -63,6 +63,9 @@ def test_convert_writes_the_same_values_and_keeps_what_is_there(run_cli, checkpo
         ("torchvision", "x.pth", "convnextv2_atto has no place in the torchvision layout"),
         ("timm", "x.onnx", "for --to timm the name ends in .pth or .pt or .safetensors"),
         ("huggingface", "x.pth", "for --to huggingface it is a folder"),
+        ("official", "nodir/x.pth", "nodir is no writable folder"),
+        ("timm", "nodir/x.safetensors", "nodir is no writable folder"),
+        ("onnx", "nodir/x.onnx", "nodir is no writable folder"),
     ],
 )
 def test_what_cannot_be_written_gets_a_sentence(run_cli, checkpoint, tmp_path, to, name, sentence):

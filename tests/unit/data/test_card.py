@@ -102,6 +102,34 @@ def test_a_folder_without_a_card_and_no_folder_at_all_are_told_apart(tmp_path):
         read_card(tmp_path / "absent")
 
 
+def test_photos_that_are_not_packed_yet_are_the_source_that_the_hint_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos" / "cat").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+
+    def hint(place: str) -> str:
+        with pytest.raises(DataError) as caught:
+            read_card(place)
+        return caught.value.hint.removeprefix("pack one: convnext data pack ")
+
+    assert hint("my photos") == "'my photos' 'my photos-packed'"
+    assert hint("empty") == "SOURCE empty"
+    assert hint("absent") == "SOURCE absent"
+    monkeypatch.chdir(tmp_path / "my photos")
+    assert hint(".") == f". '{tmp_path}/my photos-packed'"
+
+
+def test_a_packing_that_is_not_finished_is_told_as_such(tmp_path):
+    (tmp_path / "pack-state").mkdir()
+    (tmp_path / "pack-state" / "plan.json").write_text("{}")
+    (tmp_path / "train-000000.tar").touch()
+
+    with pytest.raises(DataError, match="its packing is not finished") as caught:
+        read_card(tmp_path)
+
+    assert caught.value.hint == f"repeat the command: convnext data pack SOURCE {tmp_path}"
+
+
 def test_a_url_that_cannot_be_read_is_told_as_such():
     with pytest.raises(DataError, match=r"holds no dataset\.json") as absent:
         read_card("memory://nothing-here")

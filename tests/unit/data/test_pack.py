@@ -306,6 +306,29 @@ def test_a_class_without_an_image_is_left_out_and_said(folders, tmp_path):
     assert packed.notes == ("classes without an image, left out: train/c",)
 
 
+def test_a_folder_with_a_dot_is_left_out_and_said_where_it_holds_images(tmp_path):
+    odd = write_folders(tmp_path / "odd", {"a": 2, "b": 2, ".hidden": 1, "a/.old/deep": 1})
+    for name in (".git", "b/.cache"):
+        (odd / name).mkdir()
+        (odd / name / "HEAD").write_text("no image")
+    (odd / ".DS_Store").touch()
+
+    packed = pack(odd, tmp_path / "out")
+
+    assert packed.card.classes == ("a", "b")
+    assert packed.unreadable == 2
+    with (tmp_path / "out" / "unreadable.csv").open() as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons.keys() == {".hidden", "a/.old"}
+    assert "begins with a dot" in reasons[".hidden"]
+
+
+def test_a_folder_with_a_dot_beside_train_and_val_is_said_too(folders, tmp_path):
+    write_folders(folders, {".extra/c": 1})
+
+    assert pack(folders, tmp_path / "out").unreadable == 1
+
+
 def test_classes_that_are_called_train_and_boat_are_classes(tmp_path):
     write_folders(tmp_path / "images", {"train": 2, "boat": 2})
 
@@ -770,7 +793,19 @@ def test_a_folder_with_strange_files_is_not_written_into(folders, tmp_path):
     with pytest.raises(DataError, match=r"is not empty: it holds thesis\.txt"):
         pack(folders, out)
 
-    assert content(out) == {"thesis.txt": b"precious"} | {"pack-state/lock": b""}
+    assert content(out) == {"thesis.txt": b"precious"}
+    assert not (out / "pack-state").exists()
+
+
+def test_the_state_of_a_packing_is_no_class(tmp_path):
+    photos = write_folders(tmp_path / "photos", {"a": 2, "b": 2})
+    (photos / "pack-state").mkdir()
+    (photos / "pack-state" / "lock").touch()
+
+    packed = pack(photos, tmp_path / "out")
+
+    assert packed.card.classes == ("a", "b")
+    assert packed.unreadable == 0
 
 
 def test_a_lost_shard_is_noticed(folders, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -37,6 +38,17 @@ lines = JsonLines(Path(sys.argv[1]))
 for step in range(10**9):
     lines.write({"step": step, "train/loss": 1.0})
 """
+
+
+def test_the_hint_moves_a_damaged_run_aside_whatever_its_name(tmp_path):
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "plan.json").write_text("[]")
+
+    with pytest.raises(RunError) as caught:
+        read_json(run / "plan.json")
+
+    assert shlex.split(caught.value.hint)[-3:] == ["mv", str(run), f"{run}.damaged"]
 
 
 def test_rows_come_back_as_written(tmp_path):

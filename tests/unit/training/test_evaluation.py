@@ -1,6 +1,7 @@
 """Evaluation of a loaded model on a packed data set, in this process."""
 
 import io
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -213,6 +214,18 @@ def test_the_same_classes_in_the_same_order_fit(network: nn.Module):
 def test_another_number_of_classes_is_refused(network: nn.Module):
     with pytest.raises(DataError, match="tells 3 classes apart, but cats has 2"):
         check_classes(model_of(network), card("lion", "puma"), data="cats")
+
+
+def test_the_hint_for_other_classes_is_a_command_that_can_be_pasted(network: nn.Module):
+    model = model_of(network)
+
+    for classes in (("lion", "puma"), ("circle", "line", "square")):
+        with pytest.raises(DataError) as caught:
+            check_classes(model, card(*classes), data="../packed odd")
+        command = caught.value.hint.partition(": ")[2]
+        assert shlex.split(command) == [
+            *("convnext", "finetune", "--from", model.path, "--data", "../packed odd")
+        ]
 
 
 def test_other_classes_are_refused_by_name(network: nn.Module):
