@@ -108,7 +108,8 @@ def _list_folder(folder: Path) -> list[Path]:
     return [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix and file.suffix.lower() in IMAGE_SUFFIXES
+        if file.suffix
+        and file.suffix.lower() in IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and not file.is_dir()
     ]

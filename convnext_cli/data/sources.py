@@ -335,7 +335,7 @@ def _with_sorted_classes(
     unknown = sorted(found.names("val") - set(classes))
     if unknown:
         raise DataError(
-            f"{source}: {len(unknown)} classes of the validation part are not in the training "
+            f"{source}: the training part lacks {len(unknown)} of the classes of the validation "
             f"part: {', '.join(unknown[:3])}",
             hint="name the class folders alike in both parts",
         )
@@ -599,7 +599,7 @@ def _with_numbered_classes(found: _Found, *, source: Path, notes: Sequence[str])
     unknown = sorted({int(name) for name in found.names("val")} - trained)
     if unknown:
         raise DataError(
-            f"{source}: {len(unknown)} labels of the validation part are not in the training "
+            f"{source}: the training part lacks {len(unknown)} of the labels of the validation "
             f"part: {', '.join(map(str, unknown[:3]))}",
             hint="give training images for each of them",
         )

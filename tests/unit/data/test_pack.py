@@ -405,8 +405,11 @@ def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
         (["a.jpg,0", "b.jpg,-1"], "the label -1 is not in"),
         (["a.jpg,0", "b.jpg,0"], r"holds 1 class \(0\)"),
         (["path,label,split", "a.jpg,x,train", "b.jpg,y,later"], "line 3: the split is 'later'"),
-        (["a.jpg,x,train", "b.jpg,y,train", "c.jpg,z,val"], "not in the training part: z"),
-        (["a.jpg,0,train", "b.jpg,1,train", "c.jpg,2,val"], "not in the training part: 2"),
+        (
+            ["a.jpg,x,train", "b.jpg,y,train", "c.jpg,z,val"],
+            "the training part lacks 1 of the classes of the validation part: z",
+        ),
+        (["a.jpg,0,train", "b.jpg,1,train", "c.jpg,2,val"], "of the validation part: 2"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(tmp_path, rows, sentence):
@@ -868,7 +871,7 @@ def test_sources_that_cannot_be_used_are_refused_with_a_sentence_and_a_hint(fold
         ("photos.zip", "neither a folder nor a .csv nor a .tar", "unpack it"),
         ("lonely", r"holds 1 class \(only\)", "2 or more"),
         ("deep", r"holds 1 class \(data\)", f"convnext data pack {tmp_path}/deep/data OUT"),
-        ("twisted", "not in the training part: c", "alike"),
+        ("twisted", "of the validation part: c", "alike"),
         ("bare", "holds no class folders, only files", "CSV"),
         ("vacant", "holds no images", "SOURCE/CLASS"),
         ("plain.tar", r"holds 0\.jpg, no class tar", "unpack it"),
