@@ -58,7 +58,7 @@ compile_together() {
     done >"$out/compiling.log" 2>&1
     wait
     rm -rf "$elsewhere"
-    echo "== compiling: $((SECONDS - started)) s, exit code 0" | tee -a "$log"
+    echo "== compiling: $((SECONDS - started)) s, its output is in $out/compiling.log" | tee -a "$log"
 }
 
 # steps NAME SECONDS RECIPE PEERS: in smaller batches where a system runs out of memory

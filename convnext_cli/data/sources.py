@@ -208,8 +208,9 @@ def _tell_passed(passed: Iterable[os.DirEntry[str]], found: _Found, *, prefix: s
 
 def _has_images(folder: str) -> bool:
     """Whether a file below has the ending of an image; without one it may be anything."""
+    endings = IMAGE_SUFFIXES - {""}
     return any(
-        not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES - {""}
+        not name.startswith(".") and Path(name).suffix.lower() in endings
         for _, _, names in os.walk(folder)
         for name in names
     )
