@@ -1,9 +1,9 @@
 """Loss curves of 200 steps on the same batches, in bfloat16, by the way blocks are computed."""
 
-import pytest
 import torch
 
 from convnext_cli.catalog.ways import Way
+from convnext_cli.data.quickstart import read_digits
 from convnext_cli.models.convnext import ConvNeXt
 
 STEPS, IMAGES = 200, 16
@@ -20,11 +20,10 @@ def train_curve(
         grn: V2.
         turned: Whether each batch comes in the opposite order: the same numbers, summed otherwise.
     """
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    counts, digits = read_digits()
+    images = torch.tensor(counts, dtype=torch.float32).unsqueeze(1) / 8 - 1
     images = torch.nn.functional.interpolate(images, 32).repeat(1, 3, 1, 1).to(device)
-    labels = torch.tensor(labels, device=device)
+    labels = torch.tensor(digits, dtype=torch.int64, device=device)
     torch.manual_seed(0)
     model = ConvNeXt(
         depths=(1, 1), dims=(32, 64), num_classes=10, layer_scale_init=None if grn else 0.1, grn=grn

@@ -42,7 +42,7 @@ DATASETS: Mapping[str, Dataset] = {
         Dataset("imagenet21k_p_w21", "ImageNet-21K-P (winter 2021)", 10_450, 11_060_223, 522_500),
         Dataset("cifar10", "CIFAR-10", 10, 50_000, 10_000),
         Dataset("cifar100", "CIFAR-100", 100, 50_000, 10_000),
-        Dataset("quickstart", "images that scikit-learn carries", 10, 1437, 360),
+        Dataset("quickstart", "handwritten digits (UCI)", 10, 1437, 360),
     )
 }
 """All known data sets by name."""

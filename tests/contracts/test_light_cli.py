@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "torchvision", "torchmetrics", "lightning", "webdataset", "numpy", "timm",
-         "matplotlib", "sklearn", "transformers", "onnxruntime")  # fmt: skip
+         "matplotlib", "transformers", "onnxruntime")  # fmt: skip
 PLAN = ("plan", "in1k_tiny", "--devices", "8", "--nodes", "4", "--json")
 
 # The libraries that are loaded when the command has ended are the last line of stdout.

@@ -1,10 +1,13 @@
-"""Per-class counts, confused pairs and calibration, against torchmetrics and scikit-learn."""
+"""Per-class counts, confused pairs and calibration, against torchmetrics."""
 
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+)
 
 from convnext_cli.training.diagnosis import MAX_DENSE_CLASSES, ConfusedPair, Diagnosis, Diagnostics
 
@@ -57,9 +60,9 @@ def test_a_class_without_images_has_no_accuracy():
     assert [row.top1 for row in ours.classes] == [100.0, 50.0, None]
 
 
-def test_confused_pairs_are_the_matrix_of_scikit_learn_without_its_diagonal():
+def test_confused_pairs_are_the_matrix_of_torchmetrics_without_its_diagonal():
     logits_NK, label_N = draw(500)
-    matrix = confusion_matrix(label_N, logits_NK.argmax(1), labels=range(CLASSES))
+    matrix = MulticlassConfusionMatrix(CLASSES)(logits_NK, label_N)
 
     ours = diagnose(logits_NK, label_N, batch=100, classes=CLASSES).confused
 
