@@ -47,6 +47,7 @@ _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 _LITTER = frozenset(("thumbs.db", "desktop.ini"))
 _MAX_LABEL = 1_000_000
+_SHOWN_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
                 unpack = "unpack it first and name the folder" if ending in _ARCHIVES else None
                 raise DataError(
                     f"{source} is neither a folder nor a .csv nor a .tar",
-                    hint=unpack or "name a folder of class folders, a CSV or a tar",
+                    hint=unpack or "name a folder of class folders, a CSV of path,label or a tar",
                 )
     if (source / CARD_NAME).is_file():
         raise DataError(
@@ -343,7 +344,7 @@ def _with_sorted_classes(
     if len(classes) < 2:
         raise DataError(
             f"{source} holds 1 class ({classes[0]}), but 2 or more are needed",
-            hint=_deeper(source) or "sort the images into 2 or more class folders",
+            hint=_deeper(source) or "give images of 2 or more classes",
         )
     return Source(
         kind=kind,
@@ -515,11 +516,12 @@ def _list_csv(source: Path) -> Source:
     delimiter = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        rows = [
-            (table.line_num, [cell.strip() for cell in row])
-            for row in table
-            if any(cell.strip() for cell in row)
-        ]
+        rows, begin = [], 1
+        for row in table:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                rows.append((begin, cells))
+            begin = table.line_num + 1  # a cell in quotes may span lines
     except csv.Error as error:
         raise DataError(
             f"{source} line {table.line_num} cannot be read: {error}",
@@ -535,12 +537,29 @@ def _list_csv(source: Path) -> Source:
         at_split = 2 if thirds and thirds <= {*_TRAIN_NAMES, *_VAL_NAMES} else None
     else:
         (at_path, at_label, at_split), rows = columns, rows[1:]
-    found, unused = _Found(), 0
+    if not rows:
+        raise DataError(
+            f"{source} has a header and nothing below it",
+            hint="write a line of path,label for each image",
+        )
+    found, num_there = _Found(), 0
     for number, row in rows:
         if len(row) <= max(at_path, at_label) or not row[at_path] or not row[at_label]:
             raise DataError(
-                f"{source} line {number}: {delimiter.join(row)!r} is not path{delimiter}label",
-                hint="write a path and a label on each line",
+                f"{source} line {number}: {delimiter.join(row)[:_SHOWN_CHARS]!r} is not"
+                f" path{delimiter}label",
+                hint="write a path and a label on each line; a quote that opens must close",
+            )
+        if "://" in row[at_path]:
+            raise DataError(
+                f"{source} line {number}: {row[at_path][:_SHOWN_CHARS]} is an address: images"
+                " are read from disk",
+                hint="download the images, and write their paths",
+            )
+        if "\0" in row[at_path]:
+            raise DataError(
+                f"{source} line {number}: the path holds a NUL character",
+                hint="write the table as plain text",
             )
         given = "train" if at_split is None or at_split >= len(row) else row[at_split].lower()
         if given not in (*_TRAIN_NAMES, *_VAL_NAMES):
@@ -549,9 +568,11 @@ def _list_csv(source: Path) -> Source:
             )
         split = "train" if given in _TRAIN_NAMES else given
         path = row[at_path]
-        file = source.parent / path
-        size = file.stat().st_size if file.is_file() else 0
-        found.add(path, str(file), row[at_label], split, 0, size)
+        home = path.startswith("~/")
+        file = Path(path).expanduser() if home else source.parent / path
+        there = file.is_file()
+        num_there += there
+        found.add(path, str(file), row[at_label], split, 0, file.stat().st_size if there else 0)
     names = {row[3] for row in found.rows}
     val = next((name for name in _VAL_NAMES if name in names), None)
     unused = len(found.rows)
@@ -562,9 +583,32 @@ def _list_csv(source: Path) -> Source:
     ]
     unused -= len(found.rows)
     notes = [f"not packed: {unused:,} rows of other splits than train and {val}"] if unused else []
-    if found.rows and all(re.fullmatch(r"[+-]?\d+", row[2]) for row in found.rows):
-        return _with_numbered_classes(found, source=source, notes=notes)
-    return _with_sorted_classes("csv", found, source=source, notes=notes)
+    notes += _tell_several_labels(found)
+    if not found.names("train"):
+        raise DataError(
+            f"{source} has images for validation alone", hint="give images to train on, too"
+        )
+    numbered = all(re.fullmatch(r"[+-]?\d+", row[2]) for row in found.rows)
+    listed = (
+        _with_numbered_classes(found, source=source, notes=notes)
+        if numbered
+        else _with_sorted_classes("csv", found, source=source, notes=notes)
+    )
+    if not num_there:
+        raise DataError(
+            f"{source}: none of its {len(rows):,} images is there, such as {found.rows[0][1]}",
+            hint=f"write whole paths, or such that begin at {source.parent}",
+        )
+    return listed
+
+
+def _tell_several_labels(found: _Found) -> list[str]:
+    """Images that a table lists more than once, with other labels."""
+    label: dict[str, str] = {}
+    several = {row[0] for row in found.rows if label.setdefault(row[0], row[2]) != row[2]}
+    if not several:
+        return []
+    return [f"{len(several):,} images come with several labels, such as {min(several)}"]
 
 
 def _check_no_header(source: Path, row: Sequence[str]) -> None:

@@ -385,6 +385,21 @@ def test_a_table_of_numbers_keeps_them_as_labels(folders, tmp_path):
     assert packed.notes == ("2 of the labels 0..3 have no images",)
 
 
+def test_a_path_from_the_home_folder_is_found(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders))
+    table = write_table(tmp_path / "t.csv", ["~/train/a/000.jpg,a", "~/train/b/000.jpg,b"])
+
+    assert pack(table, tmp_path / "out").card.splits["train"].images == 2
+
+
+def test_images_with_several_labels_are_said(folders, tmp_path):
+    rows = ["train/a/000.jpg,a", "train/b/000.jpg,b", "train/a/000.jpg,b"]
+
+    packed = pack(write_table(folders / "t.csv", rows), tmp_path / "out")
+
+    assert packed.notes == ("1 images come with several labels, such as train/a/000.jpg",)
+
+
 def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
     table = write_table(folders / "t.csv", ["train/a/000.jpg,a"] * 2 + ["train/b/000.jpg,b"])
 
@@ -398,6 +413,15 @@ def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
     ("rows", "sentence"),
     [
         ([""], "is empty"),
+        (["path,label"], "has a header and nothing below it"),
+        (["path,label", "a.jpg,x", "https://host/b.jpg,y"], "line 3: https://host/b.jpg is an ad"),
+        (["a.jpg,x", "b.jpg,y"], r"none of its 2 images is there, such as /.*/a\.jpg"),
+        (["path,label", "a\0.jpg,x", "b.jpg,y"], "line 2: the path holds a NUL character"),
+        (["a.jpg,x,val", "a.jpg,y,val"], "has images for validation alone"),
+        (
+            ["path,label", "a.jpg,x", '"b.jpg,y', *["c.jpg,z"] * 99],
+            "line 3: '.{80,90}' is not path",
+        ),
         (["a.jpg"], "line 1: 'a.jpg' is not path,label"),
         (["id,label", "a.jpg,0", "b.jpg,1"], "'id,label' is neither an image nor a header"),
         (["path,label", f"{'a' * 200_000}.jpg,x"], "line 2 cannot be read: field larger"),
