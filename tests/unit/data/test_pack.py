@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -790,6 +791,18 @@ def test_a_finished_data_set_is_not_packed_again(folders, tmp_path):
     assert is_complete(out)
 
 
+def test_a_source_that_changed_since_it_was_packed_is_told(folders, tmp_path):
+    pack(folders, tmp_path / "out")
+    shutil.copytree(folders, tmp_path / "copy")
+
+    assert pack(tmp_path / "copy", tmp_path / "out").notes == ()
+
+    changed = folders / "train" / "a" / "001.jpg"
+    os.utime(changed, (time.time() + 60,) * 2)
+    (note,) = pack(folders, tmp_path / "out").notes
+    assert note.startswith(f"{changed} is newer than what is packed")
+
+
 def test_other_options_or_another_source_in_the_same_folder_are_refused(folders, tmp_path):
     out = tmp_path / "out"
     pack(folders, out)
@@ -939,6 +952,15 @@ def test_a_destination_that_is_a_file_is_refused(folders, tmp_path):
 
     with pytest.raises(StorageError, match="is a file, not a folder"):
         pack(folders, tmp_path / "out")
+
+
+def test_a_destination_below_a_file_is_refused(folders, tmp_path):
+    (tmp_path / "out").write_text("a file")
+
+    with pytest.raises(StorageError, match=f"{tmp_path}/out is a file, not a folder") as caught:
+        pack(folders, tmp_path / "out" / "sub" / "deep")
+
+    assert caught.value.exit_code == 2
 
 
 def test_a_destination_without_permission_is_refused(folders, tmp_path):
