@@ -38,7 +38,7 @@ def pack(
     ] = None,
     val_labels: Annotated[
         Path | None,
-        typer.Option(help="Labels of ImageNet's validation tar: lines of FILENAME WNID."),
+        typer.Option(help="Labels of ImageNet's validation images: lines of FILENAME WNID."),
     ] = None,
     resize_short: Annotated[
         int | None, typer.Option(help="Short side of larger images, in pixels.", metavar="PX")

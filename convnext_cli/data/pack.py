@@ -317,7 +317,7 @@ def _tell_newer(listed: Source, *, than: Path) -> tuple[str, ...]:
     if not newer:
         return ()
     more = f" and {len(newer) - 1:,} more files are" if len(newer) > 1 else " is"
-    return (f"{min(newer)}{more} newer than what is packed: if they changed, name another OUT",)
+    return (f"{min(newer)}{more} newer than what is packed: if images changed, name another OUT",)
 
 
 def _read_finished(out: Path, *, fingerprint: str) -> DatasetCard | None:

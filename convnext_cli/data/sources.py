@@ -4,7 +4,7 @@
 folders      SOURCE/<class>/**/*.jpg, or SOURCE/train/<class>/... and SOURCE/val/<class>/...
 csv          rows of path,label[,split], with or without a header; paths start at the file's folder
 imagenet     ILSVRC2012_img_train.tar (a tar of one tar a class), with ILSVRC2012_img_val.tar
-             where a file tells its labels
+             where a file tells its labels; or SOURCE/train/<class>/... and SOURCE/val/*.JPEG
 class_tars   a folder of one tar a class, such as ImageNet-21K (winter21)
 ```
 
@@ -112,14 +112,11 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
     """
     try:
         kind, train = _recognise(source)
-        if val_labels is not None and kind != "imagenet":
-            raise DataError(
-                f"{source} is {KIND_TITLES[kind]}: --val-labels is for {VAL_TAR} alone",
-                hint=f"leave out --val-labels {quote_path(val_labels)}",
-            )
+        if val_labels is not None and kind not in ("folders", "imagenet"):
+            raise _no_use_of_labels(source, kind, val_labels)
         match kind:
             case "folders":
-                return _list_folders(source)
+                return _list_folders(source, val_labels=val_labels)
             case "csv":
                 return _list_csv(source)
             case "imagenet":
@@ -134,6 +131,14 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
         ) from error
 
 
+def _no_use_of_labels(source: Path, kind: SourceKind, val_labels: Path) -> DataError:
+    return DataError(
+        f"{source} is {KIND_TITLES[kind]}: --val-labels is for {VAL_TAR}, or for validation images"
+        " that lie in no class folders",
+        hint=f"leave out --val-labels {quote_path(val_labels)}",
+    )
+
+
 def _recognise(source: Path) -> tuple[SourceKind, Path]:
     """The kind, and the file or folder of the training images."""
     if not source.exists():
@@ -144,6 +149,8 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
         match source.suffix.lower():
             case ".csv" | ".tsv":
                 return "csv", source
+            case ".tar" if source.name == VAL_TAR:
+                raise _val_alone(source.parent)
             case ".tar":
                 return "imagenet", source
             case ending:
@@ -161,9 +168,7 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
     if any(entry.name == TRAIN_TAR for entry in entries):
         return "imagenet", source / TRAIN_TAR
     if any(entry.name == VAL_TAR for entry in entries):
-        raise DataError(
-            f"{source} holds {VAL_TAR} but not {TRAIN_TAR}", hint=f"put {TRAIN_TAR} beside it"
-        )
+        raise _val_alone(source)
     has_folders = any(entry.is_dir() for entry in entries)
     if not has_folders and any(entry.name.endswith(".tar") for entry in entries):
         if any(re.fullmatch(r".*\d{4,}\.tar", e.name) and "-" in e.name for e in entries):
@@ -176,6 +181,19 @@ def _shards_error(source: Path) -> DataError:
     return DataError(
         f"{source} holds WebDataset shards, not class tars",
         hint="train on them as they are: data.mode=stream data.path=SHARDS",
+    )
+
+
+def _val_alone(folder: Path) -> DataError:
+    """The validation tar is named, or lies without the training tar."""
+    if (folder / TRAIN_TAR).is_file():
+        return DataError(
+            f"{VAL_TAR} is packed together with {TRAIN_TAR}",
+            hint="name their folder:"
+            f" convnext data pack {quote_path(folder)} OUT --val-labels FILE",
+        )
+    return DataError(
+        f"{folder} holds {VAL_TAR} but not {TRAIN_TAR}", hint=f"put {TRAIN_TAR} beside it"
     )
 
 
@@ -217,14 +235,25 @@ def _has_images(folder: str) -> bool:
     )
 
 
-def _list_folders(source: Path) -> Source:
-    folders = [entry.name for entry in _scan(source) if entry.is_dir()]
+def _list_folders(source: Path, *, val_labels: Path | None) -> Source:
+    entries = _scan(source)
+    folders = [entry.name for entry in entries if entry.is_dir()]
     if not folders:
+        endings = {Path(entry.name).suffix.lower(): entry.name for entry in reversed(entries)}
+        archives = endings.keys() & _ARCHIVES
+        if archives and not endings.keys() & IMAGE_SUFFIXES:
+            raise DataError(
+                f"{source} holds archives, such as {endings[min(archives)]}",
+                hint="unpack them, and name the folder of what comes out",
+            )
         raise DataError(
             f"{source} holds no class folders",
             hint="sort the images into SOURCE/CLASS/, or list them in a CSV of path,label",
         )
     train, val = _find_parts(source, folders)
+    unsorted = val is not None and not any(e.is_dir() for e in _scan(source / val))
+    if val_labels is not None and not unsorted:
+        raise _no_use_of_labels(source, "folders", val_labels)
     if train is None:
         found = _Found()
         empty = _walk_classes(source, found, prefix="", split="train")
@@ -232,7 +261,11 @@ def _list_folders(source: Path) -> Source:
     found, notes = _Found(), []
     _tell_passed(_scan_both(source)[1], found, prefix="")
     empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
-    if val is not None:
+    if val is not None and val_labels is not None:
+        files = _iter_files(source / val, val, found, above=())
+        images = [(path, file, 0, size) for path, file, size in files if _is_image(path, found)]
+        _add_labelled(found, images, val_labels)
+    elif val is not None:
         empty += _walk_classes(source / val, found, prefix=f"{val}/", split="val")
     notes += _tell_empty(empty)
     unused = [name for name in folders if name not in (train, val)]
@@ -284,9 +317,11 @@ def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list
         else:
             found.left_out.append((f"{prefix}{entry.name}", "outside the class folders"))
     if not folders:
+        labelled = " or give their labels by --val-labels FILE," if split == "val" else ""
         raise DataError(
             f"{root} holds no class folders, only files",
-            hint=f"sort the images into {root}/CLASS/, or list them in a CSV of path,label",
+            hint=f"sort the images into {root}/CLASS/,{labelled} or list them in a CSV of"
+            " path,label",
         )
     return empty
 
@@ -314,11 +349,16 @@ def _iter_files(
 
 
 def _add_file(found: _Found, path: str, file: str, *, name: str, split: str, size: int) -> None:
-    suffix = Path(path).suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
+    if _is_image(path, found):
         found.add(path, file, name, split, 0, size)
-    else:
+
+
+def _is_image(path: str, found: _Found) -> bool:
+    """Whether a file is tried as an image; else it is listed as left out."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
         found.left_out.append((path, f"{suffix} is no ending of an image file"))
+    return suffix in IMAGE_SUFFIXES
 
 
 def _with_sorted_classes(
@@ -390,13 +430,10 @@ def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | 
     with tar.open("rb") as file:
         for member in iter_members(file, where=f"{tar} ({name})", begin=begin, end=end):
             path = f"{name}/{member.name.removeprefix('./')}"
-            suffix = Path(path).suffix.lower()
-            if suffix == ".cls":
+            if path.lower().endswith(".cls"):
                 raise _shards_error(tar)
-            if suffix not in IMAGE_SUFFIXES:
-                found.left_out.append((path, f"{suffix} is no ending of an image file"))
-                continue
-            found.add(path, str(tar), name, "train", member.offset, member.size)
+            if _is_image(path, found):
+                found.add(path, str(tar), name, "train", member.offset, member.size)
     return len(found.rows) > before
 
 
@@ -432,13 +469,19 @@ def _add_imagenet_val(found: _Found, tar: Path, labels: Path) -> None:
     if not tar.is_file():
         raise DataError(f"there is no {tar}, which --val-labels is for", hint=f"put it at {tar}")
     with tar.open("rb") as file:
-        members = sorted(iter_members(file, where=str(tar)), key=lambda member: member.name)
-    classes = sorted(found.names("train"))
-    stems = [Path(member.name).stem for member in members]
-    names = _read_val_labels(labels, stems, classes=classes)
-    for member, stem in zip(members, stems, strict=True):
-        path = f"val/{names[stem]}/{Path(member.name).name}"
-        found.add(path, str(tar), names[stem], "val", member.offset, member.size)
+        members = iter_members(file, where=str(tar))
+        images = [(member.name, str(tar), member.offset, member.size) for member in members]
+    _add_labelled(found, images, labels)
+
+
+def _add_labelled(found: _Found, images: Sequence[tuple[str, str, int, int]], labels: Path) -> None:
+    """Add validation images whose labels are in a file; (name, file, offset, size) of each."""
+    images = sorted(images)
+    stems = [Path(name).stem for name, *_ in images]
+    names = _read_val_labels(labels, stems, classes=sorted(found.names("train")))
+    for (name, file, offset, size), stem in zip(images, stems, strict=True):
+        path = f"val/{names[stem]}/{Path(name).name}"
+        found.add(path, file, names[stem], "val", offset, size)
 
 
 def _read_val_labels(
@@ -458,7 +501,8 @@ def _read_val_labels(
             raise DataError(
                 f"{path} holds bare numbers: the devkit's numbers are ILSVRC ids, which do not "
                 "follow the order of the wnids, so they are no labels",
-                hint="give lines of `FILENAME WNID`, or one wnid a line in the order of the files",
+                hint="give lines of `FILENAME WNID`, such as Kaggle's LOC_val_solution.csv, or one"
+                " wnid a line in the order of the files",
             )
         if len(rows) != len(stems):
             raise DataError(
@@ -478,7 +522,7 @@ def _read_val_labels(
         raise DataError(
             f"{path} has no label for {len(missing):,} of {len(stems):,} images, such as "
             f"{missing[0]}",
-            hint="give a line for each image of the tar",
+            hint="give a line for each image",
         )
     if all(name.isdigit() for name in named.values()):
         highest = max(int(name) for name in named.values())
@@ -492,8 +536,8 @@ def _read_val_labels(
     unknown = sorted(set(named.values()) - set(classes))
     if unknown:
         raise DataError(
-            f"{path} names {unknown[0]}, which is no class of the training tar",
-            hint="give lines of `FILENAME WNID` with the wnids of the training tar",
+            f"{path} names {unknown[0]}, which is no class of the training part",
+            hint="give lines of `FILENAME WNID` with the wnids of the training part",
         )
     return named
 

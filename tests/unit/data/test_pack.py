@@ -521,6 +521,36 @@ def test_labels_that_do_not_fit_the_validation_images_are_refused(
     assert caught.value.hint
 
 
+def test_validation_images_in_no_class_folders_get_the_labels_of_a_file(folders, tmp_path):
+    flat = tmp_path / "CLS-LOC"
+    shutil.copytree(folders / "train", flat / "train")
+    write_folders(flat, {"val": 3})
+    (flat / "val" / "notes.txt").write_text("no image")
+    labels = tmp_path / "solution.csv"
+    labels.write_text("ImageId,PredictionString\n000,b 1 2 3 4\n001,a 1 2 3 4\n002,b 1 2 3 4\n")
+
+    packed = pack(flat, tmp_path / "out", val_labels=labels)
+
+    assert packed.card.splits["val"].class_images == (1, 2)
+    assert packed.unreadable == 1
+    assert labels_by_source(tmp_path / "out", "val")["val/a/001.jpg"] == 0
+    with pytest.raises(DataError, match="holds no class folders, only files") as caught:
+        pack(flat, tmp_path / "other")
+    assert "--val-labels FILE" in caught.value.hint
+
+
+def test_imagenets_validation_tar_is_not_a_source_of_its_own(imagenet, tmp_path):
+    val = imagenet / "ILSVRC2012_img_val.tar"
+
+    with pytest.raises(DataError, match="is packed together with") as caught:
+        pack(val, tmp_path / "out")
+    assert f"convnext data pack {imagenet} OUT --val-labels FILE" in caught.value.hint
+
+    (imagenet / "ILSVRC2012_img_train.tar").unlink()
+    with pytest.raises(DataError, match=r"but not ILSVRC2012_img_train\.tar"):
+        pack(val, tmp_path / "out")
+
+
 def test_a_folder_of_class_tars_is_read(tmp_path):
     folder = tmp_path / "winter21_whole"
     folder.mkdir()
@@ -891,6 +921,8 @@ def test_sources_that_cannot_be_used_are_refused_with_a_sentence_and_a_hint(fold
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose" / "0.jpg").write_bytes(jpeg(1))
     (tmp_path / "photos.zip").write_bytes(b"PK")
+    (tmp_path / "zipped").mkdir()
+    (tmp_path / "zipped" / "n01440764.tar.gz").write_bytes(b"\x1f\x8b")
     write_folders(tmp_path / "lonely", {"only": 2})
     write_folders(tmp_path / "deep" / "data", {"a": 1, "b": 1})
     write_folders(tmp_path / "twisted" / "train", {"a": 1, "b": 1})
@@ -906,6 +938,7 @@ def test_sources_that_cannot_be_used_are_refused_with_a_sentence_and_a_hint(fold
         ("empty", "holds no class folders", "CSV"),
         ("loose", "holds no class folders", "CSV"),
         ("photos.zip", "neither a folder nor a .csv nor a .tar", "unpack it"),
+        ("zipped", r"holds archives, such as n01440764\.tar\.gz", "unpack them"),
         ("lonely", r"holds 1 class \(only\)", "2 or more"),
         ("deep", r"holds 1 class \(data\)", f"convnext data pack {tmp_path}/deep/data OUT"),
         ("twisted", "of the validation part: c", "alike"),
