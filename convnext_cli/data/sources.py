@@ -19,6 +19,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -110,7 +111,7 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
     Raises:
         DataError: It is not there, is of no known kind, or its classes do not fit together.
     """
-    try:
+    with _reading(source):
         kind, train = _recognise(source)
         if val_labels is not None and kind not in ("folders", "imagenet"):
             raise _no_use_of_labels(source, kind, val_labels)
@@ -123,6 +124,25 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
                 return _list_imagenet(train, val_labels=val_labels)
             case "class_tars":
                 return _list_class_tars(source)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The files below a folder that have the ending of an image and would be packed.
+
+    Raises:
+        DataError: A folder cannot be read.
+    """
+    with _reading(folder):
+        files = _iter_files(folder, folder.name, _Found(), above=())
+        paths = [Path(file) for _, file, _ in files]
+    return [path for path in paths if path.suffix and path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Tell a path below a source that cannot be read as a user's error."""
+    try:
+        yield
     except OSError as error:
         path = error.filename or source
         raise DataError(
