@@ -42,7 +42,7 @@ from convnext_cli.data.card import (
     read_card,
     write_card,
 )
-from convnext_cli.data.fetch import is_url, read_file, without_secrets
+from convnext_cli.data.fetch import is_url, read_file, unmask, without_secrets
 from convnext_cli.data.index import (
     NO_NUMBER,
     LabelSource,
@@ -432,6 +432,8 @@ def _opened(url: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[Bina
             size = getattr(file, "size", None)
             yield file, size if is_url(url) else Path(url).stat().st_size
     except FileNotFoundError as error:
+        if unmask(error) is not error:
+            raise unmask(error) from None
         raise DataError(f"{shown}: there is no such file", hint="check the address") from error
     except PermissionError as error:
         raise DataError(

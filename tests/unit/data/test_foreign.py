@@ -315,6 +315,13 @@ def test_a_shard_that_is_not_on_the_web_is_told(web_address, tmp_path):
         index_all([f"{web_address}/absent.tar"], tmp_path / "out")
 
 
+def test_a_server_that_does_not_answer_is_asked_again_and_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    with pytest.raises(DataError, match=r"a\.tar: ClientConnectorError: .* \(3 tries\)"):
+        index_all(["http://127.0.0.1:1/a.tar"], tmp_path / "out")
+
+
 def test_a_protocol_that_nobody_knows_is_told(tmp_path):
     with pytest.raises(DataError, match="this protocol cannot be read"):
         index_all(["nosuch://x/a.tar"], tmp_path / "out")
