@@ -652,10 +652,13 @@ def _list_csv(source: Path) -> Source:
         raise DataError(
             f"{source} has images for validation alone", hint="give images to train on, too"
         )
-    numbered = all(re.fullmatch(r"[+-]?\d+", row[2]) for row in found.rows)
+    names = {row[2] for row in found.rows}
+    words = {name for name in names if not re.fullmatch(r"[+-]?\d+", name)}
+    if words and words != names:
+        notes.append(f"labels are names in the order of text, because {min(words)!r} is no number")
     listed = (
         _with_numbered_classes(found, source=source, notes=notes)
-        if numbered
+        if not words
         else _with_sorted_classes("csv", found, source=source, notes=notes)
     )
     if not num_there:

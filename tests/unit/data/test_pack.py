@@ -393,6 +393,15 @@ def test_a_path_from_the_home_folder_is_found(folders, tmp_path, monkeypatch):
     assert pack(table, tmp_path / "out").card.splits["train"].images == 2
 
 
+def test_a_word_among_numbers_makes_all_labels_names_and_is_said(folders, tmp_path):
+    rows = ["train/a/000.jpg,10", "train/a/001.jpg,2", "train/b/000.jpg,nan"]
+
+    packed = pack(write_table(folders / "t.csv", rows), tmp_path / "out")
+
+    assert packed.card.classes == ("10", "2", "nan")
+    assert packed.notes == ("labels are names in the order of text, because 'nan' is no number",)
+
+
 def test_images_with_several_labels_are_said(folders, tmp_path):
     rows = ["train/a/000.jpg,a", "train/b/000.jpg,b", "train/a/000.jpg,b"]
 
