@@ -38,7 +38,7 @@ def pack(
     ] = None,
     val_labels: Annotated[
         Path | None,
-        typer.Option(help="Labels of ImageNet's validation tar: lines of FILENAME WNID."),
+        typer.Option(help="Labels of ImageNet's validation images: lines of FILENAME WNID."),
     ] = None,
     resize_short: Annotated[
         int | None, typer.Option(help="Short side of larger images, in pixels.", metavar="PX")
@@ -128,19 +128,14 @@ def check(
     Example: convnext data check packed --deep
     """
     from convnext_cli.data.audit import check_dataset
-    from convnext_cli.data.fetch import is_url
+    from convnext_cli.data.fetch import default_cache_dir
 
-    cache_dir = None
-    if is_url(directory):
-        from convnext_cli.data.fetch import default_cache_dir
-
-        cache_dir = default_cache_dir()
     with Progress(*_columns(), console=console, transient=True) as progress:
         bar = progress.add_task("checking", total=None)
         report = check_dataset(
             directory,
             deep=deep,
-            cache_dir=cache_dir,
+            cache_dir=default_cache_dir(),
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     if json_output:

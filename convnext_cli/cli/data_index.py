@@ -43,6 +43,7 @@ def index(
     """
     from convnext_cli.data.foreign import (
         choose_split,
+        common_root,
         index_shards,
         list_shards,
         parse_label_source,
@@ -51,8 +52,11 @@ def index(
     val_shards = list_shards(val or ())
     asked_val = frozenset(val_shards)
     others = [url for url in list_shards(shards) if url not in asked_val]
-    train_shards = [url for url in others if val or choose_split(url) == "train"]
-    val_shards = val_shards or [url for url in others if choose_split(url) == "val"]
+    train_shards = others
+    if not val:
+        root = common_root(others)
+        train_shards = [url for url in others if choose_split(url, root=root) == "train"]
+        val_shards = [url for url in others if choose_split(url, root=root) == "val"]
     names = None if classes is None else _read_classes(classes)
     columns = (
         TextColumn("{task.description}"),
@@ -116,7 +120,8 @@ def index(
         console.print(f"{made.reused_shards} shards were scanned before", soft_wrap=True)
     console.print(f"\nwritten to {out}; next:", soft_wrap=True)
     console.print(f"  convnext data check {quote_path(out)}", soft_wrap=True)
-    console.print(f"  convnext train small_data --data {quote_path(out)}", soft_wrap=True)
+    if "train" in card.splits:
+        console.print(f"  convnext train small_data --data {quote_path(out)}", soft_wrap=True)
 
 
 def _read_classes(path: Path) -> list[str]:

@@ -80,12 +80,14 @@ def find_images(asked: Sequence[str]) -> tuple[list[Path], list[Unread]]:
     A named file is taken whatever its name says, if it is a regular file; from folders those that
     `convnext data pack` would take.
     """
+    from convnext_cli.data.sources import list_images
+
     found: dict[Path, None] = {}
     unread: list[Unread] = []
     for name in asked:
         path = Path(name).expanduser()
         if path.is_dir():
-            files = _list_folder(path)
+            files = list_images(path)
             if not files:
                 unread.append(Unread(image=name, reason="a folder without images"))
         elif path.exists() or not set(name) & set("*?["):
@@ -99,20 +101,6 @@ def find_images(asked: Sequence[str]) -> tuple[list[Path], list[Unread]]:
     reason = "not a regular file, but a device or a pipe"
     unread += [Unread(image=str(path), reason=reason) for path in special]
     return [path for path in found if path not in special], unread
-
-
-def _list_folder(folder: Path) -> list[Path]:
-    """Files of a folder, however deep, with an image's suffix, sorted; hidden ones left out."""
-    from convnext_cli.data.sources import IMAGE_SUFFIXES
-
-    return [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.suffix
-        and file.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and not file.is_dir()
-    ]
 
 
 def _match(pattern: Path) -> list[Path]:

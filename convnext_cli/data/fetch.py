@@ -501,6 +501,7 @@ def _classify(error: Exception, shown: str) -> _Passing:
             f"{shown}: this protocol cannot be read ({error})",
             hint="install its fsspec package: pip install 'convnext[s3]' or 'convnext[gcs]'",
         ) from error
+    error = unmask(error)
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         raise DataError(
@@ -522,6 +523,13 @@ def _classify(error: Exception, shown: str) -> _Passing:
         ) from error
     told = f"HTTP status {status}" if status is not None else f"{type(error).__name__}"
     return _Passing(told, pause_seconds=_retry_after(error))
+
+
+def unmask(error: Exception) -> Exception:
+    """What was met, where fsspec's HTTP back end says of any failure that there is no such file."""
+    cause = error.__cause__
+    http = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
+    return cause if http and isinstance(cause, Exception) and _status(cause) != 404 else error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

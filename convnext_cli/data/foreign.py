@@ -25,9 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
-import fsspec
 import numpy as np
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
@@ -43,7 +42,7 @@ from convnext_cli.data.card import (
     read_card,
     write_card,
 )
-from convnext_cli.data.fetch import is_url, read_file, without_secrets
+from convnext_cli.data.fetch import is_url, read_file, unmask, without_secrets
 from convnext_cli.data.index import (
     NO_NUMBER,
     LabelSource,
@@ -56,13 +55,15 @@ from convnext_cli.data.index import (
     write_index,
 )
 from convnext_cli.data.pool import iter_done
-from convnext_cli.errors import DataError, Stopped
+from convnext_cli.errors import DataError, Stopped, quote_path
 from convnext_cli.runs.record import write_json, writing_to
 
 STATE_NAME = "index-state"
 INFO_NAMES = ("_info.json", "info.json")
 _VALIDATION = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
+_TRAINING = re.compile(r"(^|[^a-z])(train|training)([^a-z]|$)")
 _WNID = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?![0-9])")
+_COMPRESSED_TAR = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 _LIKE_A_NUMBER = re.compile(r"[+-]?[\d.]+")
 _MAX_CLASSES = 1_000_000
 _VERSION_FIELDS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime", "created")
@@ -160,9 +161,17 @@ def class_numbers(scan: Scan, card: DatasetCard) -> NDArray[np.int32]:
     return np.array([number.get(text, NO_NUMBER) for text in scan.label_texts], dtype=np.int32)
 
 
-def choose_split(url: str) -> str:
-    """Val for shards whose name says validation or test, else train."""
-    return "val" if _VALIDATION.search(PurePosixPath(url).name.lower()) else "train"
+def choose_split(url: str, *, root: str) -> Literal["train", "val"]:
+    """Val for a shard whose name says validation or test, else train.
+
+    Where its name says neither, the folders that it lies in below the root of all shards do.
+    """
+    for part in reversed(PurePosixPath(url.removeprefix(root).lower()).parts):
+        if _VALIDATION.search(part):
+            return "val"
+        if _TRAINING.search(part):
+            return "train"
+    return "train"
 
 
 def list_shards(urls: Sequence[str]) -> list[str]:
@@ -191,6 +200,11 @@ def list_shards(urls: Sequence[str]) -> list[str]:
                     " in dataset.json",
                     hint="give credentials as the environment of this machine",
                 )
+            if "*" in one:
+                raise DataError(
+                    f"{one}: patterns with * are not read",
+                    hint="name the folder of the shards, or use braces: train-{0000..0127}.tar",
+                )
             path = one.removeprefix("file://")
             place = one if is_url(one) else str(Path(path).expanduser().absolute())
             found += [place] if place.endswith(".tar") else _list_folder(place)
@@ -202,20 +216,39 @@ def list_shards(urls: Sequence[str]) -> list[str]:
 
 def _list_folder(place: str) -> list[str]:
     try:
-        files, _, _ = fsspec.get_fs_token_paths(f"{place.rstrip('/')}/*.tar")
-        shards = sorted(files.glob(f"{place.rstrip('/')}/*.tar"))
-        named = [files.unstrip_protocol(shard) if is_url(place) else shard for shard in shards]
+        files, folder = url_to_fs(place)
+        listed = sorted(files.ls(folder, detail=False))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"there is no {place}", hint="name shards that end with .tar, or their folder"
+        ) from error
     except Exception as error:  # every fsspec back end raises classes of its own
         raise DataError(
             f"{place}: its shards cannot be listed ({type(error).__name__}: {error})",
             hint="name them: URL/train-{0000..0127}.tar",
         ) from error
-    if not named:
-        raise DataError(
-            f"{place}: there is no .tar file in it",
-            hint="name the shards, or their folder; other images: convnext data pack",
+    shards = [name for name in listed if name.endswith(".tar")]
+    if not shards:
+        raise _no_shards(place, listed)
+    return [files.unstrip_protocol(shard) if is_url(place) else shard for shard in shards]
+
+
+def _no_shards(place: str, listed: Sequence[str]) -> DataError:
+    """Why a folder has none: they are compressed, or lie one level below."""
+    compressed = next((name for name in listed if _COMPRESSED_TAR.search(name)), None)
+    if compressed is not None:
+        return DataError(
+            f"{compressed} is compressed; shards are plain tar files",
+            hint="unpack it first, such as with gunzip or zstd -d",
         )
-    return named
+    below = () if is_url(place) else sorted({shard.parent for shard in Path(place).glob("*/*.tar")})
+    return DataError(
+        f"{place}: there is no .tar file in it",
+        hint=f"name the folders of the shards: {' '.join(map(quote_path, below[:5]))}"
+        + (" ..." if len(below) > 5 else "")
+        if below
+        else "name the shards, or their folder; other images: convnext data pack",
+    )
 
 
 def common_root(shards: Sequence[str]) -> str:
@@ -274,9 +307,9 @@ def index_shards(
     }
     _check_out(out, [name for found in names.values() for name in found])
     urls = {name: f"{root}/{name}" for found in names.values() for name in found}
+    source = labels or _find_labels(next(iter(urls.values())))
     with writing_to(out):
         (out / STATE_NAME).mkdir(parents=True, exist_ok=True)
-    source = labels or _find_labels(next(iter(urls.values())))
     done = {
         name: record
         for name, record in _read_records(out, urls).items()
@@ -399,6 +432,8 @@ def _opened(url: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[Bina
             size = getattr(file, "size", None)
             yield file, size if is_url(url) else Path(url).stat().st_size
     except FileNotFoundError as error:
+        if unmask(error) is not error:
+            raise unmask(error) from None
         raise DataError(f"{shown}: there is no such file", hint="check the address") from error
     except PermissionError as error:
         raise DataError(
@@ -529,7 +564,10 @@ def _choose_classes(
     if not found:
         kinds = Counter(kind for record in records.values() for kind in record.skipped)
         held = f", only {', '.join(list(kinds)[:5])}" if kinds else ""
-        raise DataError(f"the shards hold no samples{held}", hint="look inside: tar tf SHARD")
+        raise DataError(
+            f"the shards hold no samples{held}",
+            hint="look inside: tar tf SHARD; a key ends at the first dot of a file's name",
+        )
     numbers = {text: parse_class_number(text) for text in found}
     if any(number == NO_NUMBER for number in numbers.values()):
         return _choose_named(found, numbers, asked, images=sum(r.images for r in records.values()))
@@ -549,6 +587,8 @@ def _choose_classes(
         )
     notes = []
     used = set(numbers.values())
+    if count < 2:
+        raise _one_class(found)
     if len(used) < count:
         gap = next(number for number in range(count) if number not in used)
         notes.append(f"{count - len(used):,} of {count:,} class numbers have no sample, as {gap}")
@@ -580,9 +620,18 @@ def _choose_named(
             hint="name the classes as they are written, one a line: --classes FILE",
         )
     notes = []
+    if len(found) < 2:
+        raise _one_class(found)
     if 2 * len(found) > images:
         notes.append(f"{len(found):,} names for {images:,} images: perhaps they are no labels")
     return tuple(sorted(found)), True, notes
+
+
+def _one_class(found: Mapping[str, str]) -> DataError:
+    return DataError(
+        f"{next(iter(found.values()))} is the only class, but 2 or more are needed",
+        hint="say where labels are: --label json:FIELD; or name all classes: --classes FILE",
+    )
 
 
 def _pair_wnids(records: Mapping[str, _Record], count: int) -> tuple[tuple[str, ...], str]:

@@ -45,7 +45,7 @@ _MAX_LABEL = (1 << 31) - 1
 NO_NUMBER = -1
 _MAX_TEXT_BYTES = 1 << 20
 """Of a label, or a name in a header of its own."""
-_COPY_AGAIN = "copy the shard again, or pack the data set again"
+_COPY_AGAIN = "copy the file again, or make it again"
 _FILES = (b"0", b"\0", b"7")
 _NAMES = (b"L", b"x")
 _ABOUT_OTHERS = (b"K", b"g")
@@ -149,7 +149,7 @@ def iter_members(
         if len(header) < _BLOCK:
             cut = min(end, file.tell())
             raise DataError(
-                f"{where}: the shard is cut at byte {cut:,}: its end mark is missing",
+                f"{where}: the tar is cut at byte {cut:,}: its end mark is missing",
                 hint=_COPY_AGAIN,
             )
         if header == bytes(_BLOCK):
@@ -164,7 +164,8 @@ def iter_members(
         wanted = sum(header[:148]) + 8 * 32 + sum(header[156:])
         if _octal(header[148:156]) != wanted:
             raise DataError(
-                f"{where}: the header at byte {at:,} is damaged",
+                f"{where}: the header at byte {at:,} is damaged"
+                + (", or it is no tar" if at == begin else ""),
                 hint=_COPY_AGAIN,
             )
         kind = header[156:157]
@@ -464,7 +465,7 @@ def _iter_samples(
                 yield current, found
             current, found = key, {}
         if kind in found:
-            raise DataError(f"{where}: {name} comes twice", hint=_REPACK)
+            raise DataError(f"{where}: {name} is a second {kind} of its sample", hint=_REPACK)
         found[kind] = value
     if current is not None:
         yield current, found

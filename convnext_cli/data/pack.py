@@ -180,7 +180,7 @@ def pack(
         return Packed(
             card=done,
             kind=listed.kind,
-            notes=listed.notes,
+            notes=(*listed.notes, *_tell_newer(listed, than=out / CARD_NAME)),
             unreadable=unreadable,
             reused_shards=sum(len(split.shards) for split in done.splits.values()),
         )
@@ -194,6 +194,9 @@ def pack(
         tasks = _cut(listed, options, folder=out)
         records = {task.name: _read_record(out, task.name) for task in tasks}
         finished = [record for record in records.values() if record is not None]
+        notes = listed.notes
+        if finished:
+            notes += _tell_newer(listed, than=state / PLAN_NAME)
         try:
             _run(
                 [task for task in tasks if records[task.name] is None],
@@ -211,7 +214,7 @@ def pack(
     return Packed(
         card=card,
         kind=listed.kind,
-        notes=listed.notes,
+        notes=notes,
         unreadable=unreadable,
         reused_shards=len(finished),
     )
@@ -294,6 +297,27 @@ def _fingerprint(listed: Source, options: PackOptions) -> str:
 
 def _place(sample: Sample) -> tuple[str, str, int, int]:
     return sample.split, sample.path, sample.label, sample.offset
+
+
+def _tell_newer(listed: Source, *, than: Path) -> tuple[str, ...]:
+    """Whether files of the source changed since they were packed, with names and sizes as before.
+
+    The fingerprint knows no times, so that a copy of a source is the same source; a copy whose
+    times are new is therefore only told, and its bytes are not read.
+    """
+
+    def changed(file: str) -> int:
+        try:
+            return Path(file).stat().st_mtime_ns
+        except OSError:  # packing has said so
+            return 0
+
+    limit = changed(str(than))
+    newer = [file for file in {sample.file for sample in listed.samples} if changed(file) > limit]
+    if not newer:
+        return ()
+    more = f" and {len(newer) - 1:,} more files are" if len(newer) > 1 else " is"
+    return (f"{min(newer)}{more} newer than what is packed: if images changed, name another OUT",)
 
 
 def _read_finished(out: Path, *, fingerprint: str) -> DatasetCard | None:

@@ -4,7 +4,7 @@
 folders      SOURCE/<class>/**/*.jpg, or SOURCE/train/<class>/... and SOURCE/val/<class>/...
 csv          rows of path,label[,split], with or without a header; paths start at the file's folder
 imagenet     ILSVRC2012_img_train.tar (a tar of one tar a class), with ILSVRC2012_img_val.tar
-             where a file tells its labels
+             where a file tells its labels; or SOURCE/train/<class>/... and SOURCE/val/*.JPEG
 class_tars   a folder of one tar a class, such as ImageNet-21K (winter21)
 ```
 
@@ -19,6 +19,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -47,6 +48,7 @@ _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 _LITTER = frozenset(("thumbs.db", "desktop.ini"))
 _MAX_LABEL = 1_000_000
+_SHOWN_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +111,52 @@ def list_source(source: Path, *, val_labels: Path | None = None) -> Source:
     Raises:
         DataError: It is not there, is of no known kind, or its classes do not fit together.
     """
-    try:
+    with _reading(source):
         kind, train = _recognise(source)
-        if val_labels is not None and kind != "imagenet":
-            raise DataError(
-                f"{source} is {KIND_TITLES[kind]}: --val-labels is for {VAL_TAR} alone",
-                hint=f"leave out --val-labels {quote_path(val_labels)}",
-            )
+        if val_labels is not None and kind not in ("folders", "imagenet"):
+            raise _no_use_of_labels(source, kind, val_labels)
         match kind:
             case "folders":
-                return _list_folders(source)
+                return _list_folders(source, val_labels=val_labels)
             case "csv":
                 return _list_csv(source)
             case "imagenet":
                 return _list_imagenet(train, val_labels=val_labels)
             case "class_tars":
                 return _list_class_tars(source)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The files below a folder that have the ending of an image and would be packed.
+
+    Raises:
+        DataError: A folder cannot be read.
+    """
+    with _reading(folder):
+        files = _iter_files(folder, folder.name, _Found(), above=())
+        paths = [Path(file) for _, file, _ in files]
+    return [path for path in paths if path.suffix and path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Tell a path below a source that cannot be read as a user's error."""
+    try:
+        yield
     except OSError as error:
         path = error.filename or source
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}",
             hint=f"check the path and your permission: ls -ld {quote_path(path)}",
         ) from error
+
+
+def _no_use_of_labels(source: Path, kind: SourceKind, val_labels: Path) -> DataError:
+    return DataError(
+        f"{source} is {KIND_TITLES[kind]}: --val-labels is for {VAL_TAR}, or for validation images"
+        " that lie in no class folders",
+        hint=f"leave out --val-labels {quote_path(val_labels)}",
+    )
 
 
 def _recognise(source: Path) -> tuple[SourceKind, Path]:
@@ -143,13 +169,15 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
         match source.suffix.lower():
             case ".csv" | ".tsv":
                 return "csv", source
+            case ".tar" if source.name == VAL_TAR:
+                raise _val_alone(source.parent)
             case ".tar":
                 return "imagenet", source
             case ending:
                 unpack = "unpack it first and name the folder" if ending in _ARCHIVES else None
                 raise DataError(
                     f"{source} is neither a folder nor a .csv nor a .tar",
-                    hint=unpack or "name a folder of class folders, a CSV or a tar",
+                    hint=unpack or "name a folder of class folders, a CSV of path,label or a tar",
                 )
     if (source / CARD_NAME).is_file():
         raise DataError(
@@ -160,9 +188,7 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
     if any(entry.name == TRAIN_TAR for entry in entries):
         return "imagenet", source / TRAIN_TAR
     if any(entry.name == VAL_TAR for entry in entries):
-        raise DataError(
-            f"{source} holds {VAL_TAR} but not {TRAIN_TAR}", hint=f"put {TRAIN_TAR} beside it"
-        )
+        raise _val_alone(source)
     has_folders = any(entry.is_dir() for entry in entries)
     if not has_folders and any(entry.name.endswith(".tar") for entry in entries):
         if any(re.fullmatch(r".*\d{4,}\.tar", e.name) and "-" in e.name for e in entries):
@@ -175,6 +201,19 @@ def _shards_error(source: Path) -> DataError:
     return DataError(
         f"{source} holds WebDataset shards, not class tars",
         hint="train on them as they are: data.mode=stream data.path=SHARDS",
+    )
+
+
+def _val_alone(folder: Path) -> DataError:
+    """The validation tar is named, or lies without the training tar."""
+    if (folder / TRAIN_TAR).is_file():
+        return DataError(
+            f"{VAL_TAR} is packed together with {TRAIN_TAR}",
+            hint="name their folder:"
+            f" convnext data pack {quote_path(folder)} OUT --val-labels FILE",
+        )
+    return DataError(
+        f"{folder} holds {VAL_TAR} but not {TRAIN_TAR}", hint=f"put {TRAIN_TAR} beside it"
     )
 
 
@@ -216,14 +255,25 @@ def _has_images(folder: str) -> bool:
     )
 
 
-def _list_folders(source: Path) -> Source:
-    folders = [entry.name for entry in _scan(source) if entry.is_dir()]
+def _list_folders(source: Path, *, val_labels: Path | None) -> Source:
+    entries = _scan(source)
+    folders = [entry.name for entry in entries if entry.is_dir()]
     if not folders:
+        endings = {Path(entry.name).suffix.lower(): entry.name for entry in reversed(entries)}
+        archives = endings.keys() & _ARCHIVES
+        if archives and not endings.keys() & IMAGE_SUFFIXES:
+            raise DataError(
+                f"{source} holds archives, such as {endings[min(archives)]}",
+                hint="unpack them, and name the folder of what comes out",
+            )
         raise DataError(
             f"{source} holds no class folders",
             hint="sort the images into SOURCE/CLASS/, or list them in a CSV of path,label",
         )
     train, val = _find_parts(source, folders)
+    unsorted = val is not None and not any(e.is_dir() for e in _scan(source / val))
+    if val_labels is not None and not unsorted:
+        raise _no_use_of_labels(source, "folders", val_labels)
     if train is None:
         found = _Found()
         empty = _walk_classes(source, found, prefix="", split="train")
@@ -231,7 +281,11 @@ def _list_folders(source: Path) -> Source:
     found, notes = _Found(), []
     _tell_passed(_scan_both(source)[1], found, prefix="")
     empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
-    if val is not None:
+    if val is not None and val_labels is not None:
+        files = _iter_files(source / val, val, found, above=())
+        images = [(path, file, 0, size) for path, file, size in files if _is_image(path, found)]
+        _add_labelled(found, images, val_labels)
+    elif val is not None:
         empty += _walk_classes(source / val, found, prefix=f"{val}/", split="val")
     notes += _tell_empty(empty)
     unused = [name for name in folders if name not in (train, val)]
@@ -283,9 +337,11 @@ def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list
         else:
             found.left_out.append((f"{prefix}{entry.name}", "outside the class folders"))
     if not folders:
+        labelled = " or give their labels by --val-labels FILE," if split == "val" else ""
         raise DataError(
             f"{root} holds no class folders, only files",
-            hint=f"sort the images into {root}/CLASS/, or list them in a CSV of path,label",
+            hint=f"sort the images into {root}/CLASS/,{labelled} or list them in a CSV of"
+            " path,label",
         )
     return empty
 
@@ -313,11 +369,16 @@ def _iter_files(
 
 
 def _add_file(found: _Found, path: str, file: str, *, name: str, split: str, size: int) -> None:
-    suffix = Path(path).suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
+    if _is_image(path, found):
         found.add(path, file, name, split, 0, size)
-    else:
+
+
+def _is_image(path: str, found: _Found) -> bool:
+    """Whether a file is tried as an image; else it is listed as left out."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
         found.left_out.append((path, f"{suffix} is no ending of an image file"))
+    return suffix in IMAGE_SUFFIXES
 
 
 def _with_sorted_classes(
@@ -343,7 +404,7 @@ def _with_sorted_classes(
     if len(classes) < 2:
         raise DataError(
             f"{source} holds 1 class ({classes[0]}), but 2 or more are needed",
-            hint=_deeper(source) or "sort the images into 2 or more class folders",
+            hint=_deeper(source) or "give images of 2 or more classes",
         )
     return Source(
         kind=kind,
@@ -389,13 +450,10 @@ def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | 
     with tar.open("rb") as file:
         for member in iter_members(file, where=f"{tar} ({name})", begin=begin, end=end):
             path = f"{name}/{member.name.removeprefix('./')}"
-            suffix = Path(path).suffix.lower()
-            if suffix == ".cls":
+            if path.lower().endswith(".cls"):
                 raise _shards_error(tar)
-            if suffix not in IMAGE_SUFFIXES:
-                found.left_out.append((path, f"{suffix} is no ending of an image file"))
-                continue
-            found.add(path, str(tar), name, "train", member.offset, member.size)
+            if _is_image(path, found):
+                found.add(path, str(tar), name, "train", member.offset, member.size)
     return len(found.rows) > before
 
 
@@ -431,13 +489,19 @@ def _add_imagenet_val(found: _Found, tar: Path, labels: Path) -> None:
     if not tar.is_file():
         raise DataError(f"there is no {tar}, which --val-labels is for", hint=f"put it at {tar}")
     with tar.open("rb") as file:
-        members = sorted(iter_members(file, where=str(tar)), key=lambda member: member.name)
-    classes = sorted(found.names("train"))
-    stems = [Path(member.name).stem for member in members]
-    names = _read_val_labels(labels, stems, classes=classes)
-    for member, stem in zip(members, stems, strict=True):
-        path = f"val/{names[stem]}/{Path(member.name).name}"
-        found.add(path, str(tar), names[stem], "val", member.offset, member.size)
+        members = iter_members(file, where=str(tar))
+        images = [(member.name, str(tar), member.offset, member.size) for member in members]
+    _add_labelled(found, images, labels)
+
+
+def _add_labelled(found: _Found, images: Sequence[tuple[str, str, int, int]], labels: Path) -> None:
+    """Add validation images whose labels are in a file; (name, file, offset, size) of each."""
+    images = sorted(images)
+    stems = [Path(name).stem for name, *_ in images]
+    names = _read_val_labels(labels, stems, classes=sorted(found.names("train")))
+    for (name, file, offset, size), stem in zip(images, stems, strict=True):
+        path = f"val/{names[stem]}/{Path(name).name}"
+        found.add(path, file, names[stem], "val", offset, size)
 
 
 def _read_val_labels(
@@ -457,7 +521,8 @@ def _read_val_labels(
             raise DataError(
                 f"{path} holds bare numbers: the devkit's numbers are ILSVRC ids, which do not "
                 "follow the order of the wnids, so they are no labels",
-                hint="give lines of `FILENAME WNID`, or one wnid a line in the order of the files",
+                hint="give lines of `FILENAME WNID`, such as Kaggle's LOC_val_solution.csv, or one"
+                " wnid a line in the order of the files",
             )
         if len(rows) != len(stems):
             raise DataError(
@@ -477,7 +542,7 @@ def _read_val_labels(
         raise DataError(
             f"{path} has no label for {len(missing):,} of {len(stems):,} images, such as "
             f"{missing[0]}",
-            hint="give a line for each image of the tar",
+            hint="give a line for each image",
         )
     if all(name.isdigit() for name in named.values()):
         highest = max(int(name) for name in named.values())
@@ -491,8 +556,8 @@ def _read_val_labels(
     unknown = sorted(set(named.values()) - set(classes))
     if unknown:
         raise DataError(
-            f"{path} names {unknown[0]}, which is no class of the training tar",
-            hint="give lines of `FILENAME WNID` with the wnids of the training tar",
+            f"{path} names {unknown[0]}, which is no class of the training part",
+            hint="give lines of `FILENAME WNID` with the wnids of the training part",
         )
     return named
 
@@ -515,11 +580,12 @@ def _list_csv(source: Path) -> Source:
     delimiter = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
     table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        rows = [
-            (table.line_num, [cell.strip() for cell in row])
-            for row in table
-            if any(cell.strip() for cell in row)
-        ]
+        rows, begin = [], 1
+        for row in table:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                rows.append((begin, cells))
+            begin = table.line_num + 1  # a cell in quotes may span lines
     except csv.Error as error:
         raise DataError(
             f"{source} line {table.line_num} cannot be read: {error}",
@@ -535,12 +601,29 @@ def _list_csv(source: Path) -> Source:
         at_split = 2 if thirds and thirds <= {*_TRAIN_NAMES, *_VAL_NAMES} else None
     else:
         (at_path, at_label, at_split), rows = columns, rows[1:]
-    found, unused = _Found(), 0
+    if not rows:
+        raise DataError(
+            f"{source} has a header and nothing below it",
+            hint="write a line of path,label for each image",
+        )
+    found, num_there = _Found(), 0
     for number, row in rows:
         if len(row) <= max(at_path, at_label) or not row[at_path] or not row[at_label]:
             raise DataError(
-                f"{source} line {number}: {delimiter.join(row)!r} is not path{delimiter}label",
-                hint="write a path and a label on each line",
+                f"{source} line {number}: {delimiter.join(row)[:_SHOWN_CHARS]!r} is not"
+                f" path{delimiter}label",
+                hint="write a path and a label on each line; a quote that opens must close",
+            )
+        if "://" in row[at_path]:
+            raise DataError(
+                f"{source} line {number}: {row[at_path][:_SHOWN_CHARS]} is an address: images"
+                " are read from disk",
+                hint="download the images, and write their paths",
+            )
+        if "\0" in row[at_path]:
+            raise DataError(
+                f"{source} line {number}: the path holds a NUL character",
+                hint="write the table as plain text",
             )
         given = "train" if at_split is None or at_split >= len(row) else row[at_split].lower()
         if given not in (*_TRAIN_NAMES, *_VAL_NAMES):
@@ -549,9 +632,11 @@ def _list_csv(source: Path) -> Source:
             )
         split = "train" if given in _TRAIN_NAMES else given
         path = row[at_path]
-        file = source.parent / path
-        size = file.stat().st_size if file.is_file() else 0
-        found.add(path, str(file), row[at_label], split, 0, size)
+        home = path.startswith("~/")
+        file = Path(path).expanduser() if home else source.parent / path
+        there = file.is_file()
+        num_there += there
+        found.add(path, str(file), row[at_label], split, 0, file.stat().st_size if there else 0)
     names = {row[3] for row in found.rows}
     val = next((name for name in _VAL_NAMES if name in names), None)
     unused = len(found.rows)
@@ -562,9 +647,35 @@ def _list_csv(source: Path) -> Source:
     ]
     unused -= len(found.rows)
     notes = [f"not packed: {unused:,} rows of other splits than train and {val}"] if unused else []
-    if found.rows and all(re.fullmatch(r"[+-]?\d+", row[2]) for row in found.rows):
-        return _with_numbered_classes(found, source=source, notes=notes)
-    return _with_sorted_classes("csv", found, source=source, notes=notes)
+    notes += _tell_several_labels(found)
+    if not found.names("train"):
+        raise DataError(
+            f"{source} has images for validation alone", hint="give images to train on, too"
+        )
+    names = {row[2] for row in found.rows}
+    words = {name for name in names if not re.fullmatch(r"[+-]?\d+", name)}
+    if words and words != names:
+        notes.append(f"labels are names in the order of text, because {min(words)!r} is no number")
+    listed = (
+        _with_numbered_classes(found, source=source, notes=notes)
+        if not words
+        else _with_sorted_classes("csv", found, source=source, notes=notes)
+    )
+    if not num_there:
+        raise DataError(
+            f"{source}: none of its {len(rows):,} images is there, such as {found.rows[0][1]}",
+            hint=f"write whole paths, or such that begin at {source.parent}",
+        )
+    return listed
+
+
+def _tell_several_labels(found: _Found) -> list[str]:
+    """Images that a table lists more than once, with other labels."""
+    label: dict[str, str] = {}
+    several = {row[0] for row in found.rows if label.setdefault(row[0], row[2]) != row[2]}
+    if not several:
+        return []
+    return [f"{len(several):,} images come with several labels, such as {min(several)}"]
 
 
 def _check_no_header(source: Path, row: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from typing import BinaryIO, Self
 
 import psutil
 
-from convnext_cli.errors import RunError, WriteError, quote_path
+from convnext_cli.errors import RunError, StorageError, WriteError, quote_path
 
 _PACKAGES = (
     "convnext", "deepspeed", "fsspec", "lightning", "matplotlib", "mlflow", "numpy",
@@ -235,11 +235,19 @@ def writing_to(path: Path) -> Iterator[None]:
     """Tell a disk that cannot be written as a user's error that names `path`.
 
     Raises:
-        WriteError: The block met an `OSError`.
+        StorageError: A file lies where a folder must be.
+        WriteError: The block met another `OSError`.
     """
     try:
         yield
     except OSError as error:
+        if isinstance(error, (NotADirectoryError, FileExistsError)):
+            file = next((place for place in (path, *path.parents) if place.is_file()), None)
+            if file is not None:
+                raise StorageError(
+                    f"cannot write {path}: {file} is a file, not a folder",
+                    hint=f"name another place, or look: ls -l {quote_path(file)}",
+                ) from error
         folder = quote_path(path.parent)
         raise WriteError(
             f"cannot write {path}: {error.strerror or error}",

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import fsspec
 import pytest
 
 
@@ -32,6 +33,40 @@ def test_the_same_command_again_reads_nothing(run_cli, foreign, tmp_path):
 
     assert (first["reused_shards"], again["reused_shards"]) == (0, 4)
     assert again["fingerprint"] == first["fingerprint"]
+
+
+def test_what_is_printed_for_shards_elsewhere_can_be_pasted(run_cli, foreign, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for shard in foreign.glob("val-*.tar"):
+        memory.pipe(f"/elsewhere/{shard.name}", shard.read_bytes())
+
+    done = run_cli("data", "index", "memory://elsewhere", "--out", tmp_path / "out")
+
+    assert f"convnext data check {tmp_path / 'out'}" in done.stderr
+    assert "convnext train" not in done.stderr  # it has nothing to train on
+    checked = run_cli("data", "check", tmp_path / "out")
+    assert checked.exit_code == 0, checked.stderr
+
+
+def test_folders_named_train_and_val_are_the_splits(run_cli, foreign, tmp_path):
+    for name in ("train", "val"):
+        (foreign / name).mkdir()
+        shutil.move(foreign / f"{name}-000000.tar", foreign / name / "0.tar")
+
+    done = run_cli(
+        *("data", "index", foreign / "train", foreign / "val", "--out", tmp_path / "out", "--json")
+    )
+
+    assert json.loads(done.stdout)["images"] == {"train": 16, "val": 12}
+
+
+def test_what_is_refused_leaves_no_folder(run_cli, tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(b"")
+
+    done = run_cli("data", "index", tmp_path / "train-0.tar", "--out", tmp_path / "out")
+
+    assert done.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_of_a_folder_can_be_named_for_validation(run_cli, foreign, tmp_path):

@@ -63,6 +63,15 @@ def test_a_folder_gives_what_the_packer_takes_and_no_litter(album: Path):
     assert names(["._*"]) == ["._a.png"]
 
 
+def test_a_link_to_a_folder_is_followed_as_the_packer_does(album: Path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "z.png").write_bytes(b"x")
+    (album / "link").symlink_to(elsewhere)
+    (album / "deep" / "round").symlink_to(album)
+
+    assert names(["."]) == ["a.png", "b.JPG", "deep/c.webp", "link/z.png"]
+
+
 @pytest.mark.parametrize("asked", ["pipe.jpg", "pipe*", "."])
 def test_a_pipe_is_refused_before_it_is_read(album: Path, asked: str):
     os.mkfifo(album / "pipe.jpg")

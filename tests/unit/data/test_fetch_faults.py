@@ -339,6 +339,11 @@ def test_a_small_file_is_read_through_the_same_troubles(faulty_server):
     assert content == b"{}"
 
 
+def test_a_server_that_is_away_is_not_a_file_that_is_absent():
+    with pytest.raises(DataError, match=r"ClientConnectorError \(2 tries\)"):
+        read_file("http://127.0.0.1:1/dataset.json", attempts=2, backoff_seconds=0.01)
+
+
 def test_threads_that_stalled_do_not_keep_a_program_alive(faulty_server, tmp_path):
     faulty_server.faults["a.tar"] = ["stall"]
     before = set(threading.enumerate())  # a compiler's, where another test of this process used one

@@ -78,8 +78,9 @@ def timm_shards(tmp_path: Path) -> Path:
 
 def index_all(shards: list[str], out: Path, *, labels=None, classes=None):
     found = list_shards(shards)
-    train = [url for url in found if choose_split(url) == "train"]
-    val = [url for url in found if choose_split(url) == "val"]
+    root = common_root(found)
+    train = [url for url in found if choose_split(url, root=root) == "train"]
+    val = [url for url in found if choose_split(url, root=root) == "val"]
     source = None if labels is None else parse_label_source(labels)
     return index_shards(train, val, out=out, labels=source, classes=classes, workers=1)
 
@@ -162,7 +163,7 @@ def test_given_classes_decide_the_numbers_of_names(tmp_path):
 @pytest.mark.parametrize(
     ("pairs", "told"),
     [
-        (((4, 0), (5, 0)), "label 0 comes with n00000004 and n00000005"),
+        (((4, 1), (5, 1)), "label 1 comes with n00000004 and n00000005"),
         (((4, 0), (4, 1)), "n00000004 comes with labels 0 and 1"),
         (((4, 0), (6, 2)), "1 labels come with none"),
     ],
@@ -314,6 +315,13 @@ def test_a_shard_that_is_not_on_the_web_is_told(web_address, tmp_path):
         index_all([f"{web_address}/absent.tar"], tmp_path / "out")
 
 
+def test_a_server_that_does_not_answer_is_asked_again_and_told(monkeypatch, tmp_path):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    with pytest.raises(DataError, match=r"a\.tar: ClientConnectorError: .* \(3 tries\)"):
+        index_all(["http://127.0.0.1:1/a.tar"], tmp_path / "out")
+
+
 def test_a_protocol_that_nobody_knows_is_told(tmp_path):
     with pytest.raises(DataError, match="this protocol cannot be read"):
         index_all(["nosuch://x/a.tar"], tmp_path / "out")
@@ -349,7 +357,8 @@ def test_counts_are_held_against_those_that_the_data_set_says(timm_shards, tmp_p
     ("urls", "told"),
     [
         (["pipe:cat x.tar"], "a pipe: URL runs a shell command"),
-        (["/nowhere/at/all"], "there is no .tar file in it"),
+        (["/nowhere/at/all"], "there is no /nowhere/at/all"),
+        (["/x/*.tar"], r"/x/\*.tar: patterns with \* are not read"),
         (["/x/a.tar", "file:///x/{a,b}.tar"], "/x/a.tar is named twice"),
         (["nosuch://x/y"], "nosuch://x/y: its shards cannot be listed"),
         (["/x/{0..3.tar"], "Unbalanced braces"),
@@ -360,6 +369,29 @@ def test_counts_are_held_against_those_that_the_data_set_says(timm_shards, tmp_p
 def test_shards_that_cannot_be_listed_are_refused(urls, told):
     with pytest.raises(DataError, match=told):
         list_shards(urls)
+
+
+def test_a_folder_without_shards_says_where_they_are(tmp_path):
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "train-0.tar.gz").write_bytes(b"\x1f\x8b")
+    write_shard(tmp_path / "parted" / "my train" / "0.tar", timm_members(0, 3))
+    (tmp_path / "bare").mkdir()
+
+    for name, told, hint in (
+        ("packed", r"train-0\.tar\.gz is compressed", "unpack it first"),
+        ("packed/train-0.tar.gz", r"train-0\.tar\.gz is compressed", "unpack it first"),
+        ("parted", "there is no .tar file in it", f"'{tmp_path}/parted/my train'"),
+        ("bare", "there is no .tar file in it", "convnext data pack"),
+    ):
+        with pytest.raises(DataError, match=told) as caught:
+            list_shards([str(tmp_path / name)])
+        assert hint in caught.value.hint
+
+
+def test_a_folder_may_have_brackets_in_its_name(tmp_path):
+    shard = write_shard(tmp_path / "photos [1]" / "train-0.tar", timm_members(0, 3))
+
+    assert list_shards([str(shard.parent)]) == [str(shard)]
 
 
 def test_an_unknown_place_of_labels_is_refused():
@@ -381,10 +413,17 @@ def test_shards_without_a_folder_in_common_are_refused():
         ("test-3.tar", "val"),
         ("carnivals-01.tar", "train"),
         ("shard-0001.tar", "train"),
+        ("val/0001.tar", "val"),
+        ("test/a/0001.tar", "val"),
+        ("test/train/0001.tar", "train"),
+        ("test/train-0001.tar", "train"),
+        ("training/val-0001.tar", "val"),
     ],
 )
-def test_the_split_is_read_from_the_name_of_a_shard(name, split):
-    assert choose_split(f"https://host/valid/{name}") == split
+def test_the_split_is_read_from_the_name_of_a_shard_or_of_its_folder(name, split):
+    root = "https://host/valid"
+
+    assert choose_split(f"{root}/{name}", root=root) == split
 
 
 @pytest.mark.parametrize(
@@ -397,6 +436,8 @@ def test_the_split_is_read_from_the_name_of_a_shard(name, split):
         (["0", "9" * 20], None, "sample 1: label '9+': labels are class numbers from 0"),
         (["0", "2147483647"], None, "sample 1: label '2147483647' is beyond 1,000,000 classes"),
         (["0", ""], None, "sample 1 has an empty label"),
+        (["0", "0"], None, "sample 0: label '0' is the only class, but 2 or more are needed"),
+        (["cat", "cat"], None, "sample 0: label 'cat' is the only class"),
     ],
 )
 def test_labels_that_make_no_class_are_refused_with_their_sample(tmp_path, labels, classes, told):
@@ -414,7 +455,7 @@ def test_labels_that_make_no_class_are_refused_with_their_sample(tmp_path, label
 def test_no_member_but_images_and_labels_is_ever_opened(tmp_path):
     canary = tmp_path / "canary"
     payload = b"cos\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
-    members = [("a.jpg", jpeg(0)), ("a.cls", b"0")]
+    members = [("a.jpg", jpeg(0)), ("a.cls", b"1")]
     members += [(f"a.{ending}", payload) for ending in ("pkl", "pyd", "pth", "npy", "json", "txt")]
     write_shard(tmp_path / "in" / "x.tar", members)
 
@@ -428,7 +469,7 @@ def test_names_that_climb_out_of_a_folder_are_only_names(tmp_path):
     members = [
         (f"{name}.{ending}", data)
         for name in ("../../etc/x", "/abs/y")
-        for ending, data in (("jpg", jpeg(0)), ("cls", b"0"))
+        for ending, data in (("jpg", jpeg(0)), ("cls", b"1"))
     ]
     write_shard(tmp_path / "in" / "x.tar", members)
 

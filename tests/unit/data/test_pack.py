@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,6 +386,30 @@ def test_a_table_of_numbers_keeps_them_as_labels(folders, tmp_path):
     assert packed.notes == ("2 of the labels 0..3 have no images",)
 
 
+def test_a_path_from_the_home_folder_is_found(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders))
+    table = write_table(tmp_path / "t.csv", ["~/train/a/000.jpg,a", "~/train/b/000.jpg,b"])
+
+    assert pack(table, tmp_path / "out").card.splits["train"].images == 2
+
+
+def test_a_word_among_numbers_makes_all_labels_names_and_is_said(folders, tmp_path):
+    rows = ["train/a/000.jpg,10", "train/a/001.jpg,2", "train/b/000.jpg,nan"]
+
+    packed = pack(write_table(folders / "t.csv", rows), tmp_path / "out")
+
+    assert packed.card.classes == ("10", "2", "nan")
+    assert packed.notes == ("labels are names in the order of text, because 'nan' is no number",)
+
+
+def test_images_with_several_labels_are_said(folders, tmp_path):
+    rows = ["train/a/000.jpg,a", "train/b/000.jpg,b", "train/a/000.jpg,b"]
+
+    packed = pack(write_table(folders / "t.csv", rows), tmp_path / "out")
+
+    assert packed.notes == ("1 images come with several labels, such as train/a/000.jpg",)
+
+
 def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
     table = write_table(folders / "t.csv", ["train/a/000.jpg,a"] * 2 + ["train/b/000.jpg,b"])
 
@@ -398,6 +423,15 @@ def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
     ("rows", "sentence"),
     [
         ([""], "is empty"),
+        (["path,label"], "has a header and nothing below it"),
+        (["path,label", "a.jpg,x", "https://host/b.jpg,y"], "line 3: https://host/b.jpg is an ad"),
+        (["a.jpg,x", "b.jpg,y"], r"none of its 2 images is there, such as /.*/a\.jpg"),
+        (["path,label", "a\0.jpg,x", "b.jpg,y"], "line 2: the path holds a NUL character"),
+        (["a.jpg,x,val", "a.jpg,y,val"], "has images for validation alone"),
+        (
+            ["path,label", "a.jpg,x", '"b.jpg,y', *["c.jpg,z"] * 99],
+            "line 3: '.{80,90}' is not path",
+        ),
         (["a.jpg"], "line 1: 'a.jpg' is not path,label"),
         (["id,label", "a.jpg,0", "b.jpg,1"], "'id,label' is neither an image nor a header"),
         (["path,label", f"{'a' * 200_000}.jpg,x"], "line 2 cannot be read: field larger"),
@@ -494,6 +528,36 @@ def test_labels_that_do_not_fit_the_validation_images_are_refused(
         pack(imagenet, tmp_path / "out", val_labels=labels)
 
     assert caught.value.hint
+
+
+def test_validation_images_in_no_class_folders_get_the_labels_of_a_file(folders, tmp_path):
+    flat = tmp_path / "CLS-LOC"
+    shutil.copytree(folders / "train", flat / "train")
+    write_folders(flat, {"val": 3})
+    (flat / "val" / "notes.txt").write_text("no image")
+    labels = tmp_path / "solution.csv"
+    labels.write_text("ImageId,PredictionString\n000,b 1 2 3 4\n001,a 1 2 3 4\n002,b 1 2 3 4\n")
+
+    packed = pack(flat, tmp_path / "out", val_labels=labels)
+
+    assert packed.card.splits["val"].class_images == (1, 2)
+    assert packed.unreadable == 1
+    assert labels_by_source(tmp_path / "out", "val")["val/a/001.jpg"] == 0
+    with pytest.raises(DataError, match="holds no class folders, only files") as caught:
+        pack(flat, tmp_path / "other")
+    assert "--val-labels FILE" in caught.value.hint
+
+
+def test_imagenets_validation_tar_is_not_a_source_of_its_own(imagenet, tmp_path):
+    val = imagenet / "ILSVRC2012_img_val.tar"
+
+    with pytest.raises(DataError, match="is packed together with") as caught:
+        pack(val, tmp_path / "out")
+    assert f"convnext data pack {imagenet} OUT --val-labels FILE" in caught.value.hint
+
+    (imagenet / "ILSVRC2012_img_train.tar").unlink()
+    with pytest.raises(DataError, match=r"but not ILSVRC2012_img_train\.tar"):
+        pack(val, tmp_path / "out")
 
 
 def test_a_folder_of_class_tars_is_read(tmp_path):
@@ -766,6 +830,18 @@ def test_a_finished_data_set_is_not_packed_again(folders, tmp_path):
     assert is_complete(out)
 
 
+def test_a_source_that_changed_since_it_was_packed_is_told(folders, tmp_path):
+    pack(folders, tmp_path / "out")
+    shutil.copytree(folders, tmp_path / "copy")
+
+    assert pack(tmp_path / "copy", tmp_path / "out").notes == ()
+
+    changed = folders / "train" / "a" / "001.jpg"
+    os.utime(changed, (time.time() + 60,) * 2)
+    (note,) = pack(folders, tmp_path / "out").notes
+    assert note.startswith(f"{changed} is newer than what is packed")
+
+
 def test_other_options_or_another_source_in_the_same_folder_are_refused(folders, tmp_path):
     out = tmp_path / "out"
     pack(folders, out)
@@ -854,6 +930,8 @@ def test_sources_that_cannot_be_used_are_refused_with_a_sentence_and_a_hint(fold
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose" / "0.jpg").write_bytes(jpeg(1))
     (tmp_path / "photos.zip").write_bytes(b"PK")
+    (tmp_path / "zipped").mkdir()
+    (tmp_path / "zipped" / "n01440764.tar.gz").write_bytes(b"\x1f\x8b")
     write_folders(tmp_path / "lonely", {"only": 2})
     write_folders(tmp_path / "deep" / "data", {"a": 1, "b": 1})
     write_folders(tmp_path / "twisted" / "train", {"a": 1, "b": 1})
@@ -869,6 +947,7 @@ def test_sources_that_cannot_be_used_are_refused_with_a_sentence_and_a_hint(fold
         ("empty", "holds no class folders", "CSV"),
         ("loose", "holds no class folders", "CSV"),
         ("photos.zip", "neither a folder nor a .csv nor a .tar", "unpack it"),
+        ("zipped", r"holds archives, such as n01440764\.tar\.gz", "unpack them"),
         ("lonely", r"holds 1 class \(only\)", "2 or more"),
         ("deep", r"holds 1 class \(data\)", f"convnext data pack {tmp_path}/deep/data OUT"),
         ("twisted", "of the validation part: c", "alike"),
@@ -915,6 +994,15 @@ def test_a_destination_that_is_a_file_is_refused(folders, tmp_path):
 
     with pytest.raises(StorageError, match="is a file, not a folder"):
         pack(folders, tmp_path / "out")
+
+
+def test_a_destination_below_a_file_is_refused(folders, tmp_path):
+    (tmp_path / "out").write_text("a file")
+
+    with pytest.raises(StorageError, match=f"{tmp_path}/out is a file, not a folder") as caught:
+        pack(folders, tmp_path / "out" / "sub" / "deep")
+
+    assert caught.value.exit_code == 2
 
 
 def test_a_destination_without_permission_is_refused(folders, tmp_path):

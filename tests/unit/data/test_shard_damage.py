@@ -80,7 +80,7 @@ DAMAGES = {
     "two shards": (SHARD + SHARD, "data follow this end mark"),
     "member twice in a row": (
         make_tar([*MEMBERS[:3], MEMBERS[2], *MEMBERS[3:]]),
-        r"1\.jpg comes twice",
+        r"1\.jpg is a second image of its sample",
     ),
     "sample twice apart": (make_tar([*MEMBERS, *MEMBERS[2:4]]), "sample 1 comes twice"),
     "images first": (make_tar([*MEMBERS[::2], *MEMBERS[1::2]]), "sample 0 has no label"),
@@ -167,7 +167,7 @@ def test_a_flipped_bit_anywhere_changes_what_a_scan_gives_or_is_refused(tmp_path
 def test_a_name_like_a_path_is_a_key_and_nothing_else(tmp_path, name):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "x.tar"
-    path.write_bytes(make_tar([(f"{name}/x.jpg", b"-"), (f"{name}/x.cls", b"0")]))
+    path.write_bytes(make_tar([(f"{name}/x.jpg", b"-"), (f"{name}/x.cls", b"1")]))
 
     made = index(path, out=tmp_path / "out")
 
