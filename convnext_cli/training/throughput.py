@@ -47,8 +47,13 @@ class Meter:
     """Images of one pass over all devices."""
     clock: DataClock
     passes: int = 0
+    _waited: float = field(init=False)
+    """The clock's time at the last reading; the clock itself has other readers."""
     _started: float = field(default_factory=time.perf_counter)
     _batch_ended: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self._waited = self.clock.waited_seconds
 
     def end_batch(self) -> None:
         """The pass was handed to the device."""
@@ -67,9 +72,9 @@ class Meter:
         seconds = max(now - self._started, 1e-9)
         row = {
             "speed/images_per_second": self.passes * self.images_per_pass / seconds,
-            "speed/data_wait_frac": min(1.0, self.clock.waited_seconds / seconds),
+            "speed/data_wait_frac": min(1.0, (self.clock.waited_seconds - self._waited) / seconds),
         }
-        self.passes, self.clock.waited_seconds = 0, 0.0
+        self.passes, self._waited = 0, self.clock.waited_seconds
         self._started = self._batch_ended = now
         return row
 
