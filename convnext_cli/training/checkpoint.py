@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from convnext_cli.errors import CheckpointError, WriteError, quote_path
+from convnext_cli.models.weights import read_content
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.layout import RunDir, checkpoint_step
@@ -129,10 +130,9 @@ def read_step(path: Path) -> int:
         CheckpointError: The file is damaged or not a training checkpoint of this project.
     """
     try:
-        # mapped, so that only the pickled outline is read and no tensor
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content, _ = read_content(path)  # mapped: the pickled outline is read, and no tensor
         return int(content[CHECKPOINT_KEY]["step"])
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
+    except (CheckpointError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be resumed from: not a whole training checkpoint",
             hint="resume from another one with --resume PATH, or start afresh with --name NAME",
