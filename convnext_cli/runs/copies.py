@@ -49,7 +49,11 @@ class RemoteFolder:
         self._root: str = root
 
     def list_steps(self) -> list[int]:
-        """The steps whose copies are complete, oldest first."""
+        """The steps whose copies are complete, oldest first.
+
+        Raises:
+            RunError: The place cannot be read.
+        """
         names = self._names()
         steps = ((checkpoint_step(Path(name)), name) for name in names)
         return sorted(step for step, name in steps if step is not None and _beside(name) in names)
@@ -95,9 +99,10 @@ class RemoteFolder:
 
         Raises:
             CheckpointError: There is no copy, or none of them is whole.
+            RunError: The place cannot be read.
         """
-        steps = self.list_steps()
         run.checkpoints.mkdir(parents=True, exist_ok=True)
+        steps = self.list_steps()
         links: dict[str, str] = {}
         if _LINKS in self._names():
             links = json.loads(self._files.cat_file(f"{self._root}/checkpoints/{_LINKS}"))
@@ -138,6 +143,11 @@ class RemoteFolder:
             found = self._files.ls(f"{self._root}/checkpoints", detail=False)
         except FileNotFoundError:
             return set()
+        except Exception as error:  # each fsspec back end raises its own
+            raise RunError(
+                f"{self.url} cannot be read: {type(error).__name__}: {error}",
+                hint="check the address, and the credentials of this machine",
+            ) from error
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
 
 
@@ -189,7 +199,7 @@ def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
     """Bring a run back from its copies into `runs_dir`; returns it and the step it goes on from.
 
     Raises:
-        RunError: There is a folder of that name.
+        RunError: There is a folder of that name, or the copies cannot be read.
         CheckpointError: There is no whole copy.
         WriteError: The disk refuses it.
     """
