@@ -47,9 +47,6 @@ DATASETS: Mapping[str, Dataset] = {
 }
 """All known data sets by name."""
 
-MISSING_IN_22K = "n04399382"
-"""The one class of ImageNet-1K that ImageNet-22K (fall 2011) lacks: teddy bear."""
-
 
 def imagenet1k_wnids() -> tuple[str, ...]:
     """The 1,000 wnids of ImageNet-1K in label order."""
@@ -70,18 +67,14 @@ def imagenet_class_names() -> Mapping[str, str]:
 
 
 def map_classes(source: Sequence[str], target: Sequence[str]) -> tuple[int | None, ...]:
-    """For each target class its label among the source's; None where the source lacks it."""
+    """For each target class its label among the source's; None where the source lacks it.
+
+    ImageNet-22K (fall 2011) lacks one class of ImageNet-1K, the teddy bear (n04399382). The list of
+    22K indices that circulates with other projects follows another order of the classes, and is
+    wrong for 282 of them.
+    """
     labels = {name: label for label, name in enumerate(source)}
     return tuple(labels.get(name) for name in target)
-
-
-def map_22k_to_1k() -> tuple[int | None, ...]:
-    """For each label of ImageNet-1K its label in ImageNet-22K; None for the missing class.
-
-    Made from wnids: the list of 22K indices that circulates with other projects follows another
-    order of the classes and is wrong for 282 of them.
-    """
-    return map_classes(imagenet22k_wnids(), imagenet1k_wnids())
 
 
 @functools.cache

@@ -112,8 +112,8 @@ def convert(
             hint="only ConvNeXt models are converted",
         )
     if map_head:
-        found, report = map_head_to_imagenet1k(found)
-        console.print(Text(str(report)), soft_wrap=True)
+        found, told = map_head_to_imagenet1k(found)
+        console.print(Text(told), soft_wrap=True)
     if to == "onnx":
         check_onnx()
         if found.num_classes is None:

@@ -23,7 +23,7 @@ from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError, quote_path
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
-from convnext_cli.models.weights import LoadReport, ModelCard, load_into, read_weights
+from convnext_cli.models.weights import ModelCard, load_into, read_weights
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_recipe
@@ -361,7 +361,7 @@ def make_card(plan: Plan, *, classes: tuple[str, ...]) -> ModelCard:
     )
 
 
-def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]) -> LoadReport:
+def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]) -> str:
     """Load `init.weights` into a fresh model; says what was taken and what was not.
 
     Raises:
