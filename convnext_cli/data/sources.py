@@ -228,12 +228,12 @@ def _list_folders(source: Path) -> Source:
         found = _Found()
         empty = _walk_classes(source, found, prefix="", split="train")
         return _with_sorted_classes("folders", found, source=source, notes=_tell_empty(empty))
-    found, notes = _Found(), []
+    found = _Found()
     _tell_passed(_scan_both(source)[1], found, prefix="")
     empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
     if val is not None:
         empty += _walk_classes(source / val, found, prefix=f"{val}/", split="val")
-    notes += _tell_empty(empty)
+    notes = _tell_empty(empty)
     unused = [name for name in folders if name not in (train, val)]
     if unused:
         notes.append(f"not packed: {', '.join(unused)} (only {train} and {val} are)")
@@ -312,16 +312,18 @@ def _iter_files(
             yield path, entry.path, size
 
 
-def _add_file(found: _Found, path: str, file: str, *, name: str, split: str, size: int) -> None:
+def _add_file(
+    found: _Found, path: str, file: str, *, name: str, split: str, size: int, offset: int = 0
+) -> None:
     suffix = Path(path).suffix.lower()
     if suffix in IMAGE_SUFFIXES:
-        found.add(path, file, name, split, 0, size)
+        found.add(path, file, name, split, offset, size)
     else:
         found.left_out.append((path, f"{suffix} is no ending of an image file"))
 
 
 def _with_sorted_classes(
-    kind: SourceKind, found: _Found, *, source: Path, notes: Sequence[str] = ()
+    kind: SourceKind, found: _Found, *, source: Path, notes: Sequence[str]
 ) -> Source:
     """Labels by sorted class name.
 
@@ -389,18 +391,15 @@ def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | 
     with tar.open("rb") as file:
         for member in iter_members(file, where=f"{tar} ({name})", begin=begin, end=end):
             path = f"{name}/{member.name.removeprefix('./')}"
-            suffix = Path(path).suffix.lower()
-            if suffix == ".cls":
+            if Path(path).suffix.lower() == ".cls":
                 raise _shards_error(tar)
-            if suffix not in IMAGE_SUFFIXES:
-                found.left_out.append((path, f"{suffix} is no ending of an image file"))
-                continue
-            found.add(path, str(tar), name, "train", member.offset, member.size)
+            size, offset = member.size, member.offset
+            _add_file(found, path, str(tar), name=name, split="train", size=size, offset=offset)
     return len(found.rows) > before
 
 
 def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
-    found, notes, empty = _Found(), [], []
+    found, empty = _Found(), []
     with train.open("rb") as file:
         members = list(iter_members(file, where=str(train), max_bytes=1 << 40))
     others = [member.name for member in members if not member.name.endswith(".tar")]
@@ -416,7 +415,7 @@ def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
         stop = member.offset + member.size
         if not _add_members(found, train, name=name, begin=member.offset, end=stop):
             empty.append(member.name)
-    notes += _tell_empty(empty)
+    notes = _tell_empty(empty)
     val = train.with_name(VAL_TAR)
     if val_labels is not None:
         _add_imagenet_val(found, val, val_labels)
@@ -535,7 +534,7 @@ def _list_csv(source: Path) -> Source:
         at_split = 2 if thirds and thirds <= {*_TRAIN_NAMES, *_VAL_NAMES} else None
     else:
         (at_path, at_label, at_split), rows = columns, rows[1:]
-    found, unused = _Found(), 0
+    found = _Found()
     for number, row in rows:
         if len(row) <= max(at_path, at_label) or not row[at_path] or not row[at_label]:
             raise DataError(

@@ -86,15 +86,6 @@ class JsonLines:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
 
-    def sync(self) -> None:
-        """Wait until the rows are on the disk itself; call it before a checkpoint is announced.
-
-        Raises:
-            WriteError: The disk is full or gone.
-        """
-        with writing_to(self.path):
-            os.fsync(self._file.fileno())
-
     def truncate_after(self, step: int) -> int:
         """Drop the rows of later steps, and return how many were dropped.
 
