@@ -29,7 +29,7 @@ def _check_run(run: RunDir, *, deep: bool) -> list[CheckpointState]:
 
 def _show(run: RunDir, states: list[CheckpointState], *, json_output: bool, whole: str) -> None:
     named: dict[str, list[str]] = {state.path.name: [] for state in states}
-    for name in (run.last, run.best, run.best_ema):
+    for name in run.links:
         if name.exists():
             named.setdefault(name.resolve().name, []).append(name.stem)
     if json_output:

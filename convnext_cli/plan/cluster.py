@@ -30,7 +30,7 @@ class Cluster:
 
 
 def count_cpus() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: fewer than there are under Slurm or taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

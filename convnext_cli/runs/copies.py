@@ -21,7 +21,7 @@ from fsspec.core import url_to_fs
 from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path
-from convnext_cli.runs.record import JsonLines, utc_now, writing_to
+from convnext_cli.runs.record import write_event, writing_to
 
 _LINKS = "links.json"
 
@@ -61,7 +61,7 @@ class RemoteFolder:
     def push(self, run: RunDir) -> None:
         """Make this folder hold what the run's folder holds."""
         self._files.makedirs(f"{self._root}/checkpoints", exist_ok=True)
-        for path in (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips):
+        for path in _small_files(run):
             if path.is_file():
                 self._files.put_file(str(path), f"{self._root}/{path.name}")
         there = self._names()
@@ -81,11 +81,7 @@ class RemoteFolder:
                 if path.exists():
                     raise
                 continue  # meanwhile there are newer ones
-        links = {
-            link.name: link.resolve().name
-            for link in (run.last, run.best, run.best_ema)
-            if link.exists()
-        }
+        links = {link.name: link.resolve().name for link in run.links if link.exists()}
         content = json.dumps(links).encode()
         self._files.pipe_file(f"{self._root}/checkpoints/{_LINKS}", content)
         kept = {path.name for path in wanted} | {manifest_path(path).name for path in wanted}
@@ -116,11 +112,11 @@ class RemoteFolder:
                 f"{self.url} has no whole checkpoint",
                 hint="give the URL of checkpoint.copy_to with the name of the run at its end",
             )
-        for path in (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips):
+        for path in _small_files(run):
             if self._files.exists(f"{self._root}/{path.name}"):
                 self._files.get_file(f"{self._root}/{path.name}", str(path))
         known = {run.checkpoint(step).name for step in steps}
-        for link in (run.last, run.best, run.best_ema):
+        for link in run.links:
             target = links.get(link.name)
             if target not in known:  # the file is from elsewhere, and may say anything
                 continue
@@ -190,9 +186,8 @@ class Copier:
             self.folder.push(self.run)
         except Exception as error:  # noqa: BLE001  # each fsspec back end raises its own
             self.say(f"could not copy to {self.folder.url}, will try at the next save: {error}")
-            with JsonLines(self.run.events) as events:
-                row = {"event": "copy_failed", "time": utc_now(), "url": self.folder.url}
-                events.write({**row, "why": f"{type(error).__name__}: {error}"})
+            why = f"{type(error).__name__}: {error}"
+            write_event(self.run.events, "copy_failed", url=self.folder.url, why=why)
 
 
 def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
@@ -218,6 +213,10 @@ def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
             if not any(run.checkpoints.glob("step=*.ckpt")):
                 run.checkpoints.rmdir()
                 run.root.rmdir()
+
+
+def _small_files(run: RunDir) -> tuple[Path, ...]:
+    return (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips)
 
 
 def _beside(name: str) -> str:

@@ -32,7 +32,7 @@ from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import HashedFile, Manifest, manifest_path
-from convnext_cli.runs.record import JsonLines, utc_now, writing_to, written_whole
+from convnext_cli.runs.record import utc_now, write_event, writing_to, written_whole
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.task import CHECKPOINT_KEY, Classifier, as_task
 
@@ -230,9 +230,8 @@ class BackgroundWriter(TorchCheckpointIO):
                 write_seconds=seconds,
                 failure_hours=self.plan.recipe.checkpoint.failure_hours,
             )
-        with JsonLines(self.run.events) as events:
-            row = {"event": "checkpoint", "time": utc_now(), "step": manifest.step}
-            events.write({**row, "bytes": manifest.bytes, "write_seconds": round(seconds, 3)})
+        told = {"bytes": manifest.bytes, "write_seconds": round(seconds, 3)}
+        write_event(self.run.events, "checkpoint", step=manifest.step, **told)
         if self.copier is not None:
             self.copier.start()
 
@@ -244,8 +243,7 @@ class BackgroundWriter(TorchCheckpointIO):
                 beside.unlink(missing_ok=True)
                 beside.symlink_to(path.name)
                 beside.replace(name)
-        named = (self.run.last, self.run.best, self.run.best_ema)
-        pointed = {name.resolve() for name in named if name.exists()}
+        pointed = {link.resolve() for link in self.run.links if link.exists()}
         found = [path for path in self.run.list_checkpoints() if checkpoint_step(path) is not None]
         for old in found[: -self.plan.recipe.checkpoint.keep_last]:
             if old.resolve() not in pointed and not self._is_kept(old):

@@ -34,10 +34,9 @@ from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
 from convnext_cli.runs.record import (
-    JsonLines,
     read_json,
     record_environment,
-    utc_now,
+    write_event,
     write_json,
     writing_to,
 )
@@ -248,7 +247,7 @@ def _attempt(
     agreement = Agreement(request, writer, timer=timer)
     checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
-    recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, listeners=[display.show])
+    recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, show=display.show)
     trainer = build_trainer(
         plan,
         # At the end of a step: time, agree, look whether it is good, write, save, stop.
@@ -341,8 +340,7 @@ def _run_trainer(
 
 def _record(run: RunDir, plan: Plan, *, event: str, step: int, **more: object) -> None:
     if plan.cluster.rank == 0:
-        with JsonLines(run.events) as events:
-            events.write({"event": event, "time": utc_now(), "step": step, **more})
+        write_event(run.events, event, step=step, **more)
 
 
 def make_card(plan: Plan, *, classes: tuple[str, ...]) -> ModelCard:

@@ -15,7 +15,7 @@ evaluation). A timm model brings its own.
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
@@ -250,15 +250,7 @@ def apply_asked(default: Preprocessing, asked: AskedView) -> Preprocessing:
                 hint="leave one of the two out",
             )
         crop, crop_frac = "center", asked.crop_frac
-    return Preprocessing(
-        image_px=image_px,
-        crop=crop,
-        crop_frac=crop_frac,
-        interpolation=default.interpolation,
-        mean=default.mean,
-        std=default.std,
-        reason="as asked",
-    )
+    return replace(default, image_px=image_px, crop=crop, crop_frac=crop_frac, reason="as asked")
 
 
 def _load_timm(name: str, *, prefer: WeightSource, asked: AskedView) -> LoadedModel:
