@@ -36,11 +36,10 @@ from torch import Tensor
 
 from convnext_cli.data.augment import NOISE_PX, Choices
 from convnext_cli.data.order import mix_rng, philox
-from convnext_cli.data.randaugment import ONE_KERNEL, apply_ops, to_device
+from convnext_cli.data.randaugment import ONE_KERNEL, Colour, apply_ops, to_device
+from convnext_cli.data.shear import Interpolation
 
 MixKind = Literal["none", "mixup", "cutmix"]
-Colour = tuple[float, float, float]
-Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True, kw_only=True)

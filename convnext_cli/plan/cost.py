@@ -169,13 +169,11 @@ def estimate_activations(
         stage, left = left[:depth], left[depth:]
         at_work = 0
         match checkpointing:
-            case "none":
-                kept += sum(stage) * values * widths
-            case "selective" if way in WHOLE:
-                kept += sum(stage) * values * widths
-            case "selective":
+            case "selective" if way not in WHOLE:
                 kept += (depth * images + sum(stage) * PRODUCT_WIDTHS) * values
                 at_work = max(stage) * values * (widths - PRODUCT_WIDTHS - 1)
+            case "none" | "selective":
+                kept += sum(stage) * values * widths
             case "stages":
                 run = _ISOTROPIC_RUN if variant.isotropic else depth
                 runs = [stage[start : start + run] for start in range(0, depth, run)]

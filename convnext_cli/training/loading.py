@@ -28,7 +28,9 @@ from convnext_cli.catalog.datasets import (
     imagenet1k_wnids,
     imagenet22k_wnids,
 )
-from convnext_cli.data.augment import Colour, EvalCrop, EvalView, Interpolation
+from convnext_cli.data.augment import EvalCrop, EvalView
+from convnext_cli.data.randaugment import Colour
+from convnext_cli.data.shear import Interpolation
 from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.models.convnext import build_comparison, build_convnext
 from convnext_cli.models.weights import Weights, load_into, read_content, read_weights
