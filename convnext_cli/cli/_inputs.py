@@ -11,7 +11,7 @@ from convnext_cli.data.card import read_card
 from convnext_cli.errors import DataError, RecipeError, StorageError
 from convnext_cli.plan.resolve import DataFacts
 from convnext_cli.recipe.files import load_recipe, render_override
-from convnext_cli.recipe.schema import Recipe
+from convnext_cli.recipe.schema import Precision, Recipe
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe: a name (convnext recipes list) or a YAML file.")
@@ -30,10 +30,9 @@ DevicesOption = Annotated[
 NodesOption = Annotated[int, typer.Option(help="Nodes.", min=1)]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DeviceOption = Annotated[DeviceChoice, typer.Option(help="Kind of device.")]
-PrecisionChoice = Literal["fp32", "bf16", "fp16"]
-PrecisionOption = Annotated[
-    PrecisionChoice | None, typer.Option(help="Same as compute.precision=...")
-]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="Same as compute.precision=...")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of a run.")]
+RootOption = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 
@@ -55,7 +54,7 @@ def load_asked_recipe(
     overrides: Sequence[str] | None,
     *,
     data: str | None = None,
-    precision: PrecisionChoice | None = None,
+    precision: Precision | None = None,
 ) -> Recipe:
     """The recipe with its overrides and with the flags that stand for one."""
     if data == "":  # as an unset variable of a shell gives it
