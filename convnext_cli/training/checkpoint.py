@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from convnext_cli.data.build import IndexedData
 from convnext_cli.errors import CheckpointError, WriteError, quote_path
 from convnext_cli.models.weights import read_content
 from convnext_cli.plan.resolve import Plan
@@ -137,6 +139,17 @@ def read_step(path: Path) -> int:
             f"{path} cannot be resumed from: not a whole training checkpoint",
             hint="resume from another one with --resume PATH, or start afresh with --name NAME",
         ) from error
+
+
+def read_data_state(path: Path) -> Mapping[str, Any]:
+    """What the order of the images of a checkpoint depends on; empty for a stream.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    content, _ = read_content(path)
+    state: Mapping[str, Any] = content.get(IndexedData.__qualname__, {})  # as Lightning names it
+    return state
 
 
 class BackgroundWriter(TorchCheckpointIO):

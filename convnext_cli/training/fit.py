@@ -18,6 +18,7 @@ from torch import nn
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_batch_mix, build_data
+from convnext_cli.data.order import ORDER_VERSION
 from convnext_cli.data.reader import from_worker, is_lost_worker
 from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError, quote_path
@@ -42,7 +43,12 @@ from convnext_cli.runs.record import (
 )
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.build import build_loggers, build_trainer
-from convnext_cli.training.checkpoint import BackgroundWriter, Checkpoints, read_step
+from convnext_cli.training.checkpoint import (
+    BackgroundWriter,
+    Checkpoints,
+    read_data_state,
+    read_step,
+)
 from convnext_cli.training.devices import check_devices, quiet_lightning
 from convnext_cli.training.guard import FiniteGuard, RolledBack, read_skips
 from convnext_cli.training.kernels import ChooseKernels
@@ -94,7 +100,8 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
 
     Raises:
         RunError: The folder holds another run, or none where one must be.
-        CheckpointError: All checkpoints are damaged, or the one that is asked for is.
+        CheckpointError: All checkpoints are damaged, or the one that is asked for is, or it was
+            made with other images.
     """
     if plan.cluster.rank == 0 and run.is_run():
         _check_same_run(plan, run)
@@ -110,10 +117,10 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
                 hint="leave --resume out to go on from the newest checkpoint of the run",
             )
         require_whole(resume)
-        return Start(resume, read_step(resume))
+        return _start_from(resume, plan)
     newest, damaged = find_newest_whole(run)
     if newest is not None:
-        return Start(newest.path, read_step(newest.path), damaged)
+        return _start_from(newest.path, plan, damaged)
     if damaged:
         raise CheckpointError(
             f"{damaged[0].path} is damaged, and there is no older one that is whole:"
@@ -134,6 +141,21 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
             hint="leave --resume out to start the run",
         )
     return Start(None, 0)
+
+
+def _start_from(checkpoint: Path, plan: Plan, damaged: Sequence[CheckpointState] = ()) -> Start:
+    """Go on from a checkpoint, whose images have to come in the order of before."""
+    step, saved = read_step(checkpoint), read_data_state(checkpoint)
+    own = {"fingerprint": plan.data_fingerprint, "order_version": ORDER_VERSION}
+    for key, what in (("fingerprint", "data set"), ("order_version", "version of the order")):
+        if plan.data_fingerprint is not None and saved.get(key, own[key]) != own[key]:
+            raise CheckpointError(
+                f"the checkpoint was made with {what} {saved[key]}, but {plan.data_source} has"
+                f" {own[key]}: images would come twice or never",
+                hint="go on with the data set of before, or start a new run from the weights:"
+                f" init.weights={quote_path(checkpoint)} --name NAME",
+            )
+    return Start(checkpoint, step, damaged)
 
 
 def _write_run(plan: Plan, run: RunDir) -> None:
