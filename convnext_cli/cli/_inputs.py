@@ -9,6 +9,7 @@ import typer
 
 from convnext_cli.data.card import read_card
 from convnext_cli.errors import DataError, RecipeError, StorageError
+from convnext_cli.plan.cluster import Cluster, count_cpus, read_rank, read_shape
 from convnext_cli.plan.resolve import DataFacts
 from convnext_cli.recipe.files import load_recipe, render_override
 from convnext_cli.recipe.schema import Precision, Recipe
@@ -47,6 +48,26 @@ def check_folder_of(path: Path) -> None:
             f"cannot write {path}: {path.parent} is no writable folder",
             hint="name a file in a folder that is there and may be written",
         )
+
+
+def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cluster:
+    """The devices of flags and launcher; without flags all GPUs of this machine, or one CPU."""
+    import torch
+
+    kind = device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if (shape := read_shape()) is not None:
+        nodes, devices = shape
+    if devices is None:
+        devices = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    return Cluster(
+        num_nodes=nodes,
+        devices_per_node=devices,
+        device=kind,
+        cpus_per_node=count_cpus(),
+        rank=read_rank(),
+    )
 
 
 def load_asked_recipe(

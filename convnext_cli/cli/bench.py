@@ -32,6 +32,7 @@ from convnext_cli.cli._inputs import (
     OverridesArgument,
     PrecisionOption,
     RecipeArgument,
+    find_cluster,
     load_asked_recipe,
 )
 from convnext_cli.errors import DataError, RecipeError
@@ -99,7 +100,6 @@ def step(
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes into these lines
     from convnext_cli.bench.step import compare_steps
-    from convnext_cli.cli.train import find_cluster
     from convnext_cli.training.devices import check_devices
 
     names = _read_peers(against, STEP_PEERS)
@@ -169,7 +169,6 @@ def depthwise(
     Example: convnext bench depthwise --models convnext_tiny --batch 128
     """
     from convnext_cli.bench.depthwise import measure_depthwise
-    from convnext_cli.cli.train import find_cluster
     from convnext_cli.training.devices import check_devices
 
     variants = [find_variant(name.strip()) for name in models.split(",")]

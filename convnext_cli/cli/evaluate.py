@@ -24,6 +24,7 @@ from convnext_cli.cli._inputs import (
     DevicesOption,
     JsonOption,
     check_folder_of,
+    find_cluster,
 )
 from convnext_cli.cli._models import (
     CheckpointArgument,
@@ -33,7 +34,6 @@ from convnext_cli.cli._models import (
     WeightsOption,
     name_class,
 )
-from convnext_cli.cli.train import find_cluster
 from convnext_cli.errors import StorageError
 from convnext_cli.recipe.schema import Precision
 from convnext_cli.runs.record import writing_to
