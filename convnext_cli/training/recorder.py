@@ -74,7 +74,7 @@ class Recorder(pl.Callback):
             "train/loss": float(values[0]),
             "train/lr": task.lr_at(task.step - 1),
             **self._meter.read(),
-            "memory/gib": read_memory_gib(),
+            "memory/gib": read_memory_gib(self.plan.cluster.device),
         }
         if task.grad_norm is not None:
             row["train/grad_norm"] = float(values[2])

@@ -7,6 +7,8 @@ import psutil
 import torch
 from lightning.pytorch.profilers import Profiler
 
+from convnext_cli.plan.cluster import DeviceKind
+
 
 class DataClock(Profiler):
     """Counts the time that training spends waiting for its next batch.
@@ -79,9 +81,9 @@ class Meter:
         return row
 
 
-def read_memory_gib() -> float:
+def read_memory_gib(device: DeviceKind) -> float:
     """Peak memory of the device (GPU), or memory of this process (CPU), in GiB."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     used: int = psutil.Process().memory_info().rss
     return used / 2**30

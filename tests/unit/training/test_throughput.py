@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from convnext_cli.training.throughput import DataClock, Meter
+from convnext_cli.training.throughput import DataClock, Meter, read_memory_gib
 
 
 def test_the_rate_counts_images_of_all_passes_over_the_time_between_readings():
@@ -53,3 +53,9 @@ def test_a_pause_for_validation_is_left_out():
     meter.pause()
 
     assert meter.read()["speed/images_per_second"] > 10 / 0.1
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_tells_its_own_memory(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+    assert read_memory_gib("cpu") > 0.05
