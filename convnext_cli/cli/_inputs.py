@@ -14,6 +14,9 @@ from convnext_cli.plan.resolve import DataFacts
 from convnext_cli.recipe.files import load_recipe, render_override
 from convnext_cli.recipe.schema import Precision, Recipe
 
+LARGEST = 2**63 - 1
+"""Of a seed, a step or an epoch: the generators take so much."""
+
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe: a name (convnext recipes list) or a YAML file.")
 ]
