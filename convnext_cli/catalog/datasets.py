@@ -27,7 +27,6 @@ class Dataset:
     """Published sizes of a data set."""
 
     name: str
-    title: str
     num_classes: int
     train_images: int
     val_images: int
@@ -36,13 +35,13 @@ class Dataset:
 DATASETS: Mapping[str, Dataset] = {
     known.name: known
     for known in (
-        Dataset("imagenet1k", "ImageNet-1K (ILSVRC 2012)", 1000, 1_281_167, 50_000),
-        Dataset("imagenet22k", "ImageNet-22K (fall 2011)", 21_841, 14_197_122, 0),
-        Dataset("imagenet21k_p", "ImageNet-21K-P (fall 2011)", 11_221, 11_797_632, 561_052),
-        Dataset("imagenet21k_p_w21", "ImageNet-21K-P (winter 2021)", 10_450, 11_060_223, 522_500),
-        Dataset("cifar10", "CIFAR-10", 10, 50_000, 10_000),
-        Dataset("cifar100", "CIFAR-100", 100, 50_000, 10_000),
-        Dataset("quickstart", "images that scikit-learn carries", 10, 1437, 360),
+        Dataset("imagenet1k", 1000, 1_281_167, 50_000),
+        Dataset("imagenet22k", 21_841, 14_197_122, 0),  # fall 2011
+        Dataset("imagenet21k_p", 11_221, 11_797_632, 561_052),  # fall 2011
+        Dataset("imagenet21k_p_w21", 10_450, 11_060_223, 522_500),  # winter 2021
+        Dataset("cifar10", 10, 50_000, 10_000),
+        Dataset("cifar100", 100, 50_000, 10_000),
+        Dataset("quickstart", 10, 1437, 360),  # images that scikit-learn carries
     )
 }
 """All known data sets by name."""

@@ -186,9 +186,8 @@ def judge_open_files(soft: int, hard: int) -> Finding:
     endless = resource.RLIM_INFINITY
     found = "no limit" if soft == endless else f"at most {soft:,}"
     if soft != endless and soft < _OPEN_FILES:
-        room = hard == endless or hard >= _OPEN_FILES
-        advice = "ulimit -n 65536" if room and hard == endless else f"ulimit -n {hard}"
-        if not room:
+        advice = "ulimit -n 65536" if hard == endless else f"ulimit -n {hard}"
+        if hard != endless and hard < _OPEN_FILES:
             advice = "raise nofile in /etc/security/limits.conf"
         return Finding("open files", "warning", found, advice)
     return Finding("open files", "ok", found)
