@@ -49,6 +49,8 @@ CARD_FORMAT = 1
 """Grows when a card can no longer be read by what read it before."""
 
 WeightSource = Literal["raw", "ema"]
+WeightChoice = Literal["auto", "raw", "ema"]
+"""Which weights of a training checkpoint; auto: the averaged ones where there are any."""
 HeadRule = Literal["keep", "reset", "map"]
 
 _EMA_KEYS = ("model_ema", "state_dict_ema")
@@ -115,7 +117,7 @@ class Weights:
         return (self.variant.layer_scale_init or 1e-6) if has_gamma else None
 
 
-def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") -> Weights:
+def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
     """Weights of a file or folder in any published layout, under official names, on the CPU.
 
     Args:
