@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -37,6 +36,8 @@ from convnext_cli.data.order import image_seed, own_global_random
 from convnext_cli.data.randaugment import apply_ops_pillow, build_policy
 from convnext_cli.data.reader import ImageReader
 from convnext_cli.errors import DataError
+
+_STAGE_IMAGES, _STAGE_REPEATS = 400, 5
 
 
 class _Process:
@@ -61,12 +62,7 @@ class _Process:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # Its workers follow it: they watch their parent.
         self._process.kill()
         self._process.communicate()
@@ -217,9 +213,7 @@ def unpacked(card: DatasetCard, location: str) -> Iterator[Path]:
         yield folder
 
 
-def measure_stages(
-    card: DatasetCard, location: str, *, image_px: int, limit: int = 400, repeats: int = 5
-) -> tuple[Stage, ...]:
+def measure_stages(card: DatasetCard, location: str, *, image_px: int) -> tuple[Stage, ...]:
     """CPU time of each step of this project's loader, alone; the medians of some repeats."""
     reader = _reader(card, location, image_px=image_px)
     view = reader.view
@@ -228,11 +222,11 @@ def measure_stages(
         POLICY, image_px=image_px, mean=view.mean, interpolation=view.interpolation
     )
     own_global_random()  # as a loader process does
-    samples = range(min(limit, len(reader)))
+    samples = range(min(_STAGE_IMAGES, len(reader)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = np.zeros((repeats + 1, 5))
-    for repeat in range(repeats + 1):
+    seconds = np.zeros((_STAGE_REPEATS + 1, 5))  # the first warms up
+    for repeat in range(len(seconds)):
         for sample in samples:
             clock = [time.process_time()]
             data, _ = reader.read(sample)

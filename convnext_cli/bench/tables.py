@@ -202,7 +202,7 @@ def render_depthwise_markdown(report: DepthwiseReport) -> str:
                 f"## 7x7 depthwise convolution, batches of {report.images}",
                 f"{report.device}, {report.date}; {report.precision}; medians;"
                 f" a copy {report.copy_bytes_per_second / 1e9:,.0f} GB/s;"
-                f" {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+                f" {_render_versions(report)}",
                 _render_markdown(make_depthwise_table(report)),
             )
         )
@@ -210,7 +210,7 @@ def render_depthwise_markdown(report: DepthwiseReport) -> str:
     )
 
 
-def _render_versions(report: StepReport) -> str:
+def _render_versions(report: StepReport | DepthwiseReport) -> str:
     return ", ".join(f"{name} {version}" for name, version in report.versions.items())
 
 

@@ -27,7 +27,6 @@ class Dataset:
     """Published sizes of a data set."""
 
     name: str
-    title: str
     num_classes: int
     train_images: int
     val_images: int
@@ -36,19 +35,16 @@ class Dataset:
 DATASETS: Mapping[str, Dataset] = {
     known.name: known
     for known in (
-        Dataset("imagenet1k", "ImageNet-1K (ILSVRC 2012)", 1000, 1_281_167, 50_000),
-        Dataset("imagenet22k", "ImageNet-22K (fall 2011)", 21_841, 14_197_122, 0),
-        Dataset("imagenet21k_p", "ImageNet-21K-P (fall 2011)", 11_221, 11_797_632, 561_052),
-        Dataset("imagenet21k_p_w21", "ImageNet-21K-P (winter 2021)", 10_450, 11_060_223, 522_500),
-        Dataset("cifar10", "CIFAR-10", 10, 50_000, 10_000),
-        Dataset("cifar100", "CIFAR-100", 100, 50_000, 10_000),
-        Dataset("quickstart", "handwritten digits (UCI)", 10, 1437, 360),
+        Dataset("imagenet1k", 1000, 1_281_167, 50_000),
+        Dataset("imagenet22k", 21_841, 14_197_122, 0),  # fall 2011
+        Dataset("imagenet21k_p", 11_221, 11_797_632, 561_052),  # fall 2011
+        Dataset("imagenet21k_p_w21", 10_450, 11_060_223, 522_500),  # winter 2021
+        Dataset("cifar10", 10, 50_000, 10_000),
+        Dataset("cifar100", 100, 50_000, 10_000),
+        Dataset("quickstart", 10, 1437, 360),  # handwritten digits of UCI
     )
 }
 """All known data sets by name."""
-
-MISSING_IN_22K = "n04399382"
-"""The one class of ImageNet-1K that ImageNet-22K (fall 2011) lacks: teddy bear."""
 
 
 def imagenet1k_wnids() -> tuple[str, ...]:
@@ -70,18 +66,14 @@ def imagenet_class_names() -> Mapping[str, str]:
 
 
 def map_classes(source: Sequence[str], target: Sequence[str]) -> tuple[int | None, ...]:
-    """For each target class its label among the source's; None where the source lacks it."""
+    """For each target class its label among the source's; None where the source lacks it.
+
+    ImageNet-22K (fall 2011) lacks one class of ImageNet-1K, the teddy bear (n04399382). The list of
+    22K indices that circulates with other projects follows another order of the classes, and is
+    wrong for 282 of them.
+    """
     labels = {name: label for label, name in enumerate(source)}
     return tuple(labels.get(name) for name in target)
-
-
-def map_22k_to_1k() -> tuple[int | None, ...]:
-    """For each label of ImageNet-1K its label in ImageNet-22K; None for the missing class.
-
-    Made from wnids: the list of 22K indices that circulates with other projects follows another
-    order of the classes and is wrong for 282 of them.
-    """
-    return map_classes(imagenet22k_wnids(), imagenet1k_wnids())
 
 
 @functools.cache

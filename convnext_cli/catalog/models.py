@@ -26,6 +26,9 @@ Family = Literal["v1", "isotropic", "v2", "timm"]
 Training = Literal["1k", "22k_1k", "fcmae_1k", "fcmae_22k_1k"]
 """How the weights came to be, in order: the data sets trained on; `fcmae` is self-supervised."""
 
+ISOTROPIC_RUN: Final = 6
+"""Blocks that an isotropic model computes again together under `stages`."""
+
 _KERNEL_PX: Final = 7
 _EXPANSION: Final = 4
 _LAYER_SCALE: Final = 1e-6

@@ -2,9 +2,16 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -13,8 +20,8 @@ console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: object) -> None:
-    """Write one JSON document to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """Write one JSON document to stdout; a path in it is text."""
+    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def print_table(table: Table) -> None:
@@ -39,9 +46,29 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print_table(table)
 
 
-def make_table(*columns: str, title: str | None = None) -> Table:
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Show names and what belongs to them to people, a line each."""
+    table = make_table("", "")
+    table.show_header = False
+    for name, text in facts:
+        table.add_row(Text(name, style="bold"), Text(text))
+    print_table(table)
+
+
+def count_columns(things: str) -> tuple[ProgressColumn, ...]:
+    """What a bar shows of a task that counts things."""
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(things),
+        TimeRemainingColumn(),
+    )
+
+
+def make_table(*columns: str) -> Table:
     """A plain table in the house style; a column whose name starts with `>` is right-aligned."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left")

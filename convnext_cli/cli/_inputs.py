@@ -9,9 +9,13 @@ import typer
 
 from convnext_cli.data.card import read_card
 from convnext_cli.errors import DataError, RecipeError, StorageError
+from convnext_cli.plan.cluster import Cluster, count_cpus, read_rank, read_shape
 from convnext_cli.plan.resolve import DataFacts
 from convnext_cli.recipe.files import load_recipe, render_override
-from convnext_cli.recipe.schema import Recipe
+from convnext_cli.recipe.schema import Precision, Recipe
+
+LARGEST = 2**63 - 1
+"""Of a seed, a step or an epoch: the generators take so much."""
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe: a name (convnext recipes list) or a YAML file.")
@@ -30,10 +34,9 @@ DevicesOption = Annotated[
 NodesOption = Annotated[int, typer.Option(help="Nodes.", min=1)]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DeviceOption = Annotated[DeviceChoice, typer.Option(help="Kind of device.")]
-PrecisionChoice = Literal["fp32", "bf16", "fp16"]
-PrecisionOption = Annotated[
-    PrecisionChoice | None, typer.Option(help="Same as compute.precision=...")
-]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="Same as compute.precision=...")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of a run.")]
+RootOption = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 
@@ -50,12 +53,32 @@ def check_folder_of(path: Path) -> None:
         )
 
 
+def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cluster:
+    """The devices of flags and launcher; without flags all GPUs of this machine, or one CPU."""
+    import torch
+
+    kind = device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if (shape := read_shape()) is not None:
+        nodes, devices = shape
+    if devices is None:
+        devices = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    return Cluster(
+        num_nodes=nodes,
+        devices_per_node=devices,
+        device=kind,
+        cpus_per_node=count_cpus(),
+        rank=read_rank(),
+    )
+
+
 def load_asked_recipe(
     name: str,
     overrides: Sequence[str] | None,
     *,
     data: str | None = None,
-    precision: PrecisionChoice | None = None,
+    precision: Precision | None = None,
 ) -> Recipe:
     """The recipe with its overrides and with the flags that stand for one."""
     if data == "":  # as an unset variable of a shell gives it

@@ -32,10 +32,12 @@ from convnext_cli.cli._inputs import (
     OverridesArgument,
     PrecisionOption,
     RecipeArgument,
+    find_cluster,
     load_asked_recipe,
 )
 from convnext_cli.errors import DataError, RecipeError
 from convnext_cli.plan.resolve import Plan, make_plan
+from convnext_cli.runs.record import writing_to
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, paired with named peers.")
 
@@ -98,7 +100,6 @@ def step(
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes into these lines
     from convnext_cli.bench.step import compare_steps
-    from convnext_cli.cli.train import find_cluster
     from convnext_cli.training.devices import check_devices
 
     names = _read_peers(against, STEP_PEERS)
@@ -140,12 +141,12 @@ def step(
             ],
             on_progress=status.update,
         )
-    if out is not None:
-        _write(out, f"step-{report.model}", asdict(report), render_step_markdown(report))
     if json_output:
         print_json(asdict(report))
-        return
-    _show_steps(report)
+    else:
+        _show_steps(report)
+    if out is not None:
+        _write(out, f"step-{report.model}", asdict(report), render_step_markdown(report))
 
 
 @app.command()
@@ -168,7 +169,6 @@ def depthwise(
     Example: convnext bench depthwise --models convnext_tiny --batch 128
     """
     from convnext_cli.bench.depthwise import measure_depthwise
-    from convnext_cli.cli.train import find_cluster
     from convnext_cli.training.devices import check_devices
 
     variants = [find_variant(name.strip()) for name in models.split(",")]
@@ -192,17 +192,17 @@ def depthwise(
             image_px=size,
             on_progress=status.update,
         )
-    if out is not None:
-        _write(out, "depthwise", asdict(report), render_depthwise_markdown(report))
     if json_output:
         print_json(asdict(report))
-        return
-    console.print(
-        f"7x7 depthwise, batches of {report.images}, {report.precision}, on {report.device};"
-        f" a copy {report.copy_bytes_per_second / 1e9:,.0f} GB/s",
-        soft_wrap=True,
-    )
-    _print(make_depthwise_table(report))
+    else:
+        console.print(
+            f"7x7 depthwise, batches of {report.images}, {report.precision}, on {report.device};"
+            f" a copy {report.copy_bytes_per_second / 1e9:,.0f} GB/s",
+            soft_wrap=True,
+        )
+        _print(make_depthwise_table(report))
+    if out is not None:
+        _write(out, "depthwise", asdict(report), render_depthwise_markdown(report))
 
 
 @app.command()
@@ -215,7 +215,9 @@ def loader(
     workers: Annotated[int, typer.Option(help="Loader processes of each system.", min=1)] = 2,
     batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 64,
     image_px: Annotated[int, typer.Option(help="Side of the images.", min=8)] = 224,
-    images: Annotated[int, typer.Option(help="Images that a system loads in a round.")] = 1000,
+    images: Annotated[
+        int, typer.Option(help="Images that a system loads in a round.", min=1)
+    ] = 1000,
     rounds: Annotated[int, typer.Option(help="How often each system is measured.", min=1)] = 5,
     json_output: JsonOption = False,
 ) -> None:
@@ -367,9 +369,11 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write(folder: Path, name: str, report: Mapping[str, object], markdown: str) -> None:
-    """A report beside its Markdown."""
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
+    """A report beside its Markdown; it has been shown, so that a full disk does not lose it."""
+    for ending, text in (("json", json.dumps(report, indent=2) + "\n"), ("md", markdown)):
+        path = folder / f"{name}.{ending}"
+        with writing_to(path):
+            path.write_text(text, encoding="utf-8")
 
 
 def _show_failed(failed: Mapping[str, str]) -> None:

@@ -1,20 +1,18 @@
 """`convnext checkpoints`: which there are, whether they are whole, and one file to publish."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from convnext_cli.cli._console import console, print_json, print_rows
-from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.cli._inputs import JsonOption, RootOption, RunArgument
+from convnext_cli.cli._models import WeightsOption
 from convnext_cli.errors import CheckpointError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step, find_run
 from convnext_cli.runs.manifest import CheckpointState, check_checkpoint
 
 app = typer.Typer(no_args_is_help=True, help="List, verify and consolidate checkpoints.")
-
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of a run.")]
-RootOption = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 
 
 def _check_run(run: RunDir, *, deep: bool) -> list[CheckpointState]:
@@ -29,7 +27,7 @@ def _check_run(run: RunDir, *, deep: bool) -> list[CheckpointState]:
 
 def _show(run: RunDir, states: list[CheckpointState], *, json_output: bool, whole: str) -> None:
     named: dict[str, list[str]] = {state.path.name: [] for state in states}
-    for name in (run.last, run.best, run.best_ema):
+    for name in run.links:
         if name.exists():
             named.setdefault(name.resolve().name, []).append(name.stem)
     if json_output:
@@ -122,10 +120,7 @@ def consolidate(
     path: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint, or a run.")],
     *,
     out: Annotated[Path, typer.Option(help="File to write, its name ends in .safetensors.")],
-    weights: Annotated[
-        Literal["auto", "raw", "ema"],
-        typer.Option(help="Which weights; auto: the averaged ones where there are any."),
-    ] = "auto",
+    weights: WeightsOption = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
     """Write the weights of a checkpoint, of any strategy and number of devices, as one file.

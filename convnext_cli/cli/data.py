@@ -1,27 +1,20 @@
 """`convnext data`: pack images into shards, check a packed data set, show what is trained on."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
-from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._console import console, count_columns, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
-from convnext_cli.cli.data_index import index
+from convnext_cli.cli.data_index import index, print_splits
 from convnext_cli.cli.data_order import order
 from convnext_cli.cli.data_show import show
 from convnext_cli.data.report import DatasetReport, Spread
 from convnext_cli.errors import DataError, quote_path
+from convnext_cli.plan.cluster import count_cpus
 
 app = typer.Typer(no_args_is_help=True, help="Pack, check and show data sets.")
 
@@ -58,7 +51,7 @@ def pack(
     from convnext_cli.data.pack import pack as pack_images
     from convnext_cli.data.sources import KIND_TITLES
 
-    with Progress(*_columns(), console=console, transient=True) as progress:
+    with Progress(*count_columns("images"), console=console, transient=True) as progress:
         bar = progress.add_task("packing", total=None)
         packed = pack_images(
             source.expanduser(),
@@ -70,7 +63,7 @@ def pack(
                 seed=seed,
             ),
             val_labels=val_labels,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers or count_cpus(),
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     card = packed.card
@@ -90,16 +83,7 @@ def pack(
         )
         return
     console.print(f"{source}: {KIND_TITLES[packed.kind]}", soft_wrap=True)
-    table = make_table("split", ">images", ">classes", ">shards", ">MB")
-    for name, split in card.splits.items():
-        table.add_row(
-            name,
-            f"{split.images:,}",
-            f"{sum(1 for images in split.class_images if images):,}",
-            f"{len(split.shards):,}",
-            f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f}",
-        )
-    print_table(table)
+    print_splits(card)
     for note in packed.notes:
         console.print(note, soft_wrap=True)
     if packed.reused_shards:
@@ -130,7 +114,7 @@ def check(
     from convnext_cli.data.audit import check_dataset
     from convnext_cli.data.fetch import default_cache_dir
 
-    with Progress(*_columns(), console=console, transient=True) as progress:
+    with Progress(*count_columns("images"), console=console, transient=True) as progress:
         bar = progress.add_task("checking", total=None)
         report = check_dataset(
             directory,
@@ -197,16 +181,6 @@ def _tell(report: DatasetReport) -> None:
 
 def _render_spread(spread: Spread | None) -> str:
     return "?" if spread is None else f"{spread.min}..{spread.max} ({spread.median:g})"
-
-
-def _columns() -> tuple[ProgressColumn, ...]:
-    return (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-    )
 
 
 app.command()(index)

@@ -1,15 +1,16 @@
 """`convnext data index`: an index for shards that others made, without copying them."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._console import console, count_columns, make_table, print_json, print_table
 from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.data.card import DatasetCard
 from convnext_cli.errors import DataError, quote_path
+from convnext_cli.plan.cluster import count_cpus
 
 _MAX_KINDS = 8
 
@@ -58,14 +59,7 @@ def index(
         train_shards = [url for url in others if choose_split(url, root=root) == "train"]
         val_shards = [url for url in others if choose_split(url, root=root) == "val"]
     names = None if classes is None else _read_classes(classes)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("shards"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*count_columns("shards"), console=console, transient=True) as progress:
         bar = progress.add_task("indexing", total=None)
         made = index_shards(
             train_shards,
@@ -73,7 +67,7 @@ def index(
             out=out.expanduser(),
             labels=None if label is None else parse_label_source(label),
             classes=names,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers or count_cpus(),
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     card = made.card
@@ -93,16 +87,7 @@ def index(
             }
         )
         return
-    table = make_table("split", ">images", ">classes", ">shards", ">MB")
-    for name, split in card.splits.items():
-        table.add_row(
-            name,
-            f"{split.images:,}",
-            f"{sum(1 for count in split.class_images if count):,}",
-            f"{len(split.shards):,}",
-            f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f}",
-        )
-    print_table(table)
+    print_splits(card)
     for note in made.notes:
         console.print(note, soft_wrap=True)
     if made.skipped:
@@ -122,6 +107,20 @@ def index(
     console.print(f"  convnext data check {quote_path(out)}", soft_wrap=True)
     if "train" in card.splits:
         console.print(f"  convnext train small_data --data {quote_path(out)}", soft_wrap=True)
+
+
+def print_splits(card: DatasetCard) -> None:
+    """Show the totals of each split to people."""
+    table = make_table("split", ">images", ">classes", ">shards", ">MB")
+    for name, split in card.splits.items():
+        table.add_row(
+            name,
+            f"{split.images:,}",
+            f"{sum(1 for count in split.class_images if count):,}",
+            f"{len(split.shards):,}",
+            f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f}",
+        )
+    print_table(table)
 
 
 def _read_classes(path: Path) -> list[str]:

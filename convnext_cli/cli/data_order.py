@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from convnext_cli.cli._console import console, print_json
-from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.cli._inputs import LARGEST, JsonOption
 from convnext_cli.errors import DataError
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.runs.layout import find_run
@@ -18,15 +18,17 @@ _EXAMPLES = 10
 def order(
     directory: Annotated[str, typer.Argument(help="Packed data set: a folder or URL.")],
     *,
-    step: Annotated[int, typer.Option(help="Step, counted from 0.", min=0)] = 0,
+    step: Annotated[int, typer.Option(help="Step, counted from 0.", min=0, max=LARGEST)] = 0,
     epoch: Annotated[
         int | None,
-        typer.Option(help="Epoch of the step (default: steps count through the run).", min=0),
+        typer.Option(
+            help="Epoch of the step (default: steps count through the run).", min=0, max=LARGEST
+        ),
     ] = None,
     run: Annotated[
         str | None, typer.Option(help="Take seed, batch, order and devices of this run.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The run's seed.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="The run's seed.", min=0, max=LARGEST)] = 0,
     global_images: Annotated[int, typer.Option(help="Images a step.", min=1)] = 4096,
     kind: Annotated[Literal["full", "window"], typer.Option(help="Same as data.order.")] = "full",
     lanes: Annotated[int, typer.Option(help="Same as data.lanes.", min=1)] = 256,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from convnext_cli.cli._console import console, print_json
-from convnext_cli.cli._inputs import JsonOption, OverridesArgument
+from convnext_cli.cli._inputs import LARGEST, JsonOption, OverridesArgument
 from convnext_cli.errors import DataError
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.recipe.schema import Recipe
@@ -26,7 +26,10 @@ def show(
     images: Annotated[int, typer.Option(help="Number of images.", min=1, max=400)] = 32,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("contact-sheet.png"),
     seed: Annotated[
-        int | None, typer.Option(help="Other images and views (default: the recipe's seed).", min=0)
+        int | None,
+        typer.Option(
+            help="Other images and views (default: the recipe's seed).", min=0, max=LARGEST
+        ),
     ] = None,
     json_output: JsonOption = False,
 ) -> None:

@@ -3,17 +3,15 @@
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, print_json
 from convnext_cli.cli._inputs import DataOption, JsonOption
+from convnext_cli.doctor.findings import Finding, find_worst, merge_hosts
 from convnext_cli.plan.cluster import read_local_rank, read_rank, read_shape
-
-if TYPE_CHECKING:
-    from convnext_cli.doctor.findings import Finding
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -37,7 +35,6 @@ def doctor(
     Example: convnext doctor --data /data/imagenet
     """
     from convnext_cli.data.fetch import default_cache_dir
-    from convnext_cli.doctor.findings import Finding, find_worst
     from convnext_cli.doctor.machine import look_at_machine
     from convnext_cli.doctor.traffic import read_shards
 
@@ -62,12 +59,11 @@ def doctor(
         raise typer.Exit(2)
 
 
-def _compare(own: "list[Finding]", *, local_rank: int) -> "list[Finding]":
+def _compare(own: list[Finding], *, local_rank: int) -> list[Finding]:
     """What all ranks found; the same list on each."""
     import torch
     from torch import distributed
 
-    from convnext_cli.doctor.findings import merge_hosts
     from convnext_cli.doctor.machine import judge_versions
     from convnext_cli.doctor.traffic import join_ranks, measure_all_reduce
 
@@ -87,9 +83,7 @@ def _compare(own: "list[Finding]", *, local_rank: int) -> "list[Finding]":
     return findings
 
 
-def _show(findings: "list[Finding]", *, json_output: bool) -> None:
-    from convnext_cli.doctor.findings import find_worst
-
+def _show(findings: list[Finding], *, json_output: bool) -> None:
     if json_output:
         rows = [
             {

@@ -7,17 +7,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.text import Text
 
 from convnext_cli.catalog.datasets import imagenet_class_names
-from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._console import (
+    console,
+    count_columns,
+    make_table,
+    print_facts,
+    print_json,
+    print_table,
+)
 from convnext_cli.cli._inputs import (
     DeviceOption,
     DevicesOption,
     JsonOption,
-    PrecisionChoice,
     check_folder_of,
+    find_cluster,
 )
 from convnext_cli.cli._models import (
     CheckpointArgument,
@@ -27,8 +34,8 @@ from convnext_cli.cli._models import (
     WeightsOption,
     name_class,
 )
-from convnext_cli.cli.train import find_cluster
 from convnext_cli.errors import StorageError
+from convnext_cli.recipe.schema import Precision
 from convnext_cli.runs.record import writing_to
 from convnext_cli.training.report import TIMM_COLUMNS, ClassRow, PairRow, Report
 
@@ -55,7 +62,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = "auto",
     devices: DevicesOption = None,
-    precision: Annotated[PrecisionChoice, typer.Option(help="Arithmetic.")] = "fp32",
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = "fp32",
     json_output: JsonOption = False,
     csv_file: Annotated[
         Path | None,
@@ -117,16 +124,7 @@ def _progress() -> Iterator[Listener | None]:
     if not console.is_terminal or console.quiet:
         yield None
         return
-    bar = Progress(
-        TextColumn("evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-    with bar:
+    with Progress(*count_columns("batches"), console=console, transient=True) as bar:
         task = bar.add_task("evaluating", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -135,10 +133,8 @@ def show_report(report: Report) -> None:
     """Write an evaluation for people, on stderr."""
     crop = f"center crop {report.crop_frac:g}" if report.crop == "center" else "warp"
     averaged = "averaged (EMA) weights" if report.weights == "ema" else "raw weights"
-    table = make_table("", "")
-    table.show_header = False
     top5 = [("top-5", f"{report.top5:.2f}%")] if len(report.per_class) > 5 else []
-    for name, text in (
+    facts = (
         ("model", f"{report.model}, {report.parameters:,} parameters"),
         ("weights", f"{averaged} of {report.checkpoint}"),
         ("data", f"{report.data} {report.split}: {report.images:,} images"),
@@ -148,9 +144,8 @@ def show_report(report: Report) -> None:
         ("loss", f"{report.loss:.4f}"),
         ("ECE", f"{report.ece:.4f} (gap between probability and accuracy)"),
         ("speed", f"{report.images_per_second:,.0f} images/s in {report.precision}"),
-    ):
-        table.add_row(Text(name, style="bold"), Text(text))
-    print_table(table)
+    )
+    print_facts(facts)
     _show_classes(report.per_class)
     _show_pairs(report.worst_pairs)
 

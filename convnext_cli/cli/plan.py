@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.text import Text
 
-from convnext_cli.cli._console import make_table, print_json, print_table
+from convnext_cli.cli._console import print_facts, print_json
 from convnext_cli.cli._inputs import (
     DataOption,
     JsonOption,
@@ -60,8 +59,6 @@ def plan(
 def show_plan(plan: Plan) -> None:
     """Write a plan for people, on stderr."""
     recipe = plan.recipe
-    table = make_table("", "")
-    table.show_header = False
     warmup = f"{plan.warmup_steps:,} warm-up" if plan.warmup_steps else "no warm-up"
     rows = [
         ("recipe", f"{plan.name}: {recipe.about}"),
@@ -100,9 +97,7 @@ def show_plan(plan: Plan) -> None:
         rows.append(("memory", _memory(plan)))
     if recipe.published_top1 is not None:
         rows.insert(1, ("published", f"{recipe.published_top1:g}% top-1"))
-    for name, text in rows:
-        table.add_row(Text(name, style="bold"), Text(text))
-    print_table(table)
+    print_facts(rows)
 
 
 _KERNELS: dict[Kernels | Literal["auto"], str] = {

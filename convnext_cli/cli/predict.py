@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
-from convnext_cli.cli._inputs import DeviceOption, JsonOption
+from convnext_cli.cli._inputs import DeviceOption, JsonOption, find_cluster
 from convnext_cli.cli._models import (
     CheckpointArgument,
     CropFracOption,
@@ -17,7 +17,6 @@ from convnext_cli.cli._models import (
     WeightsOption,
     name_class,
 )
-from convnext_cli.cli.train import find_cluster
 from convnext_cli.errors import DataError
 from convnext_cli.training.report import Prediction, Unread
 

@@ -1,10 +1,8 @@
 """`convnext recipes`: list, show, diff and check recipes."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import BaseModel
 from rich.text import Text
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
@@ -13,9 +11,9 @@ from convnext_cli.errors import RecipeError, UserError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import (
+    explain_fields,
     find_recipe,
     flatten_keys,
-    list_fields,
     list_recipes,
     load_recipe,
     nearest_field,
@@ -79,18 +77,17 @@ def show(
 
 
 def _show_fields(key: str | None, *, json_output: bool) -> None:
-    names = list_fields()
-    if key is None or key in names:
-        chosen = [name for name in names if key in {None, name}]
+    help_of = explain_fields()
+    if key is None or key in help_of:
+        chosen = [name for name in help_of if key in {None, name}]
     else:
-        chosen = [name for name in names if name.startswith(f"{key}.")]
+        chosen = [name for name in help_of if name.startswith(f"{key}.")]
     if not chosen:
         near = nearest_field(str(key))
         raise RecipeError(
             f"no key {key} in a recipe",
             hint=f"did you mean {near}?" if near else "see all: convnext recipes show --fields",
         )
-    help_of = _field_help()
     if json_output:
         print_json({name: help_of[name] for name in chosen})
         return
@@ -101,17 +98,6 @@ def _show_fields(key: str | None, *, json_output: bool) -> None:
         meaning = Text(help_of[name].replace("\n", " "))
         table.add_row(Text(name, style="bold"), Text(default), meaning)
     print_table(table)
-
-
-def _field_help() -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            for inner, inner_field in field.annotation.model_fields.items():
-                texts[f"{name}.{inner}"] = inner_field.description or ""
-        else:
-            texts[name] = field.description or ""
-    return texts
 
 
 @app.command("diff")
@@ -190,4 +176,4 @@ def _check_one(name: str) -> None:
     """Load a recipe and, where its data set's size is known, plan it on one device."""
     recipe = load_recipe(name)
     if recipe.data.dataset is not None:
-        make_plan(recipe, Cluster(), name=Path(find_recipe(name)).stem)
+        make_plan(recipe, Cluster(), name=find_recipe(name).stem)

@@ -8,14 +8,12 @@ import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, print_json, print_rows
+from convnext_cli.cli._inputs import JsonOption, RootOption, RunArgument
 from convnext_cli.errors import RunError, UserError, quote_path
 from convnext_cli.runs.layout import RunDir, find_run, find_runs
 
 app = typer.Typer(no_args_is_help=True, help="List, show, compare and plot runs.")
 
-RootOption = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of a run.")]
 RunsArgument = Annotated[list[str], typer.Argument(metavar="RUN", help="Names or paths of runs.")]
 
 
@@ -38,7 +36,7 @@ def list_runs(*, root: RootOption = Path("runs"), json_output: JsonOption = Fals
         except UserError as error:  # one damaged run must not hide the others
             console.print(Text(f"left out: {error}", style="yellow"), soft_wrap=True)
     if json_output:
-        print_json([_plain(summary) for summary in summaries])
+        print_json([dataclasses.asdict(summary) for summary in summaries])
         return
     if not summaries:
         console.print(Text(f"no runs in {root}"), soft_wrap=True)
@@ -73,7 +71,7 @@ def show(
 
     summary = summarise_run(find_run(run, root))
     if json_output:
-        print_json(_plain(summary))
+        print_json(dataclasses.asdict(summary))
         return
     rows = [
         ("run", summary.name),
@@ -113,15 +111,14 @@ def compare(
         print_json(
             {
                 "runs": {
-                    label: _plain(summary)
+                    label: dataclasses.asdict(summary)
                     for label, summary in zip(labels, comparison.summaries, strict=True)
                 },
                 "recipe": {
-                    row.key: _plain(dict(zip(labels, row.values, strict=True)))
-                    for row in comparison.recipe
+                    row.key: dict(zip(labels, row.values, strict=True)) for row in comparison.recipe
                 },
                 "metrics": {
-                    row.key: _plain(dict(zip(labels, row.values, strict=True)))
+                    row.key: dict(zip(labels, row.values, strict=True))
                     for row in comparison.metrics
                 },
             }
@@ -226,21 +223,6 @@ def _find_distinct(names: list[str], root: Path) -> list[RunDir]:
     """The named runs in order, each once however it was named."""
     found = [find_run(name, root) for name in names]
     return list({run.root.resolve(): run for run in found}.values())
-
-
-def _plain(value: object) -> object:
-    """The value in what JSON knows: records become objects, paths strings."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {key: _plain(item) for key, item in dataclasses.asdict(value).items()}
-    match value:
-        case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case None | str() | int() | float():
-            return value
-        case _:
-            return str(value)
 
 
 def _path_below(root: Path, path: Path) -> str:

@@ -11,26 +11,19 @@ from rich.text import Text
 from convnext_cli.cli._console import console
 from convnext_cli.cli._inputs import (
     DataOption,
-    DeviceChoice,
     DeviceOption,
     DevicesOption,
     NodesOption,
     OverridesArgument,
     PrecisionOption,
     RecipeArgument,
+    find_cluster,
     load_asked_recipe,
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
 from convnext_cli.errors import RecipeError, quote_path
-from convnext_cli.plan.cluster import (
-    Cluster,
-    count_cpus,
-    read_deadline,
-    read_job,
-    read_rank,
-    read_shape,
-)
+from convnext_cli.plan.cluster import Cluster, read_deadline, read_job
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.schema import Recipe
 from convnext_cli.runs.compare import summarise_run
@@ -88,26 +81,6 @@ def listen_for_stop() -> StopRequest:
     request = StopRequest(deadline=read_deadline())
     request.listen()
     return request
-
-
-def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cluster:
-    """The devices of flags and launcher; without flags all GPUs of this machine, or one CPU."""
-    import torch
-
-    kind = device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if (shape := read_shape()) is not None:
-        nodes, devices = shape
-    if devices is None:
-        devices = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
-    return Cluster(
-        num_nodes=nodes,
-        devices_per_node=devices,
-        device=kind,
-        cpus_per_node=count_cpus(),
-        rank=read_rank(),
-    )
 
 
 def check_name(name: str) -> None:

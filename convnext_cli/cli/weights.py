@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 import typer
 from rich.text import Text
 
-from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._console import console, print_facts, print_json
 from convnext_cli.cli._inputs import JsonOption, check_folder_of
+from convnext_cli.cli._models import WeightsOption
 from convnext_cli.errors import CheckpointError, StorageError, quote_path
 
 app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert them.")
@@ -15,10 +16,6 @@ app = typer.Typer(no_args_is_help=True, help="Inspect checkpoints and convert th
 Target = Literal["official", "timm", "torchvision", "huggingface", "onnx"]
 _FILE_ENDINGS = (".bin", ".ckpt", ".onnx", ".pt", ".pth", ".safetensors")
 PathArgument = Annotated[Path, typer.Argument(help="Checkpoint in any published layout, or a run.")]
-WeightsOption = Annotated[
-    Literal["auto", "raw", "ema"],
-    typer.Option("--weights", help="Which weights; auto: the averaged ones where there are any."),
-]
 
 
 @app.command()
@@ -53,8 +50,6 @@ def inspect(
     if json_output:
         print_json(facts)
         return
-    table = make_table("", "")
-    table.show_header = False
     head = "no head (self-supervised pre-training)"
     rows = {
         "file": str(path),
@@ -68,9 +63,7 @@ def inspect(
         rows["trained"] = f"at {found.card.image_px} px{after}"
     if facts["non_finite"]:
         rows["warning"] = f"{facts['non_finite']:,} values are NaN or infinite"
-    for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), Text(text))
-    print_table(table)
+    print_facts(rows.items())
 
 
 @app.command()
@@ -112,8 +105,8 @@ def convert(
             hint="only ConvNeXt models are converted",
         )
     if map_head:
-        found, report = map_head_to_imagenet1k(found)
-        console.print(Text(str(report)), soft_wrap=True)
+        found, told = map_head_to_imagenet1k(found)
+        console.print(Text(told), soft_wrap=True)
     if to == "onnx":
         check_onnx()
         if found.num_classes is None:

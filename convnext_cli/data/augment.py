@@ -37,12 +37,11 @@ from torchvision.transforms.v2 import functional as pixels
 
 from convnext_cli.data.decode import CropBox, decode_region, decode_rgb, read_image_size
 from convnext_cli.data.order import seeded_random
-from convnext_cli.data.randaugment import apply_ops_pillow, build_policy, draw_ops
+from convnext_cli.data.randaugment import Colour, apply_ops_pillow, build_policy, draw_ops
+from convnext_cli.data.shear import Interpolation
 
 AugmentPlace = Literal["cpu", "device"]
-Interpolation = Literal["bicubic", "bilinear"]
 EvalCrop = Literal["center", "warp"]
-Colour = tuple[float, float, float]
 
 _MODES: dict[Interpolation, InterpolationMode] = {
     "bicubic": InterpolationMode.BICUBIC,

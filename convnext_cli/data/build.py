@@ -29,7 +29,7 @@ from convnext_cli.data.reader import (
     build_loader,
 )
 from convnext_cli.data.stream import Stream, StreamReader
-from convnext_cli.errors import CheckpointError, DataError, RecipeError
+from convnext_cli.errors import DataError, RecipeError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.schema import Recipe
 
@@ -198,24 +198,8 @@ class IndexedData(DeviceData):
         check_shards(self.card, self.store)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of the images depends on, but for the recipe."""
+        """What the order of the images depends on, but for the recipe (`fit` holds it against)."""
         return {"fingerprint": self.card.fingerprint, "order_version": ORDER_VERSION}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on in another order.
-
-        Raises:
-            CheckpointError: The data set or the order is not that of the checkpoint.
-        """
-        own = self.state_dict()
-        for key, what in (("fingerprint", "data set"), ("order_version", "version of the order")):
-            if state_dict[key] != own[key]:
-                raise CheckpointError(
-                    f"the checkpoint was made with {what} {state_dict[key]}, but"
-                    f" {self.store.location} has {own[key]}: images would come twice or never",
-                    hint="go on with the data set of before, or start a new run from the weights:"
-                    " init.weights=CHECKPOINT --name NAME",
-                )
 
     def _build_order(self) -> tuple[ImageReader, Order]:
         plan = self.plan

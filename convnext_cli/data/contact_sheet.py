@@ -30,6 +30,8 @@ _TITLE_PX = 30
 _FONT_PX = 12
 _PASS_IMAGES = 4
 """Images that are mixed alike; another pass draws mixup or cutmix anew."""
+_EPOCHS = 3
+"""Views of an image that are shown."""
 
 _PAPER = (255, 255, 255)
 _INK = (20, 20, 20)
@@ -57,7 +59,6 @@ def make_train_rows(
     classes: Sequence[str],
     mix: BatchMix,
     num_images: int,
-    num_views: int = 3,
 ) -> list[Row]:
     """A row an image: the original, views of several epochs, and what the network gets.
 
@@ -66,7 +67,6 @@ def make_train_rows(
         classes: Names, by label.
         mix: What is done to batches.
         num_images: Rows; no more than the split has.
-        num_views: Epochs that are shown.
 
     Raises:
         DataError: The images cannot be read.
@@ -87,7 +87,7 @@ def make_train_rows(
         original = _original_cell(reader, sample, classes=classes)
         views = [
             Cell(image_CHW=reader[epoch, sample].image_CHW, name=f"epoch {epoch}")
-            for epoch in range(num_views)
+            for epoch in range(_EPOCHS)
         ]
         rows.append((original, *views, last))
     return rows

@@ -35,7 +35,7 @@ except ImportError:
     decode_image = None
 
 MAX_PIXELS = 64_000_000
-"""Largest image that is decoded: 192 MB of pixels."""
+"""Largest image that is packed or decoded: 192 MB of pixels."""
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 

@@ -39,6 +39,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from convnext_cli.errors import DataError, StorageError
+from convnext_cli.runs.record import sync
 
 BLOCK_BYTES = 8 << 20
 ATTEMPTS = 8
@@ -204,7 +205,7 @@ class Store:
 
         _retry(fetch, what=url, attempts=self.attempts, backoff_seconds=self.backoff_seconds)
         part.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
 
     def _free_for(self, part: Path, *, expected: Expected, error: OSError) -> None:
         """Evict as much as is missing.
@@ -257,14 +258,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _sync_folder(folder: Path) -> None:
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
 
 
 def _list_files(cache_dir: Path) -> list[tuple[float, int, Path]]:
@@ -329,16 +322,21 @@ def _fetch(url: str, part: Path, *, expected: Expected, stall_seconds: float) ->
     num_bytes = expected.num_bytes
     if num_bytes is not None and held > num_bytes:
         raise _WrongBytes(f"{held:,} bytes came, {num_bytes:,} were expected")
-    with _opened(part) as sink:
+    with _disk():
+        sink = part.open("ab")
+    with sink:
         for block in _iter_blocks(url, sink, num_bytes=num_bytes, stall_seconds=stall_seconds):
             if sink.tell() == 0:  # the source began anew
                 digest, held = hashlib.sha256(), 0
             digest.update(block)
             held += len(block)
-            _write(sink, block)
+            with _disk():
+                sink.write(block)
+                sink.flush()
             if num_bytes is not None and held > num_bytes:
                 raise _WrongBytes(f"{held:,} bytes came, {num_bytes:,} were expected")
-        _sync(sink)
+        with _disk():
+            os.fsync(sink.fileno())
     if num_bytes is not None and held < num_bytes:
         raise _Passing(f"{held:,} bytes came, {num_bytes:,} were expected")
     if expected.sha256 is not None and digest.hexdigest() != expected.sha256:
@@ -351,24 +349,11 @@ class _DiskError(OSError):
     """Writing failed: the disk's error, not the network's."""
 
 
-def _opened(part: Path) -> BinaryIO:
+@contextmanager
+def _disk() -> Iterator[None]:
+    """Mark the errors of the block as the disk's."""
     try:
-        return part.open("ab")
-    except OSError as error:
-        raise _DiskError(error.errno, error.strerror) from error
-
-
-def _write(sink: BinaryIO, block: bytes) -> None:
-    try:
-        sink.write(block)
-        sink.flush()
-    except OSError as error:
-        raise _DiskError(error.errno, error.strerror) from error
-
-
-def _sync(sink: BinaryIO) -> None:
-    try:
-        os.fsync(sink.fileno())
+        yield
     except OSError as error:
         raise _DiskError(error.errno, error.strerror) from error
 

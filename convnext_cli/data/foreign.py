@@ -534,19 +534,23 @@ def _check_info(root: str, records: Mapping[str, _Record]) -> None:
     """
     for info_name in INFO_NAMES:
         try:
-            splits = json.loads(read_file(f"{root}/{info_name}")).get("splits", {})
-        except (DataError, ValueError, AttributeError):
-            continue  # most data sets have none
-        for split in splits.values():
-            lengths = split.get("shard_lengths") or []
-            for name, images in zip(split.get("filenames") or [], lengths, strict=False):
-                record = records.get(name)
-                if record is not None and record.images != images:
-                    raise DataError(
-                        f"{root}/{name}: {record.images:,} samples, but {info_name} says"
-                        f" {images:,}",
-                        hint="copy the shard again, then the same command",
-                    )
+            splits = json.loads(read_file(f"{root}/{info_name}"))["splits"].values()
+            said = [
+                (str(name), int(images))
+                for split in splits
+                for name, images in zip(
+                    split.get("filenames") or (), split.get("shard_lengths") or (), strict=False
+                )
+            ]
+        except (DataError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # most data sets have none, or one of another form
+        for name, images in said:
+            record = records.get(name)
+            if record is not None and record.images != images:
+                raise DataError(
+                    f"{root}/{name}: {record.images:,} samples, but {info_name} says {images:,}",
+                    hint="copy the shard again, then the same command",
+                )
 
 
 def _choose_classes(

@@ -537,9 +537,3 @@ def read_index(path: Path) -> ShardIndex:
             hint="pack the data set again: convnext data pack SOURCE OUT",
         ) from error
     return index
-
-
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

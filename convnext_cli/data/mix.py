@@ -36,11 +36,10 @@ from torch import Tensor
 
 from convnext_cli.data.augment import NOISE_PX, Choices
 from convnext_cli.data.order import mix_rng, philox
-from convnext_cli.data.randaugment import ONE_KERNEL, apply_ops, to_device
+from convnext_cli.data.randaugment import ONE_KERNEL, Colour, apply_ops, to_device
+from convnext_cli.data.shear import Interpolation
 
 MixKind = Literal["none", "mixup", "cutmix"]
-Colour = tuple[float, float, float]
-Interpolation = Literal["bicubic", "bilinear"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +80,11 @@ def colour_constants(mean: Colour, std: Colour, device: torch.device) -> tuple[T
         return to_device(scale, device).view(-1, 1, 1), to_device(shift, device).view(-1, 1, 1)
 
 
-def normalise(
-    images_NCHW: Tensor, *, mean: Colour, std: Colour, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """uint8 pixels -> (pixel / 255 - mean) / std, of the same shape, device and memory format."""
+def normalise(images_NCHW: Tensor, *, mean: Colour, std: Colour) -> Tensor:
+    """uint8 -> float32 (pixel / 255 - mean) / std, of the same shape, device and memory format."""
     # One multiply and one add a pixel.
     scale_C11, shift_C11 = colour_constants(tuple(mean), tuple(std), images_NCHW.device)
-    return torch.addcmul(shift_C11, images_NCHW.float(), scale_C11).to(dtype)
+    return torch.addcmul(shift_C11, images_NCHW.float(), scale_C11)
 
 
 def denormalise(x_NCHW: Tensor, *, mean: Colour, std: Colour) -> Tensor:
@@ -119,13 +116,10 @@ def erase(x_NCHW: Tensor, *, erased_N6: NDArray[np.int32], noise: Tensor) -> Ten
     device, (height, width) = x_NCHW.device, x_NCHW.shape[-2:]
     index_E = to_device(torch.from_numpy(rows), device)
     boxes_E6 = to_device(torch.from_numpy(erased_N6[rows].astype(np.int64)), device)
-    top_E1, bottom_E1, left_E1, right_E1, down_E1, across_E1 = boxes_E6[:, :, None].unbind(1)
     y_H, x_W = torch.arange(height, device=device), torch.arange(width, device=device)
-    inside_EH = (y_H >= top_E1) & (y_H < bottom_E1)
-    inside_EW = (x_W >= left_E1) & (x_W < right_E1)
-    inside_E1HW = (inside_EH[:, :, None] & inside_EW[:, None, :])[:, None]
-    down_EH1 = ((y_H + down_E1) % NOISE_PX)[:, :, None]
-    across_E1W = ((x_W + across_E1) % NOISE_PX)[:, None, :]
+    inside_E1HW = _inside(boxes_E6[:, :4], y_H, x_W)[:, None]
+    down_EH1 = ((y_H + boxes_E6[:, 4, None]) % NOISE_PX)[:, :, None]
+    across_E1W = ((x_W + boxes_E6[:, 5, None]) % NOISE_PX)[:, None, :]
     noise_ECHW = noise.to(x_NCHW.dtype)[:, down_EH1, across_E1W].transpose(0, 1)
     return x_NCHW.index_copy_(
         0, index_E, torch.where(inside_E1HW, noise_ECHW, x_NCHW.index_select(0, index_E))
@@ -191,14 +185,10 @@ def mix_images(x_NCHW: Tensor, draws: Sequence[MixDraw]) -> Tensor:
         edges_N4 = [
             [d.box.top, d.box.bottom, d.box.left, d.box.right] if d.box else [0] * 4 for d in draws
         ]
-        top_N1, bottom_N1, left_N1, right_N1 = to_device(torch.tensor(edges_N4), device)[
-            :, :, None
-        ].unbind(1)
         y_H, x_W = torch.arange(height, device=device), torch.arange(width, device=device)
-        inside_NH = (y_H >= top_N1) & (y_H < bottom_N1)
-        inside_NW = (x_W >= left_N1) & (x_W < right_N1)
-        inside_N1HW = (inside_NH[:, :, None] & inside_NW[:, None, :])[:, None]
-        return torch.lerp(_partners(x_NCHW), x_NCHW, weight_N111.masked_fill(inside_N1HW, 0.0))
+        patch_NHW = _inside(to_device(torch.tensor(edges_N4), device), y_H, x_W)
+        weight_N1HW = weight_N111.masked_fill(patch_NHW[:, None], 0.0)
+        return torch.lerp(_partners(x_NCHW), x_NCHW, weight_N1HW)
     return torch.lerp(_partners(x_NCHW), x_NCHW, weight_N111)
 
 

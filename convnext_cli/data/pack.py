@@ -47,16 +47,14 @@ from convnext_cli.data.card import (
     Split,
     index_name,
     read_card,
+    write_card,
 )
-from convnext_cli.data.card import write_card as write_dataset_card
+from convnext_cli.data.decode import MAX_PIXELS
 from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.data.pool import iter_done
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source
 from convnext_cli.errors import DataError, Stopped, StorageError, quote_path
 from convnext_cli.runs.record import read_json, sync, write_json, writing_to, written_whole
-
-MAX_PIXELS = 64_000_000
-"""Largest image that is packed; the same as the reader's (`decode.MAX_PIXELS`)."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Formats that are tried (MPO comes with JPEG); no other reaches a decoder: Pillow would hand
@@ -516,9 +514,8 @@ def _write_shard(task: _Task) -> int:
         StorageError: The shard cannot be written.
     """
     folder = Path(task.folder)
-    path, index_path = folder / task.name, folder / index_name(task.name)
+    path = folder / task.name
     partial = folder / f".{task.name}.{os.getpid()}.tmp"
-    partial_index = folder / f".{index_path.name}.{os.getpid()}.tmp"
     try:
         with writing_to(path):
             labels, unreadable = _write_tar(task, partial)
@@ -533,16 +530,13 @@ def _write_shard(task: _Task) -> int:
             unreadable=unreadable,
         )
         if len(scan.index):
-            write_index(scan.index, partial_index)
+            write_index(scan.index, folder / index_name(task.name))
             with writing_to(path):
-                sync(partial_index)
-                partial_index.replace(index_path)
                 partial.replace(path)
                 sync(folder)
         write_json(_record_path(folder, task.name), asdict(record))
     finally:
         partial.unlink(missing_ok=True)
-        partial_index.unlink(missing_ok=True)
     return len(task.entries)
 
 
@@ -721,7 +715,7 @@ def _finish(
             "unreadable": len(pairs),
         },
     )
-    write_dataset_card(card, folder)
+    write_card(card, folder)
     return card, len(pairs)
 
 

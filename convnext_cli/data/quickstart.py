@@ -29,7 +29,6 @@ from convnext_cli.errors import StorageError
 from convnext_cli.runs.record import writing_to
 
 TRAIN_IMAGES: Final = 1437
-VAL_IMAGES: Final = 360
 SIDE_PX: Final = 32
 
 _INK_MAX: Final = 16

@@ -34,7 +34,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -44,9 +43,8 @@ from timm.data.auto_augment import AugmentOp, RandAugment, rand_augment_transfor
 from torch import Tensor
 from torch.nn import functional
 
-from convnext_cli.data.shear import shift_lines
+from convnext_cli.data.shear import Interpolation, shift_lines
 
-Interpolation = Literal["bicubic", "bilinear"]
 Colour = tuple[float, float, float]
 
 OPS = (

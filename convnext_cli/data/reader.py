@@ -527,7 +527,6 @@ def build_loader(
     num_workers: int,
     pin_memory: bool,
     persistent: bool = True,
-    start_method: Literal["fork", "forkserver", "spawn"] | None = None,
 ) -> DataLoader[Batch]:
     """A stock DataLoader over a reader.
 
@@ -537,7 +536,6 @@ def build_loader(
         num_workers: Processes; 0: everything happens in this one. Each runs one torch thread.
         pin_memory: For a GPU.
         persistent: Keep the workers between epochs.
-        start_method: How workers start; None: as Python does by default.
     """
     slots = None
     if num_workers and sampler is not None and isinstance(dataset, ImageReader):
@@ -558,7 +556,6 @@ def build_loader(
         pin_memory=pin_memory,
         persistent_workers=persistent and num_workers > 0,
         worker_init_fn=partial(start_worker, leaving=_leaving()),
-        multiprocessing_context=start_method if num_workers > 0 else None,
         # Its own generator: else every iterator moves the global random state on.
         generator=torch.Generator(),
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Image = NDArray[np.uint8]
-Filter = Literal["bicubic", "bilinear"]
+Interpolation = Literal["bicubic", "bilinear"]
 Axis = Literal["rows", "columns"]
 
 
@@ -30,7 +30,7 @@ def shift_lines(
     shift_M: NDArray[np.float64],
     *,
     axis: Axis,
-    interpolation: Filter,
+    interpolation: Interpolation,
     fill: tuple[int, ...],
 ) -> Image:
     """Move each row sideways, or each column up or down, by its own distance.
@@ -70,7 +70,7 @@ def shift_lines(
     return result
 
 
-def _weights(frac_M: NDArray[np.float64], interpolation: Filter) -> Tensor:
+def _weights(frac_M: NDArray[np.float64], interpolation: Interpolation) -> Tensor:
     """Weights of the four neighbours, float32 of shape (4, M)."""
     d, d2, d3 = frac_M, frac_M**2, frac_M**3
     zero = np.zeros_like(d)

@@ -278,7 +278,7 @@ def _list_folders(source: Path, *, val_labels: Path | None) -> Source:
         found = _Found()
         empty = _walk_classes(source, found, prefix="", split="train")
         return _with_sorted_classes("folders", found, source=source, notes=_tell_empty(empty))
-    found, notes = _Found(), []
+    found = _Found()
     _tell_passed(_scan_both(source)[1], found, prefix="")
     empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
     if val is not None and val_labels is not None:
@@ -287,7 +287,7 @@ def _list_folders(source: Path, *, val_labels: Path | None) -> Source:
         _add_labelled(found, images, val_labels)
     elif val is not None:
         empty += _walk_classes(source / val, found, prefix=f"{val}/", split="val")
-    notes += _tell_empty(empty)
+    notes = _tell_empty(empty)
     unused = [name for name in folders if name not in (train, val)]
     if unused:
         notes.append(f"not packed: {', '.join(unused)} (only {train} and {val} are)")
@@ -382,7 +382,7 @@ def _is_image(path: str, found: _Found) -> bool:
 
 
 def _with_sorted_classes(
-    kind: SourceKind, found: _Found, *, source: Path, notes: Sequence[str] = ()
+    kind: SourceKind, found: _Found, *, source: Path, notes: Sequence[str]
 ) -> Source:
     """Labels by sorted class name.
 
@@ -458,7 +458,7 @@ def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | 
 
 
 def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
-    found, notes, empty = _Found(), [], []
+    found, empty = _Found(), []
     with train.open("rb") as file:
         members = list(iter_members(file, where=str(train), max_bytes=1 << 40))
     others = [member.name for member in members if not member.name.endswith(".tar")]
@@ -474,7 +474,7 @@ def _list_imagenet(train: Path, *, val_labels: Path | None) -> Source:
         stop = member.offset + member.size
         if not _add_members(found, train, name=name, begin=member.offset, end=stop):
             empty.append(member.name)
-    notes += _tell_empty(empty)
+    notes = _tell_empty(empty)
     val = train.with_name(VAL_TAR)
     if val_labels is not None:
         _add_imagenet_val(found, val, val_labels)

@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 
 from convnext_cli.doctor.findings import Finding
+from convnext_cli.errors import quote_path
 from convnext_cli.plan.cluster import count_cpus, read_deadline, read_job
 from convnext_cli.runs.record import output_of
 
@@ -138,9 +139,10 @@ def judge_links(matrix: str | None, *, gpus: int) -> list[Finding]:
 
 def judge_processor(*, cores: int, devices: int, environ: Mapping[str, str]) -> Finding:
     """Cores for each device, and threads."""
-    threads = environ.get("OMP_NUM_THREADS")
+    # A list, such as 4,2, says it for each level of nested regions.
+    threads = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     found = f"{cores} cores that may be used, {cores / devices:.0f} a device"
-    if threads and devices * int(threads) > cores:
+    if threads.isdigit() and devices * int(threads) > cores:
         return Finding(
             "processor",
             "warning",
@@ -184,9 +186,8 @@ def judge_open_files(soft: int, hard: int) -> Finding:
     endless = resource.RLIM_INFINITY
     found = "no limit" if soft == endless else f"at most {soft:,}"
     if soft != endless and soft < _OPEN_FILES:
-        room = hard == endless or hard >= _OPEN_FILES
-        advice = "ulimit -n 65536" if room and hard == endless else f"ulimit -n {hard}"
-        if not room:
+        advice = "ulimit -n 65536" if hard == endless else f"ulimit -n {hard}"
+        if hard != endless and hard < _OPEN_FILES:
             advice = "raise nofile in /etc/security/limits.conf"
         return Finding("open files", "warning", found, advice)
     return Finding("open files", "ok", found)
@@ -208,7 +209,8 @@ def look_at_disk(topic: str, folder: Path, *, needed_bytes: int) -> Finding:
             rate = _WRITE_BYTES / (time.perf_counter() - started)
     except OSError as error:
         found = f"{there} cannot be written: {error.strerror}"
-        return Finding(topic, "problem", found, f"choose another: ls -ld {there}; df -h {there}")
+        place = quote_path(there)
+        return Finding(topic, "problem", found, f"choose another: ls -ld {place}; df -h {place}")
     free = shutil.disk_usage(there).free
     return judge_disk(topic, there, free=free, needed_bytes=needed_bytes, bytes_per_second=rate)
 

@@ -13,8 +13,7 @@ import psutil
 
 from convnext_cli.launch.exits import choose_exit_code, read_exit_codes
 from convnext_cli.runs.exit_code import EXIT_DIR, EXIT_RANKS
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from convnext_cli.runs.interrupt import SIGNALS
 
 # torchrun's own report of an exit code is a page; the process that failed has said why already.
 _TORCHRUN = """\
@@ -54,7 +53,7 @@ class LocalLaunch:
             *(f"--nproc-per-node={self.num_processes}", "--module", "convnext_cli"),
             *self.arguments,
         ]
-        before = {number: signal.signal(number, self._pass_on) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         try:
             with tempfile.TemporaryDirectory(prefix="convnext-exits-") as folder:
                 environ = os.environ | {EXIT_DIR: folder, EXIT_RANKS: str(self.num_processes)}

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from convnext_cli.catalog.models import Variant, drop_fracs
+from convnext_cli.catalog.models import ISOTROPIC_RUN, Variant, drop_fracs
 from convnext_cli.catalog.ways import WHOLE, Way, list_ways
 from convnext_cli.kernels.block import block as fused_block
 from convnext_cli.kernels.block import positions as fused_positions
@@ -48,8 +48,6 @@ _PRODUCTS = (
     torch.ops.convnext.positions.default,
 )
 """Operators whose results selective checkpointing keeps: all that take time of their own."""
-
-_ISOTROPIC_RUN = 6
 
 
 class Block(nn.Module):
@@ -310,8 +308,8 @@ class ConvNeXt(nn.Module):
             # Without a LayerNorm after the stem, nothing else brings the stream into this memory
             # format; a block of another format would copy at both of its permutes.
             x_NCHW = self.stem(x_NCHW).contiguous(memory_format=torch.channels_last)
-            for start in range(0, len(self.blocks), _ISOTROPIC_RUN):
-                x_NCHW = self._run(self.blocks[start : start + _ISOTROPIC_RUN], x_NCHW)
+            for start in range(0, len(self.blocks), ISOTROPIC_RUN):
+                x_NCHW = self._run(self.blocks[start : start + ISOTROPIC_RUN], x_NCHW)
         else:
             for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
                 x_NCHW = self._run(stage, downsample(x_NCHW))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from convnext_cli.catalog.models import count_kept
+from convnext_cli.kernels.grn import EPS
 
 DropPathKind = Literal["scale", "skip"]
 """What is done with the images that a block drops: multiplied by 0, or not computed."""
@@ -39,8 +40,8 @@ class LayerNorm(nn.LayerNorm):
     value neither overflow nor lose their statistics.
     """
 
-    def __init__(self, num_channels: int, *, eps: float = 1e-6) -> None:
-        super().__init__(num_channels, eps=eps)
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to the same shape and dtype."""
@@ -81,24 +82,23 @@ class GRN(nn.Module):
     wide tensor instead of four.
     """
 
-    def __init__(self, num_channels: int, *, eps: float = 1e-6) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
-        self.eps = eps
 
     def forward(self, x_NHWC: Tensor) -> Tensor:
         """Map (N, H, W, C) to the same shape and dtype."""
         with _plain_math(x_NHWC):
             dtype = torch.promote_types(x_NHWC.dtype, torch.float32)
             energy_N11C = torch.linalg.vector_norm(x_NHWC, dim=(1, 2), keepdim=True, dtype=dtype)
-            share_N11C = energy_N11C / (energy_N11C.mean(dim=-1, keepdim=True) + self.eps)
+            share_N11C = energy_N11C / (energy_N11C.mean(dim=-1, keepdim=True) + EPS)
             out_NHWC = torch.addcmul(self.beta, x_NHWC, 1 + self.gamma * share_N11C)
             return out_NHWC.to(x_NHWC.dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{self.gamma.shape[-1]}, eps={self.eps}"
+        return f"{self.gamma.shape[-1]}, eps={EPS}"
 
 
 class DropPath(nn.Module):

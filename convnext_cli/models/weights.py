@@ -49,6 +49,8 @@ CARD_FORMAT = 1
 """Grows when a card can no longer be read by what read it before."""
 
 WeightSource = Literal["raw", "ema"]
+WeightChoice = Literal["auto", "raw", "ema"]
+"""Which weights of a training checkpoint; auto: the averaged ones where there are any."""
 HeadRule = Literal["keep", "reset", "map"]
 
 _EMA_KEYS = ("model_ema", "state_dict_ema")
@@ -115,20 +117,7 @@ class Weights:
         return (self.variant.layer_scale_init or 1e-6) if has_gamma else None
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a network took from weights."""
-
-    sentence: str
-    head: Literal["kept", "fresh", "mapped"]
-    missing_classes: tuple[str, ...] = ()
-    """Classes whose rows of the head start afresh although the head was mapped."""
-
-    def __str__(self) -> str:
-        return self.sentence
-
-
-def read_weights(path: Path, *, prefer: Literal["auto", "raw", "ema"] = "auto") -> Weights:
+def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
     """Weights of a file or folder in any published layout, under official names, on the CPU.
 
     Args:
@@ -373,16 +362,21 @@ def _unpack(
 
 
 def _recognise_variant(state: State, path: Path) -> Variant:
-    depths, dims = read_shape(state)
-    grn = any(".grn." in key for key in state)
-    isotropic = any(key.startswith("blocks.") for key in state)
-    variant = find_architecture(depths, dims, has_grn=grn, isotropic=isotropic)
+    variant = _find_variant_of(state)
     if variant is None:
+        depths, dims = read_shape(state)
         raise CheckpointError(
             f"{path}: a ConvNeXt with {depths} blocks of width {dims} is no published one",
             hint="the published ones: convnext recipes list",
         )
     return variant
+
+
+def _find_variant_of(state: State) -> Variant | None:
+    depths, dims = read_shape(state)
+    grn = any(".grn." in key for key in state)
+    isotropic = any(key.startswith("blocks.") for key in state)
+    return find_architecture(depths, dims, has_grn=grn, isotropic=isotropic)
 
 
 def read_shape(state: State) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -403,8 +397,10 @@ def load_into(
     *,
     head: HeadRule = "keep",
     target_classes: Sequence[str] = (),
-) -> LoadReport:
+) -> str:
     """Load weights into a ConvNeXt; what they lack keeps the network's own fresh values.
+
+    Returns a sentence: what was taken, and what became of the head.
 
     Args:
         model: Changed in place.
@@ -418,9 +414,7 @@ def load_into(
     own = model.state_dict()
     state = dict(weights.state)
     num_classes = len(own["head.weight"])
-    took = f"took {weights.variant.name} ({weights.source} weights) from {weights.path}"
-    missing: tuple[str, ...] = ()
-    kept: Literal["kept", "fresh", "mapped"] = "fresh"
+    fresh = True
     if weights.num_classes is None:
         said = "it has no head, so the head starts afresh"
     elif head == "reset":
@@ -429,24 +423,24 @@ def load_into(
         rows, missing = _map_head(weights, num_classes, target_classes)
         for key in ("head.weight", "head.bias"):
             state[key] = _take_rows(state[key], own[key], rows)
-        kept = "mapped"
+        fresh = False
         said = _say_mapped(rows, missing)
     elif weights.num_classes == num_classes:
-        kept = "kept"
+        fresh = False
         said = f"its head of {num_classes} classes was kept"
     else:
         said = (
             f"its head has {weights.num_classes} classes and {num_classes} are wanted,"
             " so the head starts afresh"
         )
-    if kept == "fresh":
+    if fresh:
         state |= {key: own[key] for key in ("head.weight", "head.bias")}
     for key in ("norm.weight", "norm.bias"):
         if key not in state and weights.num_classes is None:
             state[key] = own[key]  # self-supervised pre-training has no final norm either
     _check_shapes(state, own, weights)
     model.load_state_dict(state)
-    return LoadReport(f"{took}; {said}", kept, missing)
+    return f"{_say_taken(weights)}; {said}"
 
 
 def _check_shapes(state: State, own: State, weights: Weights) -> None:
@@ -458,13 +452,7 @@ def _check_shapes(state: State, own: State, weights: Weights) -> None:
     ]
     if not differing:
         return
-    depths, dims = read_shape(own)
-    wanted = find_architecture(
-        depths,
-        dims,
-        has_grn=any(".grn." in key for key in own),
-        isotropic=any(key.startswith("blocks.") for key in own),
-    )
+    wanted = _find_variant_of(own)
     if wanted is not None and wanted != weights.variant:
         raise CheckpointError(
             f"{weights.path} is {weights.variant.name}, but the model is {wanted.name}",
@@ -502,8 +490,8 @@ def _map_head(
     return rows, missing
 
 
-def map_head_to_imagenet1k(weights: Weights) -> tuple[Weights, LoadReport]:
-    """The same weights with a head for ImageNet-1K, made of the rows of its own by class.
+def map_head_to_imagenet1k(weights: Weights) -> tuple[Weights, str]:
+    """The same weights with a head for ImageNet-1K, made of rows of its own by class; a sentence.
 
     A row that the head lacks is drawn as in a new network, from a fixed seed: the same every time.
 
@@ -529,8 +517,11 @@ def map_head_to_imagenet1k(weights: Weights) -> tuple[Weights, LoadReport]:
     }
     card = weights.card and replace(weights.card, num_classes=len(target), classes=target)
     mapped = replace(weights, state=state, num_classes=len(target), card=card)
-    took = f"took {weights.variant.name} ({weights.source} weights) from {weights.path}"
-    return mapped, LoadReport(f"{took}; {_say_mapped(rows, missing)}", "mapped", missing)
+    return mapped, f"{_say_taken(weights)}; {_say_mapped(rows, missing)}"
+
+
+def _say_taken(weights: Weights) -> str:
+    return f"took {weights.variant.name} ({weights.source} weights) from {weights.path}"
 
 
 def _say_mapped(rows: Sequence[int | None], missing: Sequence[str]) -> str:
@@ -555,9 +546,7 @@ def count_non_finite(state: State) -> int:
     return sum(int((~torch.isfinite(v)).sum()) for v in state.values() if v.is_floating_point())
 
 
-def write_weights(
-    weights: Weights, path: Path, *, layout: WritableLayout, card: ModelCard | None = None
-) -> None:
+def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> None:
     """Write weights in a layout: .safetensors, or .pth/.pt as {'model' or 'state_dict': weights}.
 
     For huggingface `path` is a folder, which gets a config.json as well.
@@ -576,8 +565,7 @@ def write_weights(
             " --to",
         ) from error
     state = {key: value.detach().clone().contiguous() for key, value in renamed.items()}
-    known = card or weights.card
-    plain = known.to_dict() if known else None
+    plain = weights.card.to_dict() if weights.card else None
     match layout:
         case "huggingface":
             with writing_to(path):

@@ -21,8 +21,5 @@ def cosine_lr(
     if step < warmup_steps:
         # the official table is a linspace that includes both ends
         return peak * step / max(1, warmup_steps - 1)
-    return _half_cosine((step - warmup_steps) / (total_steps - warmup_steps), start=peak, end=floor)
-
-
-def _half_cosine(progress: float, *, start: float, end: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,6 +1,6 @@
 """What there is to run on: nodes, devices and this process's place among them.
 
-The only module besides the commands that reads the environment. torchrun and Lightning's own
+What launchers say of a process in its environment is read here. torchrun and Lightning's own
 launcher set `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `RANK` and `LOCAL_RANK`; Slurm sets `SLURM_*`.
 """
 
@@ -30,7 +30,7 @@ class Cluster:
 
 
 def count_cpus() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: fewer than there are under Slurm or taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

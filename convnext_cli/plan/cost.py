@@ -20,7 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never, get_args
 
-from convnext_cli.catalog.models import Variant, count_kept, drop_fracs, estimate_block_macs
+from convnext_cli.catalog.models import (
+    ISOTROPIC_RUN,
+    Variant,
+    count_kept,
+    drop_fracs,
+    estimate_block_macs,
+)
 from convnext_cli.catalog.ways import PRODUCT_WIDTHS, WHOLE, count_kept_widths, list_ways
 from convnext_cli.recipe.schema import GradientCheckpointing, Precision, Strategy
 
@@ -28,8 +34,6 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 CHECKPOINTING: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
 
 _FP32_BYTES = 4
-_ISOTROPIC_RUN = 6
-"""Blocks that an isotropic model computes again together under `stages`."""
 
 
 @dataclass(frozen=True)
@@ -169,15 +173,13 @@ def estimate_activations(
         stage, left = left[:depth], left[depth:]
         at_work = 0
         match checkpointing:
-            case "none":
-                kept += sum(stage) * values * widths
-            case "selective" if way in WHOLE:
-                kept += sum(stage) * values * widths
-            case "selective":
+            case "selective" if way not in WHOLE:
                 kept += (depth * images + sum(stage) * PRODUCT_WIDTHS) * values
                 at_work = max(stage) * values * (widths - PRODUCT_WIDTHS - 1)
+            case "none" | "selective":
+                kept += sum(stage) * values * widths
             case "stages":
-                run = _ISOTROPIC_RUN if variant.isotropic else depth
+                run = ISOTROPIC_RUN if variant.isotropic else depth
                 runs = [stage[start : start + run] for start in range(0, depth, run)]
                 kept += len(runs) * images * values
                 at_work = max(map(sum, runs)) * values * widths

@@ -323,8 +323,7 @@ def make_plan(
         6.0 * (whole - skipped) * images
         for whole, skipped, images in zip(size_macs, skipped_macs, size_images, strict=True)
     )
-    every = recipe.evaluate.every
-    save, keep = recipe.checkpoint.every, recipe.checkpoint.keep_every
+    save = None if recipe.checkpoint.every == "auto" else recipe.checkpoint.every
     return Plan(
         name=name,
         recipe=recipe,
@@ -360,12 +359,10 @@ def make_plan(
         eval_per_device_images=recipe.batch.per_device_images * 3 // 2
         if recipe.evaluate.per_device_images == "auto"
         else recipe.evaluate.per_device_images,
-        eval_every_steps=None if every is None else max(1, _steps(every, steps_per_epoch)),
-        checkpoint_every_steps=None
-        if save == "auto"
-        else save.to_steps(steps_per_epoch=steps_per_epoch),
-        checkpoint_every_seconds=save.value * 60 if save != "auto" and save.unit == "min" else None,
-        checkpoint_keep_every_steps=None if keep is None else max(1, _steps(keep, steps_per_epoch)),
+        eval_every_steps=_interval(recipe.evaluate.every, steps_per_epoch),
+        checkpoint_every_steps=_interval(save, steps_per_epoch),
+        checkpoint_every_seconds=save.value * 60 if save and save.unit == "min" else None,
+        checkpoint_keep_every_steps=_interval(recipe.checkpoint.keep_every, steps_per_epoch),
         images_read=images_read,
         train_sizes=sizes,
         train_flops=train_flops,
@@ -535,6 +532,12 @@ def _steps(duration: Duration, steps_per_epoch: int) -> int:
     steps = duration.to_steps(steps_per_epoch=steps_per_epoch)
     assert steps is not None  # the schema takes no wall time here
     return steps
+
+
+def _interval(duration: Duration | None, steps_per_epoch: int) -> int | None:
+    """An interval in steps, at least one; None where there is none, or one of wall time."""
+    steps = None if duration is None else duration.to_steps(steps_per_epoch=steps_per_epoch)
+    return None if steps is None else max(1, steps)
 
 
 def _known_facts(recipe: Recipe) -> DataFacts:

@@ -9,7 +9,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, PlainSerializer
 
@@ -64,22 +64,15 @@ def parse_duration(text: object) -> Duration:
     return Duration(value, unit)
 
 
-def _require_steps(duration: Duration) -> Duration:
-    if duration.unit == "min":
-        raise ValueError("epochs (ep) or steps (st) are wanted here, not wall time")
-    return duration
-
-
-def _parse_any(value: Any) -> Duration:  # noqa: ANN401  # pydantic hands over whatever was written
-    return parse_duration(value)
-
-
-AnyDuration = Annotated[Duration, BeforeValidator(_parse_any), PlainSerializer(str)]
+AnyDuration = Annotated[Duration, BeforeValidator(parse_duration), PlainSerializer(str)]
 """Epochs, steps or wall time."""
 
 
-def _parse_steps(value: Any) -> Duration:  # noqa: ANN401  # as above
-    return _require_steps(parse_duration(value))
+def _parse_steps(text: object) -> Duration:
+    duration = parse_duration(text)
+    if duration.unit == "min":
+        raise ValueError("epochs (ep) or steps (st) are wanted here, not wall time")
+    return duration
 
 
 StepDuration = Annotated[Duration, BeforeValidator(_parse_steps), PlainSerializer(str)]

@@ -233,15 +233,21 @@ def flatten_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def list_fields() -> list[str]:
-    """Every key of a recipe as `section.key`."""
-    names: list[str] = []
+def explain_fields() -> dict[str, str]:
+    """The help of every key of a recipe, by `section.key`."""
+    texts: dict[str, str] = {}
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += [f"{name}.{key}" for key in field.annotation.model_fields]
+            for key, inner in field.annotation.model_fields.items():
+                texts[f"{name}.{key}"] = inner.description or ""
         else:
-            names.append(name)
-    return names
+            texts[name] = field.description or ""
+    return texts
+
+
+def list_fields() -> list[str]:
+    """Every key of a recipe as `section.key`."""
+    return list(explain_fields())
 
 
 def _hint_for(near: str | None) -> str:

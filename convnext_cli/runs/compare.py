@@ -21,8 +21,9 @@ from convnext_cli.runs.record import read_json, read_jsonl
 
 State = Literal["finished", "stopped", "incomplete"]
 
-_STARTS = ("started", "resumed")
-_ENDS = ("stopped", "finished")
+STARTS = ("started", "resumed")
+ENDS = ("stopped", "finished")
+"""Events with which an attempt begins and ends."""
 
 _COMPARED = (
     "state", "step", "best_top1", "best_top1_step", "best_ema_top1", "best_ema_top1_step",
@@ -118,7 +119,7 @@ def summarise_run(run: RunDir) -> RunSummary:
         last_loss=losses[-1] if losses else None,
         images_per_second=statistics.harmonic_mean(rates) if rates else None,
         wall_seconds=_wall_seconds(rows, events),
-        attempts=sum(event.get("event") in _STARTS for event in events),
+        attempts=sum(event.get("event") in STARTS for event in events),
         checkpoints=tuple(run.list_checkpoints()),
     )
 
@@ -198,7 +199,7 @@ def _step(item: Mapping[str, object]) -> int:
 
 
 def _state(events: Sequence[Mapping[str, object]]) -> State:
-    turns = [event["event"] for event in events if event.get("event") in (*_STARTS, *_ENDS)]
+    turns = [event["event"] for event in events if event.get("event") in (*STARTS, *ENDS)]
     match turns[-1] if turns else None:
         case "finished":
             return "finished"
@@ -211,7 +212,7 @@ def _state(events: Sequence[Mapping[str, object]]) -> State:
 def _wall_seconds(
     rows: Sequence[Mapping[str, object]], events: Sequence[Mapping[str, object]]
 ) -> float:
-    starts = [time for event in events if event.get("event") in _STARTS and (time := _time(event))]
+    starts = [time for event in events if event.get("event") in STARTS and (time := _time(event))]
     times = sorted(time for item in (*rows, *events) if (time := _time(item)))
     seconds = 0.0
     for start, next_start in zip_longest(starts, starts[1:]):

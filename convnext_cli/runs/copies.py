@@ -21,7 +21,7 @@ from fsspec.core import url_to_fs
 from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path
-from convnext_cli.runs.record import JsonLines, utc_now, writing_to
+from convnext_cli.runs.record import write_event, writing_to
 
 _LINKS = "links.json"
 
@@ -49,7 +49,11 @@ class RemoteFolder:
         self._root: str = root
 
     def list_steps(self) -> list[int]:
-        """The steps whose copies are complete, oldest first."""
+        """The steps whose copies are complete, oldest first.
+
+        Raises:
+            RunError: The place cannot be read.
+        """
         names = self._names()
         steps = ((checkpoint_step(Path(name)), name) for name in names)
         return sorted(step for step, name in steps if step is not None and _beside(name) in names)
@@ -57,7 +61,7 @@ class RemoteFolder:
     def push(self, run: RunDir) -> None:
         """Make this folder hold what the run's folder holds."""
         self._files.makedirs(f"{self._root}/checkpoints", exist_ok=True)
-        for path in (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips):
+        for path in _small_files(run):
             if path.is_file():
                 self._files.put_file(str(path), f"{self._root}/{path.name}")
         there = self._names()
@@ -77,11 +81,7 @@ class RemoteFolder:
                 if path.exists():
                     raise
                 continue  # meanwhile there are newer ones
-        links = {
-            link.name: link.resolve().name
-            for link in (run.last, run.best, run.best_ema)
-            if link.exists()
-        }
+        links = {link.name: link.resolve().name for link in run.links if link.exists()}
         content = json.dumps(links).encode()
         self._files.pipe_file(f"{self._root}/checkpoints/{_LINKS}", content)
         kept = {path.name for path in wanted} | {manifest_path(path).name for path in wanted}
@@ -95,9 +95,10 @@ class RemoteFolder:
 
         Raises:
             CheckpointError: There is no copy, or none of them is whole.
+            RunError: The place cannot be read.
         """
-        steps = self.list_steps()
         run.checkpoints.mkdir(parents=True, exist_ok=True)
+        steps = self.list_steps()
         links: dict[str, str] = {}
         if _LINKS in self._names():
             links = json.loads(self._files.cat_file(f"{self._root}/checkpoints/{_LINKS}"))
@@ -111,11 +112,11 @@ class RemoteFolder:
                 f"{self.url} has no whole checkpoint",
                 hint="give the URL of checkpoint.copy_to with the name of the run at its end",
             )
-        for path in (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips):
+        for path in _small_files(run):
             if self._files.exists(f"{self._root}/{path.name}"):
                 self._files.get_file(f"{self._root}/{path.name}", str(path))
         known = {run.checkpoint(step).name for step in steps}
-        for link in (run.last, run.best, run.best_ema):
+        for link in run.links:
             target = links.get(link.name)
             if target not in known:  # the file is from elsewhere, and may say anything
                 continue
@@ -138,6 +139,11 @@ class RemoteFolder:
             found = self._files.ls(f"{self._root}/checkpoints", detail=False)
         except FileNotFoundError:
             return set()
+        except Exception as error:  # each fsspec back end raises its own
+            raise RunError(
+                f"{self.url} cannot be read: {type(error).__name__}: {error}",
+                hint="check the address, and the credentials of this machine",
+            ) from error
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
 
 
@@ -180,16 +186,15 @@ class Copier:
             self.folder.push(self.run)
         except Exception as error:  # noqa: BLE001  # each fsspec back end raises its own
             self.say(f"could not copy to {self.folder.url}, will try at the next save: {error}")
-            with JsonLines(self.run.events) as events:
-                row = {"event": "copy_failed", "time": utc_now(), "url": self.folder.url}
-                events.write({**row, "why": f"{type(error).__name__}: {error}"})
+            why = f"{type(error).__name__}: {error}"
+            write_event(self.run.events, "copy_failed", url=self.folder.url, why=why)
 
 
 def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
     """Bring a run back from its copies into `runs_dir`; returns it and the step it goes on from.
 
     Raises:
-        RunError: There is a folder of that name.
+        RunError: There is a folder of that name, or the copies cannot be read.
         CheckpointError: There is no whole copy.
         WriteError: The disk refuses it.
     """
@@ -208,6 +213,10 @@ def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
             if not any(run.checkpoints.glob("step=*.ckpt")):
                 run.checkpoints.rmdir()
                 run.root.rmdir()
+
+
+def _small_files(run: RunDir) -> tuple[Path, ...]:
+    return (run.recipe, run.plan, run.environment, run.metrics, run.events, run.skips)
 
 
 def _beside(name: str) -> str:

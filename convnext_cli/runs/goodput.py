@@ -12,12 +12,9 @@ import statistics
 from dataclasses import dataclass
 from datetime import datetime
 
-from convnext_cli.runs.compare import number
+from convnext_cli.runs.compare import ENDS, STARTS, last_step, number
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import read_json, read_jsonl
-
-_STARTS = ("started", "resumed")
-_ENDS = ("stopped", "finished")
 
 
 @dataclass(frozen=True)
@@ -66,33 +63,27 @@ def measure_goodput(run: RunDir) -> Goodput:
     step_seconds = 0.0
     if rates and isinstance(images, int):
         step_seconds = images / statistics.median(rates)
-    starts = [place for place, event in enumerate(events) if event.get("event") in _STARTS]
+    starts = [place for place, event in enumerate(events) if event.get("event") in STARTS]
     parts = [events[a:b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
-    attempts = []
+    attempts, kept = [], last_step(run)
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         last_time = _time(part[-1])
         if following is None and rows:
             last_time = max(last_time, _time(rows[-1]))
-        lost = 0
-        if following is not None:
-            lost = _whole(following[0], "lost_steps")
         attempts.append(
             Attempt(
                 first_step=_whole(part[0], "step"),
-                last_step=max(_whole(event, "step") for event in part)
-                if following
-                else _last(rows),
+                last_step=max(_whole(event, "step") for event in part) if following else kept,
                 seconds=last_time - _time(part[0]),
                 start_seconds=next(
                     (_time(e) - _time(part[0]) for e in part if e.get("event") == "ready"), 0.0
                 ),
-                lost_steps=lost,
+                lost_steps=_whole(following[0], "lost_steps") if following else 0,
                 waited_seconds=_time(following[0]) - last_time if following else 0.0,
                 ended=_end(part, last=following is None),
             )
         )
     wall = sum(attempt.seconds + attempt.waited_seconds for attempt in attempts)
-    kept = _last(rows)
     return Goodput(
         attempts=tuple(attempts),
         wall_seconds=wall,
@@ -105,13 +96,9 @@ def measure_goodput(run: RunDir) -> Goodput:
 
 def _end(part: list[dict[str, object]], *, last: bool) -> str:
     for event in reversed(part):
-        if event.get("event") in _ENDS:
+        if event.get("event") in ENDS:
             return str(event.get("why") or event["event"])
     return "running or killed" if last else "killed"
-
-
-def _last(rows: list[dict[str, object]]) -> int:
-    return max((_whole(row, "step") for row in rows), default=0)
 
 
 def _whole(row: dict[str, object], key: str) -> int:

@@ -129,6 +129,11 @@ class RunDir:
         return self.checkpoints / "best_ema.ckpt"
 
     @property
+    def links(self) -> tuple[Path, ...]:
+        """The names that point to a checkpoint, whether they are there or not."""
+        return (self.last, self.best, self.best_ema)
+
+    @property
     def plots(self) -> Path:
         """The folder of drawn curves."""
         return self.root / "plots"
@@ -166,7 +171,7 @@ class RunDir:
             return []
         found = ((checkpoint_step(path), path) for path in self.checkpoints.iterdir())
         by_step = sorted((step, path) for step, path in found if step is not None)
-        named = [path for path in (self.last, self.best, self.best_ema) if path.exists()]
+        named = [path for path in self.links if path.exists()]
         return [path for _, path in by_step] + named
 
 

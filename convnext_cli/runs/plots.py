@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from convnext_cli.errors import RunError, quote_path
 from convnext_cli.runs.compare import labels_for, number
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import read_json, read_jsonl, writing_to
+from convnext_cli.runs.record import read_json, read_jsonl, writing_to, written_whole
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out, because
 # it vanishes on white.
@@ -258,11 +258,7 @@ def _render_tick(value: float, _: int) -> str:
 
 
 def _write_png(figure: Figure, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.tmp")
     with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(temporary, format="png")
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(out) as beside:
+            figure.savefig(beside, format="png")

@@ -3,8 +3,7 @@
 ```
 metrics.jsonl   {"step": 50, "epoch": 0.16, "time": "2025-01-01T10:00:00.000+00:00",
                  "train/loss": 6.91, "train/lr": 0.0001, ...}       rows are sparse
-events.jsonl    {"event": "started" | "resumed" | "checkpoint" | "stopped" | "finished",
-                 "time": ..., "step": ...}
+events.jsonl    {"event": "started" | "checkpoint" | "stopped" | ..., "time": ..., "step": ...}
 ```
 
 Numbers that are not finite are written as null, because JSON has no word for them; the CSV
@@ -31,6 +30,7 @@ from typing import BinaryIO, Self
 import psutil
 
 from convnext_cli.errors import RunError, StorageError, WriteError, quote_path
+from convnext_cli.plan.cluster import count_cpus
 
 _PACKAGES = (
     "convnext", "deepspeed", "fsspec", "lightning", "matplotlib", "mlflow", "numpy",
@@ -86,15 +86,6 @@ class JsonLines:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
 
-    def sync(self) -> None:
-        """Wait until the rows are on the disk itself; call it before a checkpoint is announced.
-
-        Raises:
-            WriteError: The disk is full or gone.
-        """
-        with writing_to(self.path):
-            os.fsync(self._file.fileno())
-
     def truncate_after(self, step: int) -> int:
         """Drop the rows of later steps, and return how many were dropped.
 
@@ -128,6 +119,16 @@ class JsonLines:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def write_event(path: Path, event: str, **more: object) -> None:
+    """Append what has happened, with the time, to a file such as `events.jsonl`.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    with JsonLines(path) as events:
+        events.write({"event": event, "time": utc_now(), **more})
 
 
 def read_jsonl(path: Path) -> list[dict[str, object]]:
@@ -283,7 +284,7 @@ def record_environment(
         "cpu": {
             "model": _cpu_model(),
             "count": os.cpu_count(),
-            "usable": _usable_cpus(),
+            "usable": count_cpus(),
         },
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _list_gpus(),
@@ -417,11 +418,6 @@ def _cpu_model() -> str | None:
         if match:
             return match[1]
     return platform.processor() or None
-
-
-def _usable_cpus() -> int | None:
-    """CPUs that this process may run on: fewer than there are under Slurm or taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _redact_command(command: Iterable[str]) -> list[str]:

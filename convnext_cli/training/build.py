@@ -49,8 +49,7 @@ def build_loggers(plan: Plan, run: RunDir, *, first_step: int) -> list[Logger]:
 
 
 def _build_logger(tracker: Tracker, run: RunDir, *, first_step: int) -> Logger | None:
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-    if tracker in packages and not find_spec(packages[tracker]):
+    if tracker != "csv" and not find_spec(tracker):
         raise UserError(
             f"log.trackers: {tracker} is not installed",
             hint="install the trackers: pip install 'convnext[trackers]'",

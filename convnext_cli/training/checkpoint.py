@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from convnext_cli.data.build import IndexedData
 from convnext_cli.errors import CheckpointError, WriteError, quote_path
+from convnext_cli.models.weights import read_content
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import HashedFile, Manifest, manifest_path
-from convnext_cli.runs.record import JsonLines, utc_now, writing_to, written_whole
+from convnext_cli.runs.record import utc_now, write_event, writing_to, written_whole
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.task import CHECKPOINT_KEY, Classifier, as_task
 
@@ -129,14 +132,24 @@ def read_step(path: Path) -> int:
         CheckpointError: The file is damaged or not a training checkpoint of this project.
     """
     try:
-        # mapped, so that only the pickled outline is read and no tensor
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content, _ = read_content(path)  # mapped: the pickled outline is read, and no tensor
         return int(content[CHECKPOINT_KEY]["step"])
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
+    except (CheckpointError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be resumed from: not a whole training checkpoint",
             hint="resume from another one with --resume PATH, or start afresh with --name NAME",
         ) from error
+
+
+def read_data_state(path: Path) -> Mapping[str, Any]:
+    """What the order of the images of a checkpoint depends on; empty for a stream.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    content, _ = read_content(path)
+    state: Mapping[str, Any] = content.get(IndexedData.__qualname__, {})  # as Lightning names it
+    return state
 
 
 class BackgroundWriter(TorchCheckpointIO):
@@ -230,9 +243,8 @@ class BackgroundWriter(TorchCheckpointIO):
                 write_seconds=seconds,
                 failure_hours=self.plan.recipe.checkpoint.failure_hours,
             )
-        with JsonLines(self.run.events) as events:
-            row = {"event": "checkpoint", "time": utc_now(), "step": manifest.step}
-            events.write({**row, "bytes": manifest.bytes, "write_seconds": round(seconds, 3)})
+        told = {"bytes": manifest.bytes, "write_seconds": round(seconds, 3)}
+        write_event(self.run.events, "checkpoint", step=manifest.step, **told)
         if self.copier is not None:
             self.copier.start()
 
@@ -244,8 +256,7 @@ class BackgroundWriter(TorchCheckpointIO):
                 beside.unlink(missing_ok=True)
                 beside.symlink_to(path.name)
                 beside.replace(name)
-        named = (self.run.last, self.run.best, self.run.best_ema)
-        pointed = {name.resolve() for name in named if name.exists()}
+        pointed = {link.resolve() for link in self.run.links if link.exists()}
         found = [path for path in self.run.list_checkpoints() if checkpoint_step(path) is not None]
         for old in found[: -self.plan.recipe.checkpoint.keep_last]:
             if old.resolve() not in pointed and not self._is_kept(old):

@@ -18,12 +18,13 @@ from torch import nn
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_batch_mix, build_data
+from convnext_cli.data.order import ORDER_VERSION
 from convnext_cli.data.reader import from_worker, is_lost_worker
 from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError, quote_path
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
-from convnext_cli.models.weights import LoadReport, ModelCard, load_into, read_weights
+from convnext_cli.models.weights import ModelCard, load_into, read_weights
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_recipe
@@ -34,16 +35,20 @@ from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
 from convnext_cli.runs.record import (
-    JsonLines,
     read_json,
     record_environment,
-    utc_now,
+    write_event,
     write_json,
     writing_to,
 )
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.build import build_loggers, build_trainer
-from convnext_cli.training.checkpoint import BackgroundWriter, Checkpoints, read_step
+from convnext_cli.training.checkpoint import (
+    BackgroundWriter,
+    Checkpoints,
+    read_data_state,
+    read_step,
+)
 from convnext_cli.training.devices import check_devices, quiet_lightning
 from convnext_cli.training.guard import FiniteGuard, RolledBack, read_skips
 from convnext_cli.training.kernels import ChooseKernels
@@ -95,7 +100,8 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
 
     Raises:
         RunError: The folder holds another run, or none where one must be.
-        CheckpointError: All checkpoints are damaged, or the one that is asked for is.
+        CheckpointError: All checkpoints are damaged, or the one that is asked for is, or it was
+            made with other images.
     """
     if plan.cluster.rank == 0 and run.is_run():
         _check_same_run(plan, run)
@@ -111,10 +117,10 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
                 hint="leave --resume out to go on from the newest checkpoint of the run",
             )
         require_whole(resume)
-        return Start(resume, read_step(resume))
+        return _start_from(resume, plan)
     newest, damaged = find_newest_whole(run)
     if newest is not None:
-        return Start(newest.path, read_step(newest.path), damaged)
+        return _start_from(newest.path, plan, damaged)
     if damaged:
         raise CheckpointError(
             f"{damaged[0].path} is damaged, and there is no older one that is whole:"
@@ -135,6 +141,21 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
             hint="leave --resume out to start the run",
         )
     return Start(None, 0)
+
+
+def _start_from(checkpoint: Path, plan: Plan, damaged: Sequence[CheckpointState] = ()) -> Start:
+    """Go on from a checkpoint, whose images have to come in the order of before."""
+    step, saved = read_step(checkpoint), read_data_state(checkpoint)
+    own = {"fingerprint": plan.data_fingerprint, "order_version": ORDER_VERSION}
+    for key, what in (("fingerprint", "data set"), ("order_version", "version of the order")):
+        if plan.data_fingerprint is not None and saved.get(key, own[key]) != own[key]:
+            raise CheckpointError(
+                f"the checkpoint was made with {what} {saved[key]}, but {plan.data_source} has"
+                f" {own[key]}: images would come twice or never",
+                hint="go on with the data set of before, or start a new run from the weights:"
+                f" init.weights={quote_path(checkpoint)} --name NAME",
+            )
+    return Start(checkpoint, step, damaged)
 
 
 def _write_run(plan: Plan, run: RunDir) -> None:
@@ -248,7 +269,7 @@ def _attempt(
     agreement = Agreement(request, writer, timer=timer)
     checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
-    recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, listeners=[display.show])
+    recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, show=display.show)
     trainer = build_trainer(
         plan,
         # At the end of a step: time, agree, look whether it is good, write, save, stop.
@@ -341,8 +362,7 @@ def _run_trainer(
 
 def _record(run: RunDir, plan: Plan, *, event: str, step: int, **more: object) -> None:
     if plan.cluster.rank == 0:
-        with JsonLines(run.events) as events:
-            events.write({"event": event, "time": utc_now(), "step": step, **more})
+        write_event(run.events, event, step=step, **more)
 
 
 def make_card(plan: Plan, *, classes: tuple[str, ...]) -> ModelCard:
@@ -361,7 +381,7 @@ def make_card(plan: Plan, *, classes: tuple[str, ...]) -> ModelCard:
     )
 
 
-def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]) -> LoadReport:
+def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]) -> str:
     """Load `init.weights` into a fresh model; says what was taken and what was not.
 
     Raises:

@@ -20,7 +20,7 @@ from convnext_cli.errors import Diverged, RunError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path
-from convnext_cli.runs.record import JsonLines, utc_now, write_json
+from convnext_cli.runs.record import write_event, write_json
 from convnext_cli.training.checkpoint import BackgroundWriter
 from convnext_cli.training.later import Later
 from convnext_cli.training.task import Classifier, as_task
@@ -95,13 +95,9 @@ class FiniteGuard(pl.Callback):
             first = step - guard.window_steps
             self.skipped_steps = [*(found for found in self.skipped_steps if found > first), step]
             if trainer.is_global_zero:
-                self._write_event("skipped", step)
+                write_event(self.run.events, "skipped", step=step)
             if len(self.skipped_steps) > guard.max_skipped_steps:
                 self._go_back(trainer, task, step=step)
-
-    def _write_event(self, event: str, step: int, **more: object) -> None:
-        with JsonLines(self.run.events) as events:
-            events.write({"event": event, "time": utc_now(), "step": step, **more})
 
     def _go_back(self, trainer: pl.Trainer, task: Classifier, *, step: int) -> None:
         """Leave out the images up to a step, and go on from before the first of the bad ones."""
@@ -128,7 +124,7 @@ class FiniteGuard(pl.Callback):
             start = self._drop_newer_than(self.skipped_steps[0] - 1)
             skips = (*skips, Skip(start, step - start))
             write_json(self.run.skips, {"skips": [list(skip) for skip in skips]})
-            self._write_event("rolled_back", step, to=start, why=told)
+            write_event(self.run.events, "rolled_back", step=step, to=start, why=told)
         trainer.strategy.barrier()
         raise RolledBack(told)
 

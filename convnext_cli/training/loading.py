@@ -15,9 +15,9 @@ evaluation). A timm model brings its own.
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,20 @@ from convnext_cli.catalog.datasets import (
     imagenet1k_wnids,
     imagenet22k_wnids,
 )
-from convnext_cli.data.augment import Colour, EvalCrop, EvalView, Interpolation
+from convnext_cli.data.augment import EvalCrop, EvalView
+from convnext_cli.data.randaugment import Colour
+from convnext_cli.data.shear import Interpolation
 from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.models.convnext import build_comparison, build_convnext
-from convnext_cli.models.weights import Weights, load_into, read_content, read_weights
+from convnext_cli.models.weights import (
+    WeightChoice,
+    Weights,
+    WeightSource,
+    load_into,
+    read_content,
+    read_weights,
+)
 from convnext_cli.runs.layout import RunDir
-
-WeightSource = Literal["auto", "raw", "ema"]
-"""Which weights of a training checkpoint; auto: the averaged ones where there are any."""
 
 TIMM_PREFIX = "timm:"
 CENTER_FRAC = 0.875
@@ -96,7 +102,7 @@ class LoadedModel:
     num_classes: int
     classes: tuple[str, ...]
     """By label; empty where the checkpoint does not say."""
-    source: Literal["raw", "ema"]
+    source: WeightSource
     preprocessing: Preprocessing
 
     @property
@@ -119,7 +125,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, prefer: WeightSource = "auto", asked: AskedView = AS_THE_MODEL_SAYS
+    name: str, *, prefer: WeightChoice = "auto", asked: AskedView = AS_THE_MODEL_SAYS
 ) -> LoadedModel:
     """The model called `name`; see the module's table of what can be named.
 
@@ -163,7 +169,7 @@ def _build(weights: Weights) -> nn.Module:
     return network
 
 
-def find_checkpoint(path: Path, *, prefer: WeightSource) -> Path:
+def find_checkpoint(path: Path, *, prefer: WeightChoice) -> Path:
     """A run's best checkpoint, raw or averaged as preferred; any other path as it is.
 
     Raises:
@@ -250,18 +256,10 @@ def apply_asked(default: Preprocessing, asked: AskedView) -> Preprocessing:
                 hint="leave one of the two out",
             )
         crop, crop_frac = "center", asked.crop_frac
-    return Preprocessing(
-        image_px=image_px,
-        crop=crop,
-        crop_frac=crop_frac,
-        interpolation=default.interpolation,
-        mean=default.mean,
-        std=default.std,
-        reason="as asked",
-    )
+    return replace(default, image_px=image_px, crop=crop, crop_frac=crop_frac, reason="as asked")
 
 
-def _load_timm(name: str, *, prefer: WeightSource, asked: AskedView) -> LoadedModel:
+def _load_timm(name: str, *, prefer: WeightChoice, asked: AskedView) -> LoadedModel:
     architecture, _, file = name.removeprefix(TIMM_PREFIX).partition(":")
     _check_timm_name(architecture)
     path = Path(file) if file else _find_pretrained(architecture)
@@ -333,8 +331,8 @@ def _find_pretrained(architecture: str) -> Path:
 
 
 def _load_timm_file(
-    architecture: str, path: Path, *, prefer: WeightSource
-) -> tuple[nn.Module, Literal["raw", "ema"]]:
+    architecture: str, path: Path, *, prefer: WeightChoice
+) -> tuple[nn.Module, WeightSource]:
     import timm  # noqa: PLC0415
 
     state, source = _read_timm_state(path, prefer=prefer)
@@ -370,9 +368,7 @@ def _head_size(architecture: str, state: Mapping[str, Tensor]) -> dict[str, int]
     return {} if bias is None else {"num_classes": len(bias)}
 
 
-def _read_timm_state(
-    path: Path, *, prefer: WeightSource
-) -> tuple[dict[str, Tensor], Literal["raw", "ema"]]:
+def _read_timm_state(path: Path, *, prefer: WeightChoice) -> tuple[dict[str, Tensor], WeightSource]:
     from timm.models import clean_state_dict  # noqa: PLC0415
 
     content, _ = read_content(path)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convnext_cli.plan.resolve import Plan
-from convnext_cli.training.task import Classifier
+from convnext_cli.runs.record import writing_to
+from convnext_cli.training.task import as_task
 
 Row = Mapping[str, Any]
 
@@ -47,8 +48,7 @@ class ProgressDisplay(pl.Callback):
     def say(self, line: str) -> None:
         """Write one line for people, and to the log."""
         self.console.print(line, markup=False, soft_wrap=True)
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._log(line)
 
     def show(self, row: Row) -> None:
         """Show a new row."""
@@ -56,15 +56,17 @@ class ProgressDisplay(pl.Callback):
         if self._bar is None or "val/top1" in row:
             self.say(line)
             return
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._log(line)
         self._bar.update(self._bar.task_ids[0], text=line.split("  ", 2)[2])
+
+    def _log(self, line: str) -> None:
+        with writing_to(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step where the run goes on."""
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
-        assert isinstance(pl_module, Classifier)
         self._bar = Progress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -72,8 +74,9 @@ class ProgressDisplay(pl.Callback):
             TextColumn("{task.fields[text]}"),
             console=self.console,
         )
+        step = as_task(pl_module).step
         self._bar.add_task(
-            "train", total=self.plan.total_steps, completed=pl_module.step, text="first steps ..."
+            "train", total=self.plan.total_steps, completed=step, text="first steps ..."
         )
         self._bar.start()
 
@@ -82,9 +85,8 @@ class ProgressDisplay(pl.Callback):
     ) -> None:
         """Move the bar."""
         del trainer
-        assert isinstance(pl_module, Classifier)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=pl_module.step)
+            self._bar.update(self._bar.task_ids[0], completed=as_task(pl_module).step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the bar, whatever ended the run."""

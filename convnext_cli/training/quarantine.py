@@ -17,9 +17,7 @@ from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, read_jsonl, utc_now
 from convnext_cli.training.checkpoint import Checkpoints
-from convnext_cli.training.task import Classifier
-
-EVENT = "quarantined"
+from convnext_cli.training.task import Classifier, as_task
 
 
 class Quarantine(pl.Callback):
@@ -71,18 +69,17 @@ class Quarantine(pl.Callback):
             told = {row.get("key") for row in read_jsonl(self.run.events)}
             with JsonLines(self.run.events) as events:
                 for key in sorted(new.keys() - told):
-                    row = {"event": EVENT, "time": utc_now(), "step": task.step}
+                    row = {"event": "quarantined", "time": utc_now(), "step": task.step}
                     events.write({**row, "key": key, "reason": new[key]})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
     ) -> None:
         """Save and end the run where more images are lost than it may lose."""
-        assert isinstance(pl_module, Classifier)
-        lost = len(self.reasons)
-        if lost <= self.allowed or not pl_module.at_step_end:
+        task, lost = as_task(pl_module), len(self.reasons)
+        if lost <= self.allowed or not task.at_step_end:
             return
-        self.checkpoints.save_whole(trainer, pl_module)
+        self.checkpoints.save_whole(trainer, task)
         key, reason = min(self.reasons.items())
         enough = 10.0 ** math.ceil(math.log10((lost + 1) / self.plan.train_images))
         raise DataError(

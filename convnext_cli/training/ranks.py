@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from convnext_cli.errors import Diverged
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import JsonLines, utc_now
+from convnext_cli.runs.record import write_event
 from convnext_cli.training.agreement import Agreement, RankTime
 from convnext_cli.training.task import as_task
 from convnext_cli.training.throughput import DataClock
@@ -132,17 +132,17 @@ class Stragglers(pl.Callback):
             f" where the median rank has {others.forward_seconds * 1e3:.0f} and"
             f" {others.data_seconds * 1e3:.0f}"
         )
-        row = {"event": "straggler", "time": utc_now(), "step": step, "rank": rank, "host": host}
-        with JsonLines(self.run.events) as events:
-            events.write(
-                {
-                    **row,
-                    "forward_seconds": round(own.forward_seconds, 4),
-                    "data_seconds": round(own.data_seconds, 4),
-                    "median_forward_seconds": round(others.forward_seconds, 4),
-                    "median_data_seconds": round(others.data_seconds, 4),
-                }
-            )
+        write_event(
+            self.run.events,
+            "straggler",
+            step=step,
+            rank=rank,
+            host=host,
+            forward_seconds=round(own.forward_seconds, 4),
+            data_seconds=round(own.data_seconds, 4),
+            median_forward_seconds=round(others.forward_seconds, 4),
+            median_data_seconds=round(others.data_seconds, 4),
+        )
 
 
 def find_straggler(

@@ -1,4 +1,4 @@
-"""Writes the rows of a run: metrics.jsonl, metrics.csv and the trackers; tells who listens.
+"""Writes the rows of a run: metrics.jsonl, metrics.csv and the trackers; shows them.
 
 Values leave the device only when a row is due: together, in one copy that the host waits for. While
 a row is written the device has nothing to do: for 1.4 ms with a file and TensorBoard, measured on a
@@ -6,7 +6,7 @@ CPU, 0.2% of 50 steps of 12 ms. For that the rates are true, and a row is on the
 anything else is done with its step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ import torch
 
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import JsonLines, utc_now, write_csv
+from convnext_cli.runs.record import JsonLines, utc_now, write_csv, write_event
 from convnext_cli.training.build import chosen_trackers
 from convnext_cli.training.later import Later
 from convnext_cli.training.quarantine import Quarantine
@@ -22,13 +22,12 @@ from convnext_cli.training.task import as_task
 from convnext_cli.training.throughput import DataClock, Meter, read_memory_gib
 
 Row = Mapping[str, Any]
-Listener = Callable[[Row], None]
 
 
 class Recorder(pl.Callback):
     """One row every `log.every_steps`, and one after each validation.
 
-    Rows are the same sums on every rank; only rank 0 writes and tells the listeners.
+    Rows are the same sums on every rank; only rank 0 writes and shows them.
     """
 
     def __init__(
@@ -38,12 +37,12 @@ class Recorder(pl.Callback):
         *,
         clock: DataClock,
         quarantine: Quarantine,
-        listeners: Sequence[Listener] = (),
+        show: Callable[[Row], None],
     ) -> None:
         self.run = run
         self.plan = plan
         self.quarantine = quarantine
-        self.listeners = list(listeners)
+        self.show = show
         self._file: JsonLines | None = None
         self._meter = Meter(plan.per_device_images * plan.world_size, clock)
 
@@ -53,8 +52,7 @@ class Recorder(pl.Callback):
         if trainer.is_global_zero:
             self._file = JsonLines(self.run.metrics)
             self._file.truncate_after(task.step)
-            with JsonLines(self.run.events) as events:
-                events.write({"event": "ready", "time": utc_now(), "step": task.step})
+            write_event(self.run.events, "ready", step=task.step)
         self._meter = Meter(self._meter.images_per_pass, self._meter.clock)
 
     def on_train_batch_end(
@@ -76,7 +74,7 @@ class Recorder(pl.Callback):
             "train/loss": float(values[0]),
             "train/lr": task.lr_at(task.step - 1),
             **self._meter.read(),
-            "memory/gib": read_memory_gib(),
+            "memory/gib": read_memory_gib(self.plan.cluster.device),
         }
         if task.grad_norm is not None:
             row["train/grad_norm"] = float(values[2])
@@ -110,8 +108,7 @@ class Recorder(pl.Callback):
         self._file.write(row)
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=step)
-        for listener in self.listeners:
-            listener(row)
+        self.show(row)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the file; the table holds what was written."""

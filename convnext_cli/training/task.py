@@ -17,7 +17,7 @@ Metric names, as they appear in metrics.jsonl and every tracker:
 | `val_ema/loss`, `val_ema/top1`, `val_ema/top5` | averaged weights |
 | `speed/images_per_second`, `speed/data_wait_frac` | over all devices; share of time without data |
 | `data/replaced_images` | unusable images since the row before, for which neighbours stood in |
-| `memory/gib` | peak of the device (GPU) or of the process (CPU) |
+| `memory/gib` | peak of the device (GPU), or what the process has (CPU) |
 """
 
 from collections.abc import Callable

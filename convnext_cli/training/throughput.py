@@ -7,6 +7,8 @@ import psutil
 import torch
 from lightning.pytorch.profilers import Profiler
 
+from convnext_cli.plan.cluster import DeviceKind
+
 
 class DataClock(Profiler):
     """Counts the time that training spends waiting for its next batch.
@@ -47,8 +49,13 @@ class Meter:
     """Images of one pass over all devices."""
     clock: DataClock
     passes: int = 0
+    _waited: float = field(init=False)
+    """The clock's time at the last reading; the clock itself has other readers."""
     _started: float = field(default_factory=time.perf_counter)
     _batch_ended: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self._waited = self.clock.waited_seconds
 
     def end_batch(self) -> None:
         """The pass was handed to the device."""
@@ -67,16 +74,16 @@ class Meter:
         seconds = max(now - self._started, 1e-9)
         row = {
             "speed/images_per_second": self.passes * self.images_per_pass / seconds,
-            "speed/data_wait_frac": min(1.0, self.clock.waited_seconds / seconds),
+            "speed/data_wait_frac": min(1.0, (self.clock.waited_seconds - self._waited) / seconds),
         }
-        self.passes, self.clock.waited_seconds = 0, 0.0
+        self.passes, self._waited = 0, self.clock.waited_seconds
         self._started = self._batch_ended = now
         return row
 
 
-def read_memory_gib() -> float:
+def read_memory_gib(device: DeviceKind) -> float:
     """Peak memory of the device (GPU), or memory of this process (CPU), in GiB."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     used: int = psutil.Process().memory_info().rss
     return used / 2**30

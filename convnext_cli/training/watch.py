@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TextIO
 
 import lightning.pytorch as pl
 
@@ -130,11 +131,19 @@ class HangWatch(pl.Callback):
                 f"{utc_now()} rank {rank} has stood still for {silent:.0f} s in: {self.doing};"
                 " the same command goes on from the last checkpoint\n"
             )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as file:
-                for out in (file, sys.stderr):
-                    out.write(told)
-                    out.flush()
-                    faulthandler.dump_traceback(file=out, all_threads=True)
+            _tell(told, sys.stderr)
+            try:  # what stands still may be the disk
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("w", encoding="utf-8") as file:
+                    _tell(told, file)
+            except OSError as error:
+                sys.stderr.write(f"cannot write {path}: {error.strerror or error}\n")
             leave_exit_code(Hung.exit_code, os.environ, wait_seconds=0)
             os._exit(Hung.exit_code)
+
+
+def _tell(line: str, out: TextIO) -> None:
+    """Write a line and the stacks of all threads."""
+    out.write(line)
+    out.flush()
+    faulthandler.dump_traceback(file=out, all_threads=True)

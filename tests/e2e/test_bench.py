@@ -59,6 +59,13 @@ def test_what_is_no_peer_is_refused(run_cli, tiny_shards):
     assert "timm-plain" in done.stderr
 
 
+def test_a_round_has_an_image_at_least(run_cli, tiny_shards):
+    done = run_cli("bench", "loader", "--data", tiny_shards, "--images", 0)
+
+    assert done.exit_code == 2
+    assert "--images" in done.stderr
+
+
 def test_a_loader_is_not_measured_over_a_network(run_cli):
     done = run_cli("bench", "loader", "--data", "https://127.0.0.1/x")
 
@@ -197,6 +204,19 @@ def test_the_depthwise_convolution_is_measured_alone(run_process, tmp_path):
             assert measured["milliseconds"] > 0
             assert measured["error_frac"] < 1e-5
     assert "| 512 | 1 | torch NCHW |" in (tmp_path / "depthwise.md").read_text()
+
+
+def test_a_report_that_cannot_be_written_is_shown_all_the_same(run_process, tmp_path):
+    (tmp_path / "depthwise.json").mkdir()
+
+    done = run_process(
+        *("bench", "depthwise", "--models", "convnextv2_atto", "--batch", 1, "--size", 32),
+        *("--device", "cpu", "--out", tmp_path, "--json"),
+    )
+
+    assert done.exit_code == 74
+    assert json.loads(done.stdout)["times"]
+    assert f"cannot write {tmp_path / 'depthwise.json'}: Is a directory" in done.stderr
 
 
 def test_other_models_have_no_depthwise_convolution(run_cli):

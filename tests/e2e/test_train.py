@@ -312,6 +312,7 @@ def test_a_checkpoint_goes_on_only_with_the_data_it_was_made_with(
         assert told in done.stderr
         assert "images would come twice or never" in done.stderr
         assert "Traceback" not in done.stderr
+    assert not run_dir(recipe, "elsewhere").exists()
 
 
 def test_a_stream_trains_and_prints_its_weaker_promise(recipe, tiny_shards):

@@ -3,11 +3,9 @@ import sys
 
 from convnext_cli.catalog.datasets import (
     DATASETS,
-    MISSING_IN_22K,
     imagenet1k_wnids,
     imagenet22k_wnids,
     imagenet_class_names,
-    map_22k_to_1k,
     map_classes,
 )
 
@@ -43,11 +41,11 @@ def test_labels_count_through_the_sorted_wnids():
 
 
 def test_all_classes_of_1k_but_the_teddy_bear_are_in_22k():
-    rows = map_22k_to_1k()
+    rows = map_classes(imagenet22k_wnids(), imagenet1k_wnids())
 
     assert (rows[0], rows[1], rows[999]) == (359, 368, 21_815)
     assert [label for label, row in enumerate(rows) if row is None] == [850]
-    assert imagenet1k_wnids()[850] == MISSING_IN_22K
+    assert imagenet1k_wnids()[850] == "n04399382"
     assert len(set(rows)) == 1000
 
 
@@ -61,7 +59,7 @@ def test_classes_have_words():
 
 def test_reading_the_lists_does_not_import_timm():
     program = (
-        "import sys; from convnext_cli.catalog.datasets import map_22k_to_1k; map_22k_to_1k();"
+        "import sys; from convnext_cli.catalog import datasets; datasets.imagenet22k_wnids();"
         "sys.exit('timm' in sys.modules or 'torch' in sys.modules)"
     )
 

@@ -176,3 +176,11 @@ def test_show_makes_the_folder_of_its_sheet(run_cli, tiny_shards, tmp_path):
 
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "new" / "deep" / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("option", ["--seed", "--epoch", "--step"])
+def test_a_number_that_no_generator_takes_is_refused(run_cli, tiny_shards, option):
+    done = run_cli("data", "order", tiny_shards, "--global-images", 8, option, 2**64)
+
+    assert done.exit_code == 2
+    assert option in done.stderr

@@ -10,7 +10,7 @@ from PIL import Image
 from convnext_cli.cli.data_show import show
 from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, write_card
 from convnext_cli.data.contact_sheet import Cell, render_sheet
-from convnext_cli.data.index import hash_file, scan_shard, write_index
+from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.errors import DataError, StorageError
 
 
@@ -76,7 +76,7 @@ def dataset(tmp_path):
                     tar.addfile(member, io.BytesIO(data))
         write_index(scan_shard(path).index, tmp_path / index_name(path.name))
         size = path.stat().st_size
-        shard = Shard(name=path.name, images=10, bytes=size, sha256=hash_file(path))
+        shard = Shard(name=path.name, images=10, bytes=size, sha256=scan_shard(path).sha256)
         shards.append(Split(name=split, shards=(shard,), class_images=(5, 5)))
     card = DatasetCard(
         classes=("cat", "dog"), splits={split.name: split for split in shards}, options={}

@@ -91,6 +91,13 @@ def reader_of(out: Path, split: str = "train") -> ImageReader:
     return ImageReader(read_card(out), store=store, split=split, view=view, seed=0, on_bad="raise")
 
 
+@pytest.mark.parametrize("info", [{"splits": ["train"]}, {"splits": {"train": 12}}, [], {}])
+def test_sizes_in_another_form_than_timms_are_passed_over(timm_shards, tmp_path, info):
+    (timm_shards / "_info.json").write_text(json.dumps(info))
+
+    assert index_all([str(timm_shards)], tmp_path / "out").card.splits["train"].images == 12
+
+
 def test_timms_imagenet_shards_are_indexed_where_they_lie(timm_shards, tmp_path):
     made = index_all([str(timm_shards)], tmp_path / "out")
 

@@ -76,6 +76,7 @@ def test_links_count_between_gpus_only():
         (16, 8, {}, "warning"),
         (64, 8, {"OMP_NUM_THREADS": "1"}, "ok"),
         (64, 8, {"OMP_NUM_THREADS": "16"}, "warning"),
+        (64, 8, {"OMP_NUM_THREADS": "16,2"}, "warning"),
     ],
 )
 def test_there_are_cores_for_the_devices(cores, devices, environ, level):
@@ -136,12 +137,15 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("convnext_cli.doctor.machine.tempfile.NamedTemporaryFile", refuse)
-    finding = look_at_disk("run directory", tmp_path, needed_bytes=0)
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    finding = look_at_disk("run directory", folder, needed_bytes=0)
 
     assert (finding.level, finding.found) == (
         "problem",
-        f"{tmp_path} cannot be written: Permission denied",
+        f"{folder} cannot be written: Permission denied",
     )
+    assert finding.advice == f"choose another: ls -ld '{folder}'; df -h '{folder}'"
 
 
 @pytest.mark.parametrize(

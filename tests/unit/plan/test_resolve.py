@@ -511,6 +511,18 @@ def test_checkpoints_are_saved_by_steps_or_by_seconds():
     assert (by_time.checkpoint_every_steps, by_time.checkpoint_every_seconds) == (None, 1800)
 
 
+@pytest.mark.parametrize("key", ["evaluate.every", "checkpoint.every", "checkpoint.keep_every"])
+def test_an_interval_is_at_least_one_step(key):
+    plan = plan_of(f"{key}=0.001ep")
+
+    intervals = {
+        "evaluate.every": plan.eval_every_steps,
+        "checkpoint.every": plan.checkpoint_every_steps,
+        "checkpoint.keep_every": plan.checkpoint_keep_every_steps,
+    }
+    assert intervals[key] == 1
+
+
 def test_a_plan_as_json_holds_every_number_and_the_whole_recipe():
     plan = plan_of()
 

@@ -1,7 +1,9 @@
 import hashlib
 import time
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from convnext_cli.errors import CheckpointError, RunError
 from convnext_cli.runs.copies import Copier, RemoteFolder, fetch_run
@@ -102,6 +104,22 @@ def test_a_run_that_is_there_is_not_written_over(run, url):
 def test_a_url_that_nothing_can_read_gets_a_sentence():
     with pytest.raises(RunError, match="nosuch"):
         RemoteFolder("nosuch://bucket/runs/mine")
+
+
+class Locked(MemoryFileSystem):
+    protocol = "locked"
+
+    def ls(self, path: str, **_: object) -> list[str]:
+        raise PermissionError(13, "Access Denied", path)
+
+
+def test_a_place_that_may_not_be_read_is_told_and_not_taken_for_the_disk(tmp_path):
+    fsspec.register_implementation("locked", Locked, clobber=True)
+
+    with pytest.raises(RunError, match="locked://bucket/mine cannot be read: PermissionError"):
+        fetch_run("locked://bucket/mine", tmp_path / "back")
+
+    assert not (tmp_path / "back" / "mine").exists()
 
 
 def test_a_copy_that_fails_is_told_and_the_next_one_makes_up_for_it(run, url, tmp_path):

@@ -64,7 +64,6 @@ def test_each_row_is_readable_before_the_file_is_closed(tmp_path):
     lines.write({"step": 1})
 
     assert read_jsonl(tmp_path / "m.jsonl") == [{"step": 1}]
-    lines.sync()
     lines.close()
     lines.close()
 

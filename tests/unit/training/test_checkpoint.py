@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,23 @@ def test_a_damaged_checkpoint_is_refused_with_a_sentence(tmp_path: Path):
     path = tmp_path / "last.ckpt"
     write_checkpoint(content(3), path, world_size=1)
     path.write_bytes(path.read_bytes()[:500])
+
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        read_step(path)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"args": Namespace(lr=1e-3), "model": {}},  # as the official code saves it
+        torch.zeros(3),
+        {"convnext": 5},
+        {"model": {}},
+    ],
+)
+def test_a_checkpoint_of_another_program_is_refused_with_a_sentence(tmp_path: Path, foreign):
+    path = tmp_path / "checkpoint-299.pth"
+    torch.save(foreign, path)
 
     with pytest.raises(CheckpointError, match="cannot be resumed from"):
         read_step(path)

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, write_card
-from convnext_cli.data.index import hash_file, scan_shard, write_index
+from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.errors import DataError, DeviceError, UserError
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cluster import Cluster
@@ -69,10 +69,9 @@ def pack(folder: Path, images: list[bytes], *, classes: tuple[str, ...] = CLASSE
                 member = tarfile.TarInfo(f"{number:04d}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    write_index(scan_shard(path).index, folder / index_name(path.name))
-    shard = Shard(
-        name=path.name, images=len(images), bytes=path.stat().st_size, sha256=hash_file(path)
-    )
+    scan = scan_shard(path)
+    write_index(scan.index, folder / index_name(path.name))
+    shard = Shard(path.name, images=len(images), bytes=scan.num_bytes, sha256=scan.sha256)
     counts = [len(images[k :: len(classes)]) for k in range(len(classes))]
     split = Split(name="val", shards=(shard,), class_images=tuple(counts))
     write_card(DatasetCard(classes=classes, splits={"val": split}, options={}), folder)
