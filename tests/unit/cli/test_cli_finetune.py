@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+import torch
 
 from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids
 from convnext_cli.catalog.models import VARIANTS, find_variant
+from convnext_cli.cli import finetune as finetuning
 from convnext_cli.cli.finetune import (
     Start,
     TargetData,
@@ -16,6 +18,7 @@ from convnext_cli.cli.finetune import (
 )
 from convnext_cli.data.card import DatasetCard, write_card
 from convnext_cli.errors import CheckpointError, DataError, RecipeError
+from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, make_plan
 from convnext_cli.recipe.files import list_recipes, load_recipe
@@ -181,3 +184,16 @@ def test_a_data_set_is_known_by_its_classes(tmp_path):
 def test_without_a_data_set_nothing_can_be_chosen():
     with pytest.raises(DataError, match="no data set"):
         read_target(None, [])
+
+
+def test_a_head_can_be_mapped_from_a_checkpoint(run_cli, tmp_path, monkeypatch):
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=21_841)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    write_card(DatasetCard(classes=imagenet1k_wnids(), splits={}, options={}), tmp_path)
+    begun = []
+    monkeypatch.setattr(finetuning, "run_training", lambda recipe, **more: begun.append(recipe))
+
+    done = run_cli("finetune", "--from", "x.pth", "--data", tmp_path, "--map-head")
+
+    assert done.exit_code == 0, done.stderr
+    assert (begun[0].init.weights, begun[0].init.head) == ("x.pth", "map")
