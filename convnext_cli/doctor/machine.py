@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 
 from convnext_cli.doctor.findings import Finding
+from convnext_cli.errors import quote_path
 from convnext_cli.plan.cluster import count_cpus, read_deadline, read_job
 from convnext_cli.runs.record import output_of
 
@@ -140,7 +141,9 @@ def judge_processor(*, cores: int, devices: int, environ: Mapping[str, str]) -> 
     """Cores for each device, and threads."""
     threads = environ.get("OMP_NUM_THREADS")
     found = f"{cores} cores that may be used, {cores / devices:.0f} a device"
-    if threads and devices * int(threads) > cores:
+    # OpenMP takes a list as well, such as 4,2 for nested levels
+    first = (threads or "").partition(",")[0].strip()
+    if first.isdigit() and devices * int(first) > cores:
         return Finding(
             "processor",
             "warning",
@@ -195,7 +198,7 @@ def judge_open_files(soft: int, hard: int) -> Finding:
 def look_at_disk(topic: str, folder: Path, *, needed_bytes: int) -> Finding:
     """Free space of a folder, or of the nearest one above it, and how fast it takes 64 MB."""
     there = folder.absolute()
-    while not there.is_dir():
+    while not there.exists():
         there = there.parent
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".convnext-doctor-") as file:
@@ -208,7 +211,8 @@ def look_at_disk(topic: str, folder: Path, *, needed_bytes: int) -> Finding:
             rate = _WRITE_BYTES / (time.perf_counter() - started)
     except OSError as error:
         found = f"{there} cannot be written: {error.strerror}"
-        return Finding(topic, "problem", found, f"choose another: ls -ld {there}; df -h {there}")
+        shown = quote_path(there)
+        return Finding(topic, "problem", found, f"choose another: ls -ld {shown}; df -h {shown}")
     free = shutil.disk_usage(there).free
     return judge_disk(topic, there, free=free, needed_bytes=needed_bytes, bytes_per_second=rate)
 
