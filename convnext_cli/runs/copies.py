@@ -49,7 +49,11 @@ class RemoteFolder:
         self._root: str = root
 
     def list_steps(self) -> list[int]:
-        """The steps whose copies are complete, oldest first."""
+        """The steps whose copies are complete, oldest first.
+
+        Raises:
+            RunError: The place cannot be read: no credentials, no network.
+        """
         names = self._names()
         steps = ((checkpoint_step(Path(name)), name) for name in names)
         return sorted(step for step, name in steps if step is not None and _beside(name) in names)
@@ -138,6 +142,12 @@ class RemoteFolder:
             found = self._files.ls(f"{self._root}/checkpoints", detail=False)
         except FileNotFoundError:
             return set()
+        except Exception as error:  # each fsspec back end raises its own
+            raise RunError(
+                f"{self.url} cannot be read: {' '.join(str(error).split())}"
+                f" ({type(error).__name__})",
+                hint="check the URL, and the credentials for it on this machine",
+            ) from error
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
 
 
@@ -205,7 +215,7 @@ def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
         try:
             return run, folder.pull(run)
         finally:
-            if not any(run.checkpoints.glob("step=*.ckpt")):
+            if run.checkpoints.is_dir() and not any(run.checkpoints.glob("step=*.ckpt")):
                 run.checkpoints.rmdir()
                 run.root.rmdir()
 
