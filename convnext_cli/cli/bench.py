@@ -215,7 +215,9 @@ def loader(
     workers: Annotated[int, typer.Option(help="Loader processes of each system.", min=1)] = 2,
     batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = 64,
     image_px: Annotated[int, typer.Option(help="Side of the images.", min=8)] = 224,
-    images: Annotated[int, typer.Option(help="Images that a system loads in a round.")] = 1000,
+    images: Annotated[
+        int, typer.Option(help="Images that a system loads in a round.", min=1)
+    ] = 1000,
     rounds: Annotated[int, typer.Option(help="How often each system is measured.", min=1)] = 5,
     json_output: JsonOption = False,
 ) -> None:
