@@ -42,7 +42,7 @@ def order(
 ) -> None:
     """Print the images of one step, in the order of the batch, of all devices or of one.
 
-    Example: convnext data order packed --seed 0 --epoch 0 --step 3 --world 4 --rank 1 --json
+    Example: convnext data order packed --step 3 --global-images 8 --world 4 --rank 1 --json
     """
     from convnext_cli.data.augment import EvalView
     from convnext_cli.data.card import read_card

@@ -35,7 +35,7 @@ def show(
 ) -> None:
     """Draw a contact sheet: originals, their views in several epochs, and what is trained on.
 
-    Example: convnext data show photos --recipe small_data --images 16
+    Example: convnext data show packed --recipe small_data --images 16
     """
     from convnext_cli.data.build import (
         build_eval_view,

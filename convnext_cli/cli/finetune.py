@@ -121,7 +121,9 @@ def finetune(
         choice = fit_recipe(recipe, start, overrides=asked)
     changes = [*choice.overrides, *([f"init.source={weights}"] if weights is not None else [])]
     asked += ["init.head=map"] if map_head else []
-    source = load_recipe(choice.recipe, [*changes, *asked]).init.source
+    # with its weights: a recipe that maps a head and names none is refused
+    named = render_override("init.weights", checkpoint)
+    source = load_recipe(choice.recipe, [*changes, named, *asked]).init.source
     if source == "ema" and not start.has_ema:
         # a file with one set of weights, such as a published one: there is nothing to choose
         source = "auto"

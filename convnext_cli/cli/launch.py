@@ -20,8 +20,8 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
-from convnext_cli.cli.train import NameOption, RunsDirOption, check_name
-from convnext_cli.errors import LaunchError, quote_path
+from convnext_cli.cli.train import NameOption, RunsDirOption, check_name, check_start_weights
+from convnext_cli.errors import DataError, LaunchError, quote_path
 from convnext_cli.launch.exits import repeat
 from convnext_cli.launch.local import LocalLaunch
 from convnext_cli.launch.slurm import SlurmJob, find_sbatch, render_job, submit
@@ -125,6 +125,13 @@ def slurm(
         typer.echo(render_job(job), nl=False)
         return
     find_sbatch()
+    if asked.data.path is None and asked.data.dataset != "quickstart":
+        raise DataError(  # else the job says so, when it has waited for its nodes
+            "the recipe names no data set to train on",
+            hint="name one with --data DIR (convnext data pack SOURCE DIR makes it)",
+        )
+    if not RunDir(runs_dir / name).is_run():
+        check_start_weights(asked)
     number = submit(job)
     launch = RunDir(runs_dir / name).launch
     for word, text in (

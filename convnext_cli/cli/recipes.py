@@ -65,6 +65,11 @@ def show(
     Example: convnext recipes show in1k_tiny, or: convnext recipes show --fields optim.lr
     """
     if fields:
+        if overrides:
+            raise RecipeError(
+                f"--fields explains one key or section at a time, found {overrides[0]} as well",
+                hint="all of them: convnext recipes show --fields",
+            )
         _show_fields(recipe, json_output=json_output)
         return
     if recipe is None:

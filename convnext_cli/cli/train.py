@@ -22,10 +22,10 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
-from convnext_cli.errors import RecipeError, quote_path
+from convnext_cli.errors import CheckpointError, RecipeError, quote_path
 from convnext_cli.plan.cluster import Cluster, read_deadline, read_job
 from convnext_cli.plan.resolve import make_plan
-from convnext_cli.recipe.schema import Recipe
+from convnext_cli.recipe.schema import Init, Recipe
 from convnext_cli.runs.compare import summarise_run
 from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
@@ -87,12 +87,29 @@ def check_name(name: str) -> None:
     """Refuse a name that is no plain folder's.
 
     Raises:
-        RecipeError: The name holds something else than letters, digits, _, -, . and =.
+        RecipeError: The name holds something else than letters, digits, _, -, . and =, or begins
+            with . as the folder above and hidden ones do, or with - as options do.
     """
-    if not re.fullmatch(r"[\w.=-]+", name):
+    if not re.fullmatch(r"[\w=][\w.=-]*", name):
         raise RecipeError(
-            f"--name {name}: letters, digits, _, -, . and = are allowed in a name",
+            f"--name {name}: letters, digits, _, -, . and = are allowed in a name, - and . not as"
+            " its first",
             hint="for example --name tiny_lr2",
+        )
+
+
+def check_start_weights(recipe: Recipe) -> None:
+    """Refuse to begin a recipe for fine-tuning from nothing.
+
+    Raises:
+        CheckpointError: The recipe says how given weights are taken, and names none.
+    """
+    if recipe.init.weights is None and recipe.init != Init():
+        raise CheckpointError(
+            f"the recipe goes on from given weights (init.source={recipe.init.source}"
+            f" init.head={recipe.init.head}), and none are named",
+            hint="name them with convnext finetune --from CKPT, or init.weights=CKPT; from scratch:"
+            " init.source=auto init.head=keep",
         )
 
 
@@ -113,6 +130,8 @@ def run_training(
     plan = make_plan(recipe, cluster, name=name, facts=read_facts(recipe))
     show_plan(plan)
     run = RunDir(runs_dir / name)
+    if not run.is_run():
+        check_start_weights(recipe)
     from convnext_cli.training.fit import find_start, fit
 
     mode = resume if resume in {"auto", "never", "must"} else Path(resume)

@@ -107,6 +107,10 @@ def convert(
     if map_head:
         found, told = map_head_to_imagenet1k(found)
         console.print(Text(told), soft_wrap=True)
+    model = build_convnext(
+        found.variant, num_classes=found.num_classes or 1, layer_scale_init=found.layer_scale_init
+    )
+    load_into(model, found)  # refuses weights that are not whole
     if to == "onnx":
         check_onnx()
         if found.num_classes is None:
@@ -119,10 +123,6 @@ def convert(
                 f"{path}: {bad:,} of its values are NaN or infinite, so it gives no logits",
                 hint="use an earlier checkpoint of the run",
             )
-        model = build_convnext(
-            found.variant, num_classes=found.num_classes, layer_scale_init=found.layer_scale_init
-        )
-        load_into(model, found)
         px = image_px or (found.card.image_px if found.card else 224)
         difference = export_onnx(model, out, image_px=px)
         console.print(

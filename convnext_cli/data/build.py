@@ -192,6 +192,7 @@ class IndexedData(DeviceData):
             cache_dir=Path(data.cache_dir) if data.cache_dir else default_cache_dir(),
             cache_bytes=None if data.cache_gb is None else int(data.cache_gb * 1e9),
         )
+        self.view = build_train_view(plan.recipe, augment_on=plan.augment_on)
         self.card = read_card(path)
         self.classes: tuple[str, ...] = tuple(self.card.classes)
         self.prefetcher: Prefetcher | None = None
@@ -207,7 +208,7 @@ class IndexedData(DeviceData):
             self.card,
             store=self.store,
             split="train",
-            view=build_train_view(plan.recipe, augment_on=plan.augment_on),
+            view=self.view,
             seed=plan.recipe.seed,
             on_bad="replace",
         )
@@ -311,6 +312,7 @@ class StreamedData(DeviceData):
         super().__init__()
         self.plan = plan
         self.path = path
+        self.view = build_train_view(plan.recipe, augment_on=plan.augment_on)
         self.first_epoch = first_step // plan.steps_per_epoch
         self.num_passes = (plan.total_steps - first_step) * plan.accumulate_steps
         self.classes: tuple[str, ...] = ()
@@ -334,7 +336,7 @@ class StreamedData(DeviceData):
                 world=plan.world_size,
                 allow_pipe=plan.recipe.data.allow_pipe,
             ),
-            view=build_train_view(plan.recipe, augment_on=plan.augment_on),
+            view=self.view,
         )
         return EpochChain(
             reader,

@@ -24,6 +24,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from convnext_cli.errors import DeviceError
+
 _numbers = count()
 _made_here: "weakref.WeakValueDictionary[int, Slots]" = weakref.WeakValueDictionary()
 
@@ -35,12 +37,23 @@ class Slots:
         slots: Batches that can be on their way or in use at once.
         images: In a batch, at most.
         image_px: Side of the images, at most.
+
+    Raises:
+        DeviceError: The machine has no such memory to share, as in a container with 64 MB of it.
     """
 
     def __init__(self, *, slots: int, images: int, image_px: int) -> None:
-        # A page exists once it is written to: slots that are never used cost nothing.
-        self._memory_SB = torch.empty((slots, images * image_px**2 * 3), dtype=torch.uint8)
-        self._memory_SB.share_memory_()  # type: ignore[no-untyped-call]
+        num_bytes = slots * images * image_px**2 * 3
+        try:
+            self._memory_SB = torch.empty((slots, num_bytes // slots), dtype=torch.uint8)
+            self._memory_SB.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise DeviceError(
+                f"no room for {num_bytes / 1e9:.2f} GB in shared memory (/dev/shm), {slots} batches"
+                f" of {images} images at {image_px} px, through which loader processes hand over",
+                hint="give the container more, docker run --shm-size=16g; or let fewer loader"
+                " processes run: data.workers=1, or 0 for none (convnext evaluate: --workers 0)",
+            ) from error
         self._free = deque(range(slots))
         self._number = next(_numbers)
         _made_here[self._number] = self

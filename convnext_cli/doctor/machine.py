@@ -196,7 +196,7 @@ def judge_open_files(soft: int, hard: int) -> Finding:
 def look_at_disk(topic: str, folder: Path, *, needed_bytes: int) -> Finding:
     """Free space of a folder, or of the nearest one above it, and how fast it takes 64 MB."""
     there = folder.absolute()
-    while not there.is_dir():
+    while not there.exists():
         there = there.parent
     try:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".convnext-doctor-") as file:

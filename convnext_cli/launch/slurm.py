@@ -97,9 +97,12 @@ def render_job(job: SlurmJob) -> str:
 
 
 def _quote(option: str) -> str:
-    """An option as sbatch reads it from a file: quotes around a value with a space."""
+    """An option as sbatch reads it from a file: quotes around a value that is not plain."""
     name, _, value = option.partition("=")
-    return f'{name}="{value}"' if " " in value else option
+    if shlex.quote(value) == value or not value:
+        return option
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'
 
 
 def find_sbatch() -> str:

@@ -460,10 +460,13 @@ def _check_shapes(state: State, own: State, weights: Weights) -> None:
         )
     key = differing[0]
     shapes = [tuple(side[key].shape) if key in side else "missing" for side in (state, own)]
+    scale = key.endswith(".gamma") and ".grn." not in key
     raise CheckpointError(
         f"{weights.path}: {key} is {shapes[0]} there and {shapes[1]} in the model"
         f" ({len(differing)} keys differ)",
-        hint="model.layer_scale_init=auto builds the published form of the architecture",
+        hint="model.layer_scale_init=auto builds the published form of the architecture"
+        if scale
+        else "name another file: this one was changed after training, or not written to its end",
     )
 
 

@@ -10,6 +10,7 @@ recipes/in1k_small.yaml      extends: in1k_tiny      section.key=value
 import difflib
 import functools
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -29,7 +30,7 @@ from ruamel.yaml.events import (
 from ruamel.yaml.representer import SafeRepresenter
 
 from convnext_cli.catalog.models import VARIANTS
-from convnext_cli.errors import RecipeError
+from convnext_cli.errors import RecipeError, quote_path
 from convnext_cli.recipe.schema import Recipe
 
 MAX_BYTES = 1 << 20
@@ -81,6 +82,8 @@ def find_recipe(name: str, *, beside: Path | None = None) -> Path:
             f"recipe {name}: this is a folder", hint="name a .yaml file or a shipped recipe"
         )
     near = difflib.get_close_matches(stem, list_recipes(), n=1)
+    if (file := path.with_name(f"{path.name}.yaml")).is_file():
+        near = [quote_path(file)]
     hint = f"did you mean {near[0]}?" if near else "see them all: convnext recipes list"
     raise RecipeError(f"no recipe {name}: neither a file nor a shipped recipe", hint=hint)
 
@@ -170,8 +173,13 @@ def _read_once(text: str, *, where: str) -> Any:  # noqa: ANN401  # as read_yaml
 def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a recipe file over those it extends."""
     path = path.resolve()
-    if path in seen or len(seen) >= _EXTENDS:
-        chain = " -> ".join(step.name for step in (*seen, path))
+    chain = " -> ".join(step.name for step in (*seen, path))
+    if path not in seen and len(seen) >= _EXTENDS:
+        raise RecipeError(
+            f"more than {_EXTENDS} recipes extend each other: {chain}",
+            hint=f"write out one of them: convnext recipes show {quote_path(seen[1])}",
+        )
+    if path in seen:
         raise RecipeError(
             f"recipes extend each other in a circle: {chain}",
             hint=f"remove the line extends: from {path.name} or from one of the others",
@@ -397,10 +405,9 @@ def _kinds(name: str) -> tuple[object, ...]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _wanted(message: str) -> str:

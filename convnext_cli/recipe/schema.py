@@ -7,6 +7,7 @@ Papers: ConvNeXt (Liu et al. 2022, arXiv 2201.03545), Tables 5 and 6; ConvNeXt V
 arXiv 2301.00808), Tables 8 to 13.
 """
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -182,6 +183,10 @@ class Progressive(Section):
     """Share of the schedule after which images have data.image_px."""
 
 
+_POLICY = re.compile(r"rand(-(t\w+|(m|n|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc[01]))*")
+"""What timm reads: parts that it does not know it refuses, or passes over without a word."""
+
+
 class Augment(Section):
     """What is done to each training image."""
 
@@ -211,6 +216,13 @@ class Augment(Section):
 
     erasing: Fraction | None = 0.25
     """Probability of random erasing; null: off."""
+
+    @field_validator("rand_augment")
+    @classmethod
+    def _check_policy(cls, policy: str | None) -> str | None:
+        if policy is not None and not _POLICY.fullmatch(policy):
+            raise ValueError("a policy in timm's notation is wanted, such as rand-m9-mstd0.5-inc1")
+        return policy
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod

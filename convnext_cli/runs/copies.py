@@ -52,7 +52,7 @@ class RemoteFolder:
         """The steps whose copies are complete, oldest first.
 
         Raises:
-            RunError: The place cannot be read.
+            RunError: The place cannot be read: no credentials, no network.
         """
         names = self._names()
         steps = ((checkpoint_step(Path(name)), name) for name in names)
@@ -141,8 +141,9 @@ class RemoteFolder:
             return set()
         except Exception as error:  # each fsspec back end raises its own
             raise RunError(
-                f"{self.url} cannot be read: {type(error).__name__}: {error}",
-                hint="check the address, and the credentials of this machine",
+                f"{self.url} cannot be read: {' '.join(str(error).split())}"
+                f" ({type(error).__name__})",
+                hint="check the URL, and the credentials for it on this machine",
             ) from error
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
 
@@ -210,7 +211,7 @@ def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
         try:
             return run, folder.pull(run)
         finally:
-            if not any(run.checkpoints.glob("step=*.ckpt")):
+            if run.checkpoints.is_dir() and not any(run.checkpoints.glob("step=*.ckpt")):
                 run.checkpoints.rmdir()
                 run.root.rmdir()
 

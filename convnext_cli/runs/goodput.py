@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass
 from datetime import datetime
 
+from convnext_cli.errors import RunError, quote_path
 from convnext_cli.runs.compare import ENDS, STARTS, last_step, number
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import read_json, read_jsonl
@@ -55,7 +56,7 @@ def measure_goodput(run: RunDir) -> Goodput:
     """Read the times of a run.
 
     Raises:
-        RunError: A file of the run cannot be read.
+        RunError: A file of the run cannot be read, or the run has not started.
     """
     events, rows = read_jsonl(run.events), read_jsonl(run.metrics)
     images = read_json(run.plan).get("global_images")
@@ -64,6 +65,11 @@ def measure_goodput(run: RunDir) -> Goodput:
     if rates and isinstance(images, int):
         step_seconds = images / statistics.median(rates)
     starts = [place for place, event in enumerate(events) if event.get("event") in STARTS]
+    if not starts:
+        raise RunError(
+            f"{run.root} has no times: no start is written in {run.events}",
+            hint=f"see how far it is: convnext runs show {quote_path(run.root)}",
+        )
     parts = [events[a:b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
     attempts, kept = [], last_step(run)
     for part, following in zip(parts, [*parts[1:], None], strict=True):

@@ -24,7 +24,7 @@ from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, RunError, quote_path
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
-from convnext_cli.models.weights import ModelCard, load_into, read_weights
+from convnext_cli.models.weights import ModelCard, count_non_finite, load_into, read_weights
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_recipe
@@ -385,7 +385,7 @@ def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]
     """Load `init.weights` into a fresh model; says what was taken and what was not.
 
     Raises:
-        CheckpointError: The file cannot be read, or is of another architecture.
+        CheckpointError: The file cannot be read, is of another architecture, or holds NaN.
     """
     init = plan.recipe.init
     assert init.weights is not None
@@ -396,4 +396,11 @@ def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]
             hint="leave init.weights out, or train a ConvNeXt",
         )
     weights = read_weights(Path(init.weights), prefer=init.source)
-    return load_into(model, weights, head=init.head, target_classes=classes)
+    report = load_into(model, weights, head=init.head, target_classes=classes)
+    if bad := count_non_finite(model.state_dict()):
+        raise CheckpointError(
+            f"{weights.path}: {bad:,} of its values are NaN or infinite, so nothing is learned from"
+            " it",
+            hint="use an earlier checkpoint of the run that it comes from",
+        )
+    return report

@@ -73,6 +73,13 @@ def test_a_loader_is_not_measured_over_a_network(run_cli):
     assert "a loader is measured on local files" in done.stderr
 
 
+def test_a_loader_is_not_measured_over_no_images(run_cli, tiny_shards):
+    done = run_cli("bench", "loader", "--data", tiny_shards, "--images", 0)
+
+    assert done.exit_code == 2
+    assert "--images" in done.stderr
+
+
 def test_the_order_of_a_large_data_set_is_measured_without_it(run_cli):
     done = run_cli(
         *("bench", "order", "--images", 200_000, "--shards", 200, "--global-images", 1024),

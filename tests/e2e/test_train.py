@@ -378,6 +378,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_71(recipe, tiny_shards):
         (["--device", "cuda"], "a GPU was asked for, but torch finds none"),
         (["--precision", "fp16"], "fp16 needs a GPU"),
         (["model.num_classes=10"], "the recipe's head has 10 classes, but"),
+        (["augment.rand_augment=rand-t3a"], "Desaturate is not supported"),
         (["--resume", "must"], "has no checkpoint to go on from"),
         (["init.weights=/no/such/file.pth"], "there is no file /no/such/file.pth"),
         (["--runs-dir", "/dev/null/runs"], "cannot write /dev/null/runs/run"),

@@ -184,3 +184,15 @@ def test_a_number_that_no_generator_takes_is_refused(run_cli, tiny_shards, optio
 
     assert done.exit_code == 2
     assert option in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "order", "show"])
+def test_the_example_of_the_help_runs_on_a_small_data_set(run_cli, tiny_shards, tmp_path, command):
+    (tmp_path / "packed").symlink_to(tiny_shards)
+    told = " ".join(run_cli("data", command, "--help").stdout.split())
+    example = told.partition("Example: convnext ")[2].partition(" Arguments:")[0]
+
+    done = run_cli(*example.split())
+
+    assert example.startswith(f"data {command} packed")
+    assert done.exit_code == 0, done.stderr

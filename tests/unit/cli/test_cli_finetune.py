@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+import torch
 
 from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids
 from convnext_cli.catalog.models import VARIANTS, find_variant
+from convnext_cli.cli import finetune as finetuning
 from convnext_cli.cli.finetune import (
     Start,
     TargetData,
@@ -16,9 +18,12 @@ from convnext_cli.cli.finetune import (
 )
 from convnext_cli.data.card import DatasetCard, write_card
 from convnext_cli.errors import CheckpointError, DataError, RecipeError
+from convnext_cli.models.build import build_model
+from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, make_plan
 from convnext_cli.recipe.files import list_recipes, load_recipe
+from convnext_cli.training.fit import load_start_weights
 
 IN1K = TargetData(kind="imagenet1k", classes=imagenet1k_wnids())
 IN22K = TargetData(kind="imagenet22k", classes=imagenet22k_wnids())
@@ -181,3 +186,36 @@ def test_a_data_set_is_known_by_its_classes(tmp_path):
 def test_without_a_data_set_nothing_can_be_chosen():
     with pytest.raises(DataError, match="no data set"):
         read_target(None, [])
+
+
+def test_a_head_can_be_mapped_from_a_checkpoint(run_cli, tmp_path, monkeypatch):
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=21_841)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    write_card(DatasetCard(classes=imagenet1k_wnids(), splits={}, options={}), tmp_path)
+    begun = []
+    monkeypatch.setattr(finetuning, "run_training", lambda recipe, **more: begun.append(recipe))
+
+    done = run_cli("finetune", "--from", "x.pth", "--data", tmp_path, "--map-head")
+
+    assert done.exit_code == 0, done.stderr
+    assert (begun[0].init.weights, begun[0].init.head) == ("x.pth", "map")
+
+
+@pytest.mark.parametrize("head", ["keep", "reset"])
+def test_weights_that_are_not_finite_are_no_start_unless_they_are_left_out(tmp_path, head):
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    model.head.bias.data[0] = torch.nan
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    asked = [f"init.weights={tmp_path / 'x.pth'}", f"init.head={head}", "model.num_classes=3"]
+    plan = make_plan(
+        load_recipe("small_data", ["model.name=convnextv2_atto", *asked]),
+        Cluster(),
+        name="x",
+        facts=DataFacts(train_images=99, val_images=0, num_classes=3, source="packed"),
+    )
+
+    if head == "reset":
+        load_start_weights(build_model(plan), plan, classes=CATS.classes)
+    else:
+        with pytest.raises(CheckpointError, match="1 of its values are NaN or infinite"):
+            load_start_weights(build_model(plan), plan, classes=CATS.classes)

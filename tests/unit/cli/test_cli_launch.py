@@ -30,7 +30,9 @@ def test_without_sbatch_there_is_one_sentence_and_exit_code_2(run_cli, tmp_path,
     [
         (("slurm", "in1k_tiny", "--time", "soon"), "--time soon"),
         (("slurm", "in1k_tiny", "--name", "a/b"), "--name a/b"),
+        (("slurm", "in1k_tiny", "--name", ".."), "--name .."),
         (("slurm", "in1k_tiny", "--nodes", "3"), "do not split"),
+        (("slurm", "in1k_tiny", "augment.rand_augment=rnd-m9"), "augment.rand_augment"),
         (("local", "in1k_tinny"), "in1k_tinny"),
         (("local", "in1k_tiny", "optim.lr=fast"), "optim.lr"),
     ],
@@ -42,3 +44,27 @@ def test_a_mistake_is_told_before_anything_starts(run_cli, tmp_path, words, sent
     assert sentence in done.stderr
     assert "hint: " in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("in1k_tiny",), "the recipe names no data set to train on"),
+        (("v2_in1k_atto", "data.dataset=quickstart", "model.num_classes=10"), "none are named"),
+    ],
+)
+def test_a_job_that_could_not_begin_is_not_submitted(
+    run_cli, tmp_path, monkeypatch, words, sentence
+):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text("#!/bin/sh\ntouch submitted\necho 1\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+    done = run_cli("launch", "slurm", *words)
+
+    assert done.exit_code == 2
+    assert sentence in done.stderr
+    assert "hint: " in done.stderr
+    assert list(tmp_path.iterdir()) == [folder]

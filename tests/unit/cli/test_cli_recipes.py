@@ -152,3 +152,11 @@ def test_what_is_found_wrong_is_data_too(run_cli):
 
     assert done.exit_code == 2
     assert "no recipe nowhere.yaml" in json.loads(done.stdout)["nowhere.yaml"]
+
+
+def test_more_than_one_key_to_explain_is_refused_rather_than_left_out(run_cli):
+    done = run_cli("recipes", "show", "--fields", "optim.lr", "optim.betas")
+
+    assert done.exit_code == 2
+    assert "found optim.betas as well" in done.stderr
+    assert "hint: " in done.stderr

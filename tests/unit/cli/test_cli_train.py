@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from convnext_cli.cli.train import _tell_result
+from convnext_cli.cli.train import _tell_result, check_name, check_start_weights
+from convnext_cli.errors import CheckpointError, RecipeError
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, write_json
@@ -32,3 +33,24 @@ def test_the_next_command_is_one_that_the_data_allow(run, has_val, words, capsys
     _tell_result(run, recipe=recipe, steps=2, has_val=has_val)
 
     assert f"convnext {words.format(run.last)}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".hidden", "-x", "a b", "a/b"])
+def test_a_name_that_leads_elsewhere_is_refused(name):
+    with pytest.raises(RecipeError, match="are allowed in a name"):
+        check_name(name)
+
+
+def test_names_of_every_other_kind_are_taken():
+    for name in ("tiny_lr2", "a=b.c-d", "=x", "2", "naïve"):
+        check_name(name)
+
+
+def test_a_recipe_for_fine_tuning_without_weights_is_refused_and_the_hint_works():
+    with pytest.raises(CheckpointError, match=r"init\.source=raw init\.head=reset") as refused:
+        check_start_weights(load_recipe("v2_in1k_atto"))
+
+    *_, source, head = str(refused.value.hint).split()
+    check_start_weights(load_recipe("v2_in1k_atto", [source, head]))
+    check_start_weights(load_recipe("v2_in1k_atto", ["init.weights=x.pt"]))
+    check_start_weights(load_recipe("in1k_tiny"))

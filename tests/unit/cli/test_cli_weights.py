@@ -155,3 +155,20 @@ def test_images_too_small_for_the_network_are_refused_at_once(run_cli, checkpoin
 
     assert told.exit_code == 2
     assert "--image-px" in told.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_weights_that_are_not_whole_are_not_converted(run_cli, checkpoint, tmp_path, damage):
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    key = "stages.0.0.dwconv.bias"
+    state[key] = state[key][:3]
+    if damage == "missing":
+        del state[key]
+    torch.save(state, tmp_path / "half.pth")
+
+    told = run_cli("weights", "convert", "half.pth", "--to", "timm", "--out", "x.pth")
+
+    assert told.exit_code == 2
+    assert f"half.pth: {key} is {'missing' if damage == 'missing' else '(3,)'}" in told.stderr
+    assert "hint: name another file" in told.stderr
+    assert not (tmp_path / "x.pth").exists()

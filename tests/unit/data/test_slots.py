@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from convnext_cli.data.slots import Slots
+from convnext_cli.errors import DeviceError
 
 
 def images(value: int, count: int = 2) -> list[torch.Tensor]:
@@ -100,3 +101,21 @@ def test_batches_that_are_all_kept_are_all_right(start_method):
 
     assert [int(batch.flatten()[0]) for batch in kept] == list(range(12))
     assert slots.take() is None  # all that there are, are held
+
+
+def test_shared_memory_without_room_is_told_in_a_sentence(monkeypatch):
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+
+    with pytest.raises(DeviceError, match=r"no room for 0\.30 GB in shared memory") as refused:
+        Slots(slots=10, images=200, image_px=224)
+
+    assert "--shm-size=16g" in str(refused.value.hint)
+    assert "--workers 0" in str(refused.value.hint)
+
+
+def test_more_memory_than_there_is_is_told_in_a_sentence():
+    with pytest.raises(DeviceError, match="no room for"):
+        Slots(slots=1 << 20, images=1 << 12, image_px=10_000)

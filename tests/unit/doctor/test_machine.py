@@ -177,3 +177,19 @@ def test_ranks_of_different_software_and_clocks():
     versions, clocks = judge_versions(apart)
     assert (versions.level, versions.found) == ("problem", "n1 has torch 2.11; n2 has torch 2.12")
     assert (clocks.level, clocks.found) == ("warning", "the clocks of the nodes differ by 30 s")
+
+
+def test_a_file_in_the_place_of_a_folder_is_a_problem(tmp_path):
+    (tmp_path / "my runs").touch()
+
+    finding = look_at_disk("run directory", tmp_path / "my runs", needed_bytes=1)
+
+    assert finding.level == "problem"
+    assert f"ls -ld '{tmp_path}/my runs'; df -h '{tmp_path}/my runs'" in finding.advice
+
+
+@pytest.mark.parametrize(("threads", "level"), [("4,2", "warning"), ("1,8", "ok"), ("all", "ok")])
+def test_threads_may_be_a_list_or_no_number(threads, level):
+    finding = judge_processor(cores=2, devices=1, environ={"OMP_NUM_THREADS": threads})
+
+    assert finding.level == level

@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,18 @@ def test_what_sbatch_refuses_is_told_with_its_reason(tmp_path, fake_sbatch):
     ) as caught:
         submit(job)
     assert "sinfo" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--comment=two words", '--comment="two words"'),
+        ("--comment=it's", '--comment="it\'s"'),
+        ("--comment=a#1", '--comment="a#1"'),
+        ('--comment=say "so"', '--comment="say \\"so\\""'),
+        ("--qos=high", "--qos=high"),
+        ("-q high", "-q high"),
+    ],
+)
+def test_a_value_that_is_not_plain_is_quoted_for_sbatch(option, line):
+    assert f"#SBATCH {line}\n" in render_job(replace(JOB, sbatch_options=(option,)))

@@ -99,6 +99,36 @@ def test_a_recipe_that_extends_itself_is_refused(write):
         load_recipe(write("extends: mine\nabout: me\n"))
 
 
+def test_a_long_chain_is_not_called_a_circle_and_the_hint_shortens_it(write):
+    for number in range(9):
+        write(f"extends: r{number + 1}\nabout: x\n", f"r{number}.yaml")
+    last = write("about: x\n", "r9.yaml")
+
+    with pytest.raises(RecipeError, match="more than 8 recipes extend each other") as caught:
+        load_recipe("r0.yaml")
+
+    assert (
+        caught.value.hint == f"write out one of them: convnext recipes show {last.parent}/r1.yaml"
+    )
+    load_recipe("r2.yaml")
+
+
+def test_a_file_that_is_named_without_its_suffix_is_the_hint(write):
+    write("extends: in1k_tiny\nabout: x\n", "my own.yaml")
+
+    with pytest.raises(RecipeError, match="no recipe my own") as caught:
+        load_recipe("my own")
+
+    assert caught.value.hint == "did you mean 'my own.yaml'?"
+
+
+def test_text_that_is_no_finite_number_is_not_said_to_need_no_quotes():
+    with pytest.raises(RecipeError, match=r"optim\.lr: should be a valid number") as caught:
+        load_recipe("in1k_tiny", ["optim.lr=nan"])
+
+    assert caught.value.hint == "what it means: convnext recipes show --fields optim.lr"
+
+
 def test_the_file_that_extends_nothing_known_is_named(write):
     with pytest.raises(RecipeError, match=r"mine\.yaml: extends: no recipe in1k_tiiny") as caught:
         load_recipe(write("extends: in1k_tiiny\nabout: me\n"))

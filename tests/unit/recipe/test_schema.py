@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from convnext_cli.recipe.durations import Duration
-from convnext_cli.recipe.schema import Recipe
+from convnext_cli.recipe.schema import Augment, Recipe
 
 
 def make_recipe(**sections) -> Recipe:
@@ -117,3 +117,14 @@ def test_every_key_explains_itself():
         inner = getattr(field.annotation, "model_fields", None)
         for key, each in {name: field}.items() if inner is None else inner.items():
             assert len(each.description or "") > 10, f"{name}.{key}"
+
+
+@pytest.mark.parametrize("policy", ["rand", "rand-m9-mstd0.5-inc1", "rand-n2-p0.5-mmax10-tweights"])
+def test_a_policy_in_timms_notation_is_taken(policy):
+    assert Augment(rand_augment=policy).rand_augment == policy
+
+
+@pytest.mark.parametrize("policy", ["foo", "rand-m", "rand-m9.5", "rand-q3", "rand-mstd.5", ""])
+def test_another_policy_is_refused_before_anything_starts(policy):
+    with pytest.raises(ValidationError, match="a policy in timm's notation is wanted"):
+        Augment(rand_augment=policy)

@@ -138,3 +138,24 @@ def test_a_copy_that_fails_is_told_and_the_next_one_makes_up_for_it(run, url, tm
     assert "could not copy to" in told[0]
     assert [event["event"] for event in read_jsonl(run.events)] == ["copy_failed"]
     assert RemoteFolder(url).list_steps() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "sentence"),
+    [
+        (FileNotFoundError("no bucket"), CheckpointError, "has no whole checkpoint"),
+        (RuntimeError("no\ncredentials"), RunError, r"no credentials \(RuntimeError\)"),
+    ],
+)
+def test_a_place_that_cannot_be_read_is_no_trouble_of_this_disk(
+    tmp_path, url, monkeypatch, failure, kind, sentence
+):
+    def refuse(self, path, detail=True, **kwargs):
+        raise failure
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.ls", refuse)
+
+    with pytest.raises(kind, match=sentence):
+        fetch_run(f"{url}/mine", tmp_path / "elsewhere")
+
+    assert not (tmp_path / "elsewhere" / "mine").exists()

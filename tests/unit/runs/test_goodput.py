@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from convnext_cli.errors import RunError
 from convnext_cli.runs.goodput import measure_goodput
 from convnext_cli.runs.layout import RunDir
 
@@ -45,3 +46,11 @@ def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
     assert (second.first_step, second.last_step, second.ended) == (40, 100, "finished")
     assert measured.wall_seconds == 150.0
     assert measured.goodput == pytest.approx(100 * 1.0 / 150)
+
+
+def test_a_run_that_was_killed_before_its_start_was_written_has_no_times(tmp_path):
+    run = RunDir(tmp_path)
+    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 100}))
+
+    with pytest.raises(RunError, match="has no times: no start is written in"):
+        measure_goodput(run)
