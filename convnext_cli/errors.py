@@ -13,7 +13,7 @@ UserError              2   what, where, found value; a hint that works
 |  `- WriteError      74   the system refused a write: no space, no permission
 |- Diverged           71   gradients or outputs are not finite
 |- Stopped            75   a signal came; a checkpoint is written; run the same command again
-`- Hung               76   a rank is lost or stands still; run the same command again
+`- Hung               76   a process is lost or stands still; run the same command again
 ```
 
 Anything else that escapes is a bug: its traceback stays, exit code 1.
@@ -95,6 +95,6 @@ class Stopped(UserError):
 
 
 class Hung(UserError):
-    """Another rank is lost, or this one stands still; the same command goes on."""
+    """Another process is lost, or this one stands still; the same command goes on."""
 
     exit_code = 76

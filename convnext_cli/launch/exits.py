@@ -3,7 +3,7 @@
 ```
 0           done                                               final
 2, 71, 74   a mistake, diverged, storage                       final
-75, 76      stopped by a signal after saving, hang             again
+75, 76      stopped by a signal after saving, lost or hanging  again
 no word     killed, alone or with its node; 128 + n in shells  again
 other       a bug                                              final
 ```

@@ -21,7 +21,7 @@ from convnext_cli.data.build import ImageData, build_batch_mix, build_data
 from convnext_cli.data.order import ORDER_VERSION
 from convnext_cli.data.reader import from_worker, is_lost_worker
 from convnext_cli.data.stream import WEAKER_PROMISE
-from convnext_cli.errors import CheckpointError, DataError, RunError, quote_path
+from convnext_cli.errors import CheckpointError, DataError, Hung, RunError, quote_path
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
 from convnext_cli.models.weights import ModelCard, count_non_finite, load_into, read_weights
@@ -209,7 +209,7 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
         UserError: Devices, data, weights or checkpoint do not fit (see `errors`).
         Stopped: A signal came, or the job's time is over; a checkpoint is written.
         Diverged: Gradients are not finite, again and again.
-        Hung: Another rank was lost.
+        Hung: Another rank or a loader process was lost.
     """
     check_devices(plan.cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
     check_strategy(plan.cluster, strategy=plan.recipe.compute.strategy)
@@ -348,7 +348,7 @@ def _run_trainer(
         if isinstance(error, DataError):
             raise from_worker(error) from error
         if is_lost_worker(error):
-            raise RunError(
+            raise Hung(
                 f"a loader process ended unasked after step {task.step}, as the system kills one"
                 f" where memory runs out ({error})",
                 hint="the same command goes on from the last checkpoint; if it happens again, use"

@@ -178,7 +178,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_and_nothing_is_lost(runne
 def test_a_loader_process_that_is_killed_is_told_and_the_next_start_goes_on(runner, undisturbed):
     killed = runner(fault="worker@r0:s5")
 
-    assert killed.returncode == 2
+    assert killed.returncode == 76
     assert "a loader process ended unasked" in killed.stderr
     assert "Traceback" not in killed.stderr
     assert runner().returncode == 0
