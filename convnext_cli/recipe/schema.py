@@ -374,7 +374,7 @@ class Evaluate(Section):
     """center: resize the short side to image_px / crop_frac, take the middle. warp: resize both
     sides to image_px. Paper: center at 224 px, warp at 384 px and above."""
 
-    crop_frac: Annotated[float, Field(gt=0, le=1)] = 0.875
+    crop_frac: Annotated[float, Field(ge=0.05, le=1)] = 0.875
     """Share of the resized side that the central crop keeps. Paper: .875."""
 
     per_device_images: Count | Literal["auto"] = "auto"
