@@ -130,11 +130,11 @@ def run_training(
     plan = make_plan(recipe, cluster, name=name, facts=read_facts(recipe))
     show_plan(plan)
     run = RunDir(runs_dir / name)
-    if not run.is_run():
+    mode = resume if resume in {"auto", "never", "must"} else Path(resume)
+    if not run.is_run() and not isinstance(mode, Path):
         check_start_weights(recipe)
     from convnext_cli.training.fit import find_start, fit
 
-    mode = resume if resume in {"auto", "never", "must"} else Path(resume)
     lock = RunLock(run.lock, job=read_job(), say=console.print) if cluster.rank == 0 else None
     with lock or nullcontext():
         start = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above

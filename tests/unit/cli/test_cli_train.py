@@ -54,3 +54,13 @@ def test_a_recipe_for_fine_tuning_without_weights_is_refused_and_the_hint_works(
     check_start_weights(load_recipe("v2_in1k_atto", [source, head]))
     check_start_weights(load_recipe("v2_in1k_atto", ["init.weights=x.pt"]))
     check_start_weights(load_recipe("in1k_tiny"))
+
+
+def test_a_recipe_for_fine_tuning_goes_on_from_a_checkpoint_that_is_given(run_cli, tiny_shards):
+    small = ("batch.global_images=8", "optim.lr_rule=linear", "model.num_classes=3")
+
+    done = run_cli("train", "v2_in1k_atto", "--data", tiny_shards, "--device", "cpu",
+                   "--resume", "nowhere.ckpt", *small)  # fmt: skip
+
+    assert done.exit_code == 2
+    assert "--resume nowhere.ckpt: there is no such file" in done.stderr
