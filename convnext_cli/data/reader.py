@@ -45,7 +45,7 @@ from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.index import ShardIndex, read_index
 from convnext_cli.data.order import Order, evaluation_share, image_seed, own_global_random
 from convnext_cli.data.slots import Slots
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, Hung
 
 PADDING = -1
 """Id and label of a place in a batch that holds no image; evaluation leaves it out."""
@@ -518,6 +518,15 @@ def from_worker(error: DataError) -> DataError:
 def is_lost_worker(error: BaseException) -> bool:
     """Whether a loader tells that one of its processes was killed."""
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def make_lost_worker_error(error: BaseException, *, when: str, hint: str) -> Hung:
+    """What is told of it."""
+    return Hung(
+        f"a loader process ended unasked {when}, as the system kills one where memory runs out"
+        f" ({error})",
+        hint=hint,
+    )
 
 
 def build_loader(

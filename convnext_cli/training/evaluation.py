@@ -25,6 +25,8 @@ from convnext_cli.data.reader import (
     ImageReader,
     build_loader,
     from_worker,
+    is_lost_worker,
+    make_lost_worker_error,
 )
 from convnext_cli.errors import DataError, quote_path
 from convnext_cli.plan.cluster import Cluster
@@ -134,6 +136,7 @@ def evaluate_model(
     Raises:
         DeviceError: This machine does not have what is asked.
         DataError: The data set is not there, does not fit the model, or has a bad image.
+        Hung: A loader process was lost.
         UserError: Some outputs were not finite.
     """
     check_devices(setup.cluster, precision=setup.precision)
@@ -159,6 +162,13 @@ def evaluate_model(
         trainer.test(task, datamodule=images, verbose=False)
     except DataError as error:
         raise from_worker(error) from error
+    except RuntimeError as error:
+        if not is_lost_worker(error):
+            raise
+        fewer = setup.workers // 2
+        raise make_lost_worker_error(
+            error, when="in the evaluation", hint=f"begin again with fewer: --workers {fewer}"
+        ) from error
     assert task.counted is not None
     counted, expected = task.counted.summary.images, card.splits[split].images
     if counted != expected:

@@ -19,9 +19,9 @@ from torch import nn
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_batch_mix, build_data
 from convnext_cli.data.order import ORDER_VERSION
-from convnext_cli.data.reader import from_worker, is_lost_worker
+from convnext_cli.data.reader import from_worker, is_lost_worker, make_lost_worker_error
 from convnext_cli.data.stream import WEAKER_PROMISE
-from convnext_cli.errors import CheckpointError, DataError, Hung, RunError, quote_path
+from convnext_cli.errors import CheckpointError, DataError, RunError, quote_path
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
 from convnext_cli.models.weights import ModelCard, count_non_finite, load_into, read_weights
@@ -348,9 +348,9 @@ def _run_trainer(
         if isinstance(error, DataError):
             raise from_worker(error) from error
         if is_lost_worker(error):
-            raise Hung(
-                f"a loader process ended unasked after step {task.step}, as the system kills one"
-                f" where memory runs out ({error})",
+            raise make_lost_worker_error(
+                error,
+                when=f"after step {task.step}",
                 hint="the same command goes on from the last checkpoint; if it happens again, use"
                 f" fewer: data.workers={max(0, plan.workers // 2)}",
             ) from error
