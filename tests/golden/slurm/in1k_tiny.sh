@@ -70,9 +70,9 @@ export RESTARTS=3
 #
 # EXIT CODE
 #     0 done; 2 a mistake in what was asked; 71 diverged; 74 storage: final, nothing is requeued.
-#     75 stopped by a signal, 76 hang, 128 + n a process that a signal ended, or a process that
-#     left no word (its node failed): `scontrol requeue`, unless RESTARTS of them in a row
-#     added no checkpoint; then the job ends with that code. 1 is a bug, with its traceback in the logs.
+#     75 stopped by a signal, 76 a process hangs or is lost, 128 + n one that a signal ended or that
+#     left no word (its node failed): `scontrol requeue`, unless RESTARTS of them in a row added no
+#     checkpoint; then the job ends with that code. 1 is a bug, with its traceback in the logs.
 #     `scancel JOB` is obeyed: the job is not requeued.
 
 set -euo pipefail

@@ -116,7 +116,7 @@ class Locked(MemoryFileSystem):
 def test_a_place_that_may_not_be_read_is_told_and_not_taken_for_the_disk(tmp_path):
     fsspec.register_implementation("locked", Locked, clobber=True)
 
-    with pytest.raises(RunError, match="locked://bucket/mine cannot be read: PermissionError"):
+    with pytest.raises(RunError, match=r"locked://bucket/mine cannot be read: .*PermissionError"):
         fetch_run("locked://bucket/mine", tmp_path / "back")
 
     assert not (tmp_path / "back" / "mine").exists()
