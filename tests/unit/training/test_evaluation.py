@@ -161,6 +161,8 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, network: nn.Module, work
 
 
 @pytest.mark.filterwarnings("ignore:::lightning")
+# torch tells from its signal handler, in whatever runs: a finalizer passes over it, a loader not
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_loader_process_that_is_killed_is_told(tmp_path: Path, network: nn.Module):
     data = pack(tmp_path, [png(n) for n in range(40)])
     setup = EvaluationSetup(
