@@ -21,7 +21,8 @@ from convnext_cli.cli._inputs import (
 )
 from convnext_cli.cli.plan import show_plan
 from convnext_cli.cli.train import NameOption, RunsDirOption, check_name, check_start_weights
-from convnext_cli.errors import DataError, LaunchError, quote_path
+from convnext_cli.data.card import require_path
+from convnext_cli.errors import LaunchError, quote_path
 from convnext_cli.launch.exits import repeat
 from convnext_cli.launch.local import LocalLaunch
 from convnext_cli.launch.slurm import SlurmJob, find_sbatch, render_job, submit
@@ -125,11 +126,8 @@ def slurm(
         typer.echo(render_job(job), nl=False)
         return
     find_sbatch()
-    if asked.data.path is None and asked.data.dataset != "quickstart":
-        raise DataError(  # else the job says so, when it has waited for its nodes
-            "the recipe names no data set to train on",
-            hint="name one with --data DIR (convnext data pack SOURCE DIR makes it)",
-        )
+    if asked.data.dataset != "quickstart":
+        require_path(asked.data.path)  # else the job says so, when it has waited for its nodes
     if not RunDir(runs_dir / name).is_run():
         check_start_weights(asked)
     number = submit(job)

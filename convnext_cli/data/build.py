@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.augment import AugmentPlace, EvalView, TrainView
-from convnext_cli.data.card import DatasetCard, read_card, shards_location
+from convnext_cli.data.card import DatasetCard, read_card, require_path, shards_location
 from convnext_cli.data.fetch import Expected, Store, default_cache_dir, is_url
 from convnext_cli.data.mix import BatchMix
 from convnext_cli.data.order import ORDER_VERSION, Order, Skip
@@ -124,16 +124,12 @@ def build_data(plan: Plan, *, first_step: int, skips: tuple[Skip, ...] = ()) -> 
     Raises:
         DataError: The data set is not there or not what the plan was made for.
     """
-    if plan.recipe.data.path is None:
-        raise DataError(
-            "the recipe names no data set to train on",
-            hint="name one with --data DIR (convnext data pack SOURCE DIR makes it)",
-        )
+    path = require_path(plan.recipe.data.path)
     match plan.recipe.data.mode:
         case "indexed":
-            return IndexedData(plan, plan.recipe.data.path, first_step=first_step, skips=skips)
+            return IndexedData(plan, path, first_step=first_step, skips=skips)
         case "stream":
-            return StreamedData(plan, plan.recipe.data.path, first_step=first_step)
+            return StreamedData(plan, path, first_step=first_step)
 
 
 def check_shards(card: DatasetCard, store: Store) -> None:

@@ -79,6 +79,20 @@ def shards_location(card: DatasetCard, location: str) -> str:
     return card.shards_at or location
 
 
+def require_path(path: str | None) -> str:
+    """A recipe's `data.path`.
+
+    Raises:
+        DataError: The recipe names none.
+    """
+    if path is None:
+        raise DataError(
+            "the recipe names no data set to train on",
+            hint="name one with --data DIR (convnext data pack SOURCE DIR makes it)",
+        )
+    return path
+
+
 def read_card(location: str | Path) -> DatasetCard:
     """The card of a packed data set in a folder or at a URL.
 

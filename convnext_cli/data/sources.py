@@ -608,30 +608,18 @@ def _list_csv(source: Path) -> Source:
         )
     found, num_there = _Found(), 0
     for number, row in rows:
+        where = f"{source} line {number}"
         if len(row) <= max(at_path, at_label) or not row[at_path] or not row[at_label]:
             raise DataError(
-                f"{source} line {number}: {delimiter.join(row)[:_SHOWN_CHARS]!r} is not"
-                f" path{delimiter}label",
+                f"{where}: {delimiter.join(row)[:_SHOWN_CHARS]!r} is not path{delimiter}label",
                 hint="write a path and a label on each line; a quote that opens must close",
             )
-        if "://" in row[at_path]:
-            raise DataError(
-                f"{source} line {number}: {row[at_path][:_SHOWN_CHARS]} is an address: images"
-                " are read from disk",
-                hint="download the images, and write their paths",
-            )
-        if "\0" in row[at_path]:
-            raise DataError(
-                f"{source} line {number}: the path holds a NUL character",
-                hint="write the table as plain text",
-            )
+        path = row[at_path]
+        _check_path(path, where=where)
         given = "train" if at_split is None or at_split >= len(row) else row[at_split].lower()
         if given not in (*_TRAIN_NAMES, *_VAL_NAMES):
-            raise DataError(
-                f"{source} line {number}: the split is {given!r}", hint="write train or val there"
-            )
+            raise DataError(f"{where}: the split is {given!r}", hint="write train or val there")
         split = "train" if given in _TRAIN_NAMES else given
-        path = row[at_path]
         home = path.startswith("~/")
         file = Path(path).expanduser() if home else source.parent / path
         there = file.is_file()
@@ -667,6 +655,18 @@ def _list_csv(source: Path) -> Source:
             hint=f"write whole paths, or such that begin at {source.parent}",
         )
     return listed
+
+
+def _check_path(path: str, *, where: str) -> None:
+    if "://" in path:
+        raise DataError(
+            f"{where}: {path[:_SHOWN_CHARS]} is an address: images are read from disk",
+            hint="download the images, and write their paths",
+        )
+    if "\0" in path:
+        raise DataError(
+            f"{where}: the path holds a NUL character", hint="write the table as plain text"
+        )
 
 
 def _tell_several_labels(found: _Found) -> list[str]:

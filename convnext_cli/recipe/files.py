@@ -174,15 +174,15 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a recipe file over those it extends."""
     path = path.resolve()
     chain = " -> ".join(step.name for step in (*seen, path))
-    if path not in seen and len(seen) >= _EXTENDS:
-        raise RecipeError(
-            f"more than {_EXTENDS} recipes extend each other: {chain}",
-            hint=f"write out one of them: convnext recipes show {quote_path(seen[1])}",
-        )
     if path in seen:
         raise RecipeError(
             f"recipes extend each other in a circle: {chain}",
             hint=f"remove the line extends: from {path.name} or from one of the others",
+        )
+    if len(seen) >= _EXTENDS:
+        raise RecipeError(
+            f"more than {_EXTENDS} recipes extend each other: {chain}",
+            hint=f"write out one of them: convnext recipes show {quote_path(seen[1])}",
         )
     try:
         if path.stat().st_size > MAX_BYTES:
