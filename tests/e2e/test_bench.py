@@ -59,13 +59,6 @@ def test_what_is_no_peer_is_refused(run_cli, tiny_shards):
     assert "timm-plain" in done.stderr
 
 
-def test_a_round_has_an_image_at_least(run_cli, tiny_shards):
-    done = run_cli("bench", "loader", "--data", tiny_shards, "--images", 0)
-
-    assert done.exit_code == 2
-    assert "--images" in done.stderr
-
-
 def test_a_loader_is_not_measured_over_a_network(run_cli):
     done = run_cli("bench", "loader", "--data", "https://127.0.0.1/x")
 

@@ -77,6 +77,9 @@ def test_links_count_between_gpus_only():
         (64, 8, {"OMP_NUM_THREADS": "1"}, "ok"),
         (64, 8, {"OMP_NUM_THREADS": "16"}, "warning"),
         (64, 8, {"OMP_NUM_THREADS": "16,2"}, "warning"),
+        (2, 1, {"OMP_NUM_THREADS": "4,2"}, "warning"),
+        (2, 1, {"OMP_NUM_THREADS": "1,8"}, "ok"),
+        (2, 1, {"OMP_NUM_THREADS": "all"}, "ok"),
     ],
 )
 def test_there_are_cores_for_the_devices(cores, devices, environ, level):
@@ -186,10 +189,3 @@ def test_a_file_in_the_place_of_a_folder_is_a_problem(tmp_path):
 
     assert finding.level == "problem"
     assert f"ls -ld '{tmp_path}/my runs'; df -h '{tmp_path}/my runs'" in finding.advice
-
-
-@pytest.mark.parametrize(("threads", "level"), [("4,2", "warning"), ("1,8", "ok"), ("all", "ok")])
-def test_threads_may_be_a_list_or_no_number(threads, level):
-    finding = judge_processor(cores=2, devices=1, environ={"OMP_NUM_THREADS": threads})
-
-    assert finding.level == level
