@@ -10,6 +10,7 @@
 | `valterm` | the same in the validation after that step |
 | `kill` | it is killed at the start of the step |
 | `worker` | it kills its loader processes at the start of the step |
+| `evalworker` | it kills them in that step of `evaluate` |
 | `flip` | the tenth bit of one of its weights is flipped: rounding may swallow the lowest |
 | `slow` | from that step on, each step takes 50 ms longer |
 | `late` | all ranks learn two steps later what was left out, as on a GPU; whatever rank and step |
@@ -40,6 +41,7 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
     import torch
 
     from convnext_cli.training import later
+    from convnext_cli.training.evaluation import Evaluator
     from convnext_cli.training.task import Classifier
 
     if any(fault == "late" for fault, _, _ in faults):
@@ -52,6 +54,7 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
         later.Later.__init__ = init
 
     real_step, real_validation = Classifier.training_step, Classifier.validation_step
+    real_test = Evaluator.test_step
     done: set[str] = set()
 
     def once(task: Classifier, fault: str) -> bool:
@@ -79,9 +82,7 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
             elif now == step and fault == "sleep" and once(task, fault):
                 time.sleep(1000)
             elif now == step and fault == "worker" and once(task, fault):
-                for process in psutil.Process().children():
-                    process.kill()
-                time.sleep(1)
+                kill_loaders()
             elif now == step and fault in FAULTS and once(task, fault):
                 os.kill(os.getpid(), FAULTS[fault])
         return loss
@@ -93,8 +94,20 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
         return real_validation(task, batch, batch_idx)
 
+    def test_step(task: Evaluator, batch, batch_idx):
+        if ("evalworker", task.global_rank, batch_idx + 1) in faults:
+            kill_loaders()
+        return real_test(task, batch, batch_idx)
+
     Classifier.training_step = training_step
     Classifier.validation_step = validation_step
+    Evaluator.test_step = test_step
+
+
+def kill_loaders() -> None:
+    for process in psutil.Process().children():
+        process.kill()
+    time.sleep(1)
 
 
 if __name__ == "__main__":

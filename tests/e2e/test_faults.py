@@ -184,6 +184,19 @@ def test_a_loader_process_that_is_killed_is_told_and_the_next_start_goes_on(runn
     assert runner().returncode == 0
     assert_as_undisturbed(runner.run, undisturbed[1])
 
+    killed = subprocess.run(
+        [
+            *(sys.executable, FAULTY, "evalworker@r0:s1", "evaluate", runner.run),
+            *("--data", runner.data, "--workers", "1", "--batch", "1", "--device", "cpu"),
+        ],
+        env=runner.environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+    assert killed.returncode == 76
+    assert "a loader process ended unasked in the evaluation" in killed.stderr
+    assert "hint: begin again with fewer: --workers 0" in killed.stderr
+    assert "Traceback" not in killed.stderr
+
 
 def test_the_time_limit_of_the_job_is_kept(runner, undisturbed):
     # Past in the middle of the run: a start takes a few seconds, 30 are the margin.

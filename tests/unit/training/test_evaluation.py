@@ -6,7 +6,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -19,7 +18,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, write_card
 from convnext_cli.data.index import scan_shard, write_index
-from convnext_cli.errors import DataError, DeviceError, Hung, UserError
+from convnext_cli.errors import DataError, DeviceError, UserError
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.training.evaluation import (
@@ -158,28 +157,6 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, network: nn.Module, work
 
     assert "\n" not in str(caught.value)
     assert "data check" in (caught.value.hint or "")
-
-
-@pytest.mark.filterwarnings("ignore:::lightning")
-# torch tells from its signal handler, in whatever runs: a finalizer passes over it, a loader not
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_loader_process_that_is_killed_is_told(tmp_path: Path, network: nn.Module):
-    data = pack(tmp_path, [png(n) for n in range(40)])
-    setup = EvaluationSetup(
-        cluster=Cluster(device="cpu"), precision="fp32", per_device_images=1, workers=1
-    )
-    others = psutil.Process().children()
-
-    def kill_loader(done: int, batches: int) -> None:
-        del done, batches
-        for process in psutil.Process().children():
-            if process not in others:
-                process.kill()
-
-    with pytest.raises(Hung, match="a loader process ended unasked") as caught:
-        evaluate_model(model_of(network), data=data, split="val", setup=setup, listener=kill_loader)
-
-    assert caught.value.hint == "begin again with fewer: --workers 0"
 
 
 @pytest.mark.filterwarnings("ignore:::lightning")
