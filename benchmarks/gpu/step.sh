@@ -46,37 +46,35 @@ run() {
     echo "== $name: $((SECONDS - started)) s, exit code $code" | tee -a "$log"
 }
 
-# Compiling takes minutes on one core, so several models are compiled side by side before any is
-# measured. What they measure meanwhile is worth nothing, and is kept nowhere.
-compile_together() {
-    local recipe started=$SECONDS elsewhere
-    elsewhere=$(mktemp -d)
-    echo "== compiling" | tee -a "$log"
-    for recipe in ${models//,/ }; do
-        XDG_CACHE_HOME=$elsewhere/$recipe timeout "$((limit / 2))" "$python" -m convnext_cli bench step "$recipe" \
-            "${size[@]}" "${precision[@]}" --rounds 1 --steps 1 --batch "$batch" --against "$fast" &
-    done >"$out/compiling.log" 2>&1
-    wait
-    rm -rf "$elsewhere"
-    echo "== compiling: $((SECONDS - started)) s, its output is in $out/compiling.log" | tee -a "$log"
+# report_of RECIPE: the file of its report
+report_of() {
+    local code='import sys; from convnext_cli.recipe.files import load_recipe as load; print(load(sys.argv[1]).model.name)'
+    echo "$out/step-$("$python" -c "$code" "$1" 2>>"$log").json"
 }
 
-# steps NAME SECONDS RECIPE PEERS: in smaller batches where a system runs out of memory
+# steps NAME SECONDS RECIPES PEERS: all compile side by side and are measured in turn; then again, in
+# smaller batches, each recipe of which a system ran out of memory
 steps() {
-    local before arguments=("${size[@]}" "${precision[@]}" "${rounds[@]}" --profile --out "$out")
+    local name=$1 needed=$2 peers=$4 recipe report stamp before
+    local arguments=("${size[@]}" "${precision[@]}" "${rounds[@]}" --profile --out "$out" --against "$peers")
+    stamp=$(mktemp)
     before=$(wc -l <"$log")
-    run "$1" "$2" step "$3" "${arguments[@]}" --against "$4" --batch "$batch"
-    if tail -n "+$((before + 1))" "$log" | grep -qi 'out of memory'; then
-        run "$1, batches of $small" "$2" step "$3" "${arguments[@]}" --against "$4" --batch "$small"
+    run "$name" "$needed" step "$3" "${arguments[@]}" --batch "$batch"
+    if grep -qi 'out of memory' <(tail -n "+$((before + 1))" "$log"); then
+        for recipe in ${3//,/ }; do
+            report=$(report_of "$recipe") # none is written where this project's own step does not run
+            if [[ ! $report -nt $stamp ]] || grep -qi 'out of memory' "$report"; then
+                run "$recipe, batches of $small" 150 step "$recipe" "${arguments[@]}" --batch "$small"
+            fi
+        done
     fi
+    rm "$stamp"
 }
 
-[[ $models != *,* ]] || compile_together
 run "depthwise convolutions" 30 depthwise --models "$shapes" --batch "$batch" "${size[@]}" --out "$out"
-for recipe in ${models//,/ }; do
-    steps "$recipe" 150 "$recipe" "$fast"
-done
-for recipe in ${slow:+${models//,/ }}; do
+IFS=, read -ra recipes <<<"$models"
+steps "$models" $((120 + 30 * ${#recipes[@]})) "$models" "$fast"
+for recipe in ${slow:+${models//,/ }}; do # one at a time: CUDA graphs keep their memory
     steps "$recipe against all" 300 "$recipe" "$fast,$slow"
 done
 for recipe in ${models//,/ }; do # not compiled, as the plan estimates it; nine networks are built

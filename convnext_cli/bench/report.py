@@ -88,9 +88,9 @@ class StepRate:
     best_floor_frac: float | None
     """Share of what the fastest known list would reach."""
     peak_bytes: int | None
-    """Peak of the device's memory, without what the other systems hold; None on a CPU."""
+    """Peak of what its process allocated of the device's memory; None on a CPU."""
     start_seconds: float
-    """First step: compilation, and the choice of algorithms."""
+    """First step: compilation, and the choice of algorithms, while the other systems start too."""
     loss: float
     """Of the last step: finite, or the rate means nothing."""
 

@@ -55,3 +55,20 @@ def count_kept_widths(way: Way, *, grn: bool, layer_scale: bool) -> int:
             return 2
         case _:
             assert_never(way)
+
+
+def count_grad_widths(way: Way, *, grn: bool) -> int:
+    """Values a position of a block's gradients that there are at once, in units of its width.
+
+    Of its output (1), and: plain or in part, what pwconv2 gave (1), and what it and GRN took (4
+    each); kept, the hidden units' and GELU once more (8); recomputed, what LayerNorm gave (1).
+    """
+    match way:
+        case "plain" | "positions":
+            return 6 + 4 * grn
+        case "kept":
+            return 9
+        case "recomputed":
+            return 2
+        case _:
+            assert_never(way)

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,16 @@ from rich.text import Text
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For people; plain text where stderr is not a terminal."""
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Tell what happens now: in a line that changes, or without a terminal in a line each."""
+    if console.is_terminal:
+        with console.status("starting") as status:
+            yield status.update
+    else:
+        yield console.print
 
 
 def print_json(value: object) -> None:

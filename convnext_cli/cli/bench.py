@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,13 +26,19 @@ from convnext_cli.bench.tables import (
     render_step_markdown,
 )
 from convnext_cli.catalog.models import find_variant
-from convnext_cli.cli._console import console, make_table, print_json, print_rows, print_table
+from convnext_cli.cli._console import (
+    console,
+    make_table,
+    print_json,
+    print_rows,
+    print_table,
+    telling,
+)
 from convnext_cli.cli._inputs import (
     DeviceOption,
     JsonOption,
     OverridesArgument,
     PrecisionOption,
-    RecipeArgument,
     find_cluster,
     load_asked_recipe,
 )
@@ -59,7 +66,9 @@ OutOption = Annotated[
 
 @app.command()
 def step(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str, typer.Argument(help="Recipes: names with commas between them, or a YAML file.")
+    ],
     overrides: OverridesArgument = None,
     *,
     against: Annotated[
@@ -96,6 +105,9 @@ def step(
     Beside the rates: the share of a large matrix product's rate and of the data sheet's, and the
     share of the floor, which is the time of perfect kernels at the measured rates of this device.
 
+    Each system is a process of its own; those of all recipes start at once, and the recipes are
+    measured one after the other when all are ready.
+
     Example: convnext bench step in1k_tiny --batch 128 --against timm,timm-max-autotune --profile
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes into these lines
@@ -113,40 +125,50 @@ def step(
     asked += overrides or ()
     cluster = find_cluster(devices=1, nodes=1, device=device)
 
-    def make(images: int, *more: str) -> Plan:
+    def make(recipe: str, images: int, *more: str) -> Plan:
         batches = (f"batch.global_images={images}", f"batch.per_device_images={images}")
         changes = [*batches, *asked, *more]
         asked_recipe = load_asked_recipe(recipe, changes, precision=precision)
         return make_plan(asked_recipe, cluster, name="bench")
 
-    plan = make(batch)
-    if plan.accumulate_steps > 1 or plan.precision == "fp16":
-        raise RecipeError(
-            "a step is measured as one pass, in bf16 or fp32",
-            hint="leave batch.per_device_images out, and take --precision bf16",
-        )
-    check_devices(plan.cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
-    few, many = (batch // 4 * 2, batch) if batch >= _HALVES else (batch, 2 * batch)
-    pieces = tuple(plan.activation_bytes) or ("none",)  # timm's models keep all
-    with console.status("starting") as status:
-        report = compare_steps(
-            plan,
-            peers=names,  # type: ignore[arg-type]  # checked above
-            steps=steps,
-            rounds=rounds,
-            profiled=profiled,
-            memory_plans=[
-                (make(few, f"{_CHECKPOINTING}={piece}"), make(many, f"{_CHECKPOINTING}={piece}"))
-                for piece in (pieces if memory else ())
-            ],
-            on_progress=status.update,
-        )
-    if json_output:
-        print_json(asdict(report))
-    else:
-        _show_steps(report)
+    recipes = list(dict.fromkeys(each.strip() for each in recipe.split(",") if each.strip()))
+    plans = [make(each, batch) for each in recipes or [recipe]]
+    for plan in plans:
+        if plan.accumulate_steps > 1 or plan.precision == "fp16":
+            raise RecipeError(
+                "a step is measured as one pass, in bf16 or fp32",
+                hint="leave batch.per_device_images out, and take --precision bf16",
+            )
+        check_devices(plan.cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
     if out is not None:
-        _write(out, f"step-{report.model}", asdict(report), render_step_markdown(report))
+        _check_files(plans)
+    few, many = (batch // 4 * 2, batch) if batch >= _HALVES else (batch, 2 * batch)
+    memory_plans = []
+    for each, plan in zip(recipes, plans, strict=True) if memory else ():
+        pieces = tuple(plan.activation_bytes) or ("none",)  # timm's models keep all
+        changes = [f"{_CHECKPOINTING}={piece}" for piece in pieces]
+        memory_plans.append([(make(each, few, one), make(each, many, one)) for one in changes])
+    reports: list[StepReport] = []
+    try:
+        with telling() as tell:
+            for report in compare_steps(
+                plans,
+                peers=names,  # type: ignore[arg-type]  # checked above
+                steps=steps,
+                rounds=rounds,
+                profiled=profiled,
+                memory_plans=memory_plans,
+                on_progress=tell,
+            ):
+                reports.append(report)
+                if not json_output:
+                    _show_steps(report)
+                if out is not None:
+                    name = f"step-{report.model}"
+                    _write(out, name, asdict(report), render_step_markdown(report))
+    finally:  # an error does not lose what was measured before it
+        if json_output and reports:
+            print_json(asdict(reports[0]) if len(plans) == 1 else [*map(asdict, reports)])
 
 
 @app.command()
@@ -183,14 +205,14 @@ def depthwise(
     cluster = find_cluster(devices=1, nodes=1, device=device)
     precision: Literal["bf16", "fp32"] = "bf16" if cluster.device == "cuda" else "fp32"
     check_devices(cluster, precision=precision)
-    with console.status("starting") as status:
+    with telling() as tell:
         report = measure_depthwise(
             variants,
             device=cluster.device,
             precision=precision,
             images=batch,
             image_px=size,
-            on_progress=status.update,
+            on_progress=tell,
         )
     if json_output:
         print_json(asdict(report))
@@ -238,7 +260,7 @@ def loader(
             f"--data {data}: a loader is measured on local files",
             hint="copy the data set first; the network would be measured otherwise",
         )
-    with console.status("starting") as status:
+    with telling() as tell:
         report = compare_loaders(
             str(Path(data).expanduser()),
             peers=names,  # type: ignore[arg-type]  # checked above
@@ -247,7 +269,7 @@ def loader(
             workers=workers,
             images=images,
             rounds=rounds,
-            on_progress=status.update,
+            on_progress=tell,
         )
     if json_output:
         fracs = {rate.system: report.limit_frac(rate.system) for rate in report.rates}
@@ -352,6 +374,21 @@ def _show_steps(report: StepReport) -> None:
 
 def _print(table: Table) -> None:
     print_rows(table.columns, table.rows)
+
+
+def _check_files(plans: Sequence[Plan]) -> None:
+    """Refuse two reports with the name of one model.
+
+    Raises:
+        RecipeError: There would be such.
+    """
+    models = Counter(plan.recipe.model.name for plan in plans)
+    name, times = models.most_common(1)[0]
+    if times > 1:
+        raise RecipeError(
+            f"--out: {times} recipes have the model {name}, and the report's name is the model's",
+            hint="measure these recipes in commands of their own, with other folders",
+        )
 
 
 def _make_folder(folder: Path) -> None:

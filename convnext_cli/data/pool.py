@@ -35,7 +35,7 @@ def iter_done(
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=context, initializer=_follow_parent
+        min(workers, len(tasks)), mp_context=context, initializer=follow_parent
     )
     try:
         # Ctrl-C is for the parent alone. Workers inherit that it is ignored; told it by themselves,
@@ -60,7 +60,7 @@ def iter_done(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """End with the parent; a worker would otherwise wait for ever for one that was killed."""
     parent = multiprocessing.parent_process()
 

@@ -35,6 +35,7 @@ from convnext_cli.kernels.mlp import (
     forward_recomputed,
     hidden,
     project,
+    put_in,
 )
 from convnext_cli.kernels.norm import normalise_backward
 
@@ -94,6 +95,7 @@ def _keep_positions(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     x, weight, _bias, _eps = inputs
     xhat, rstd = output
     ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(value=False)  # else a tensor of zeros stands for each that has none
     ctx.save_for_backward(x, xhat, rstd, weight)
 
 
@@ -196,14 +198,17 @@ def _backward_grn(
     beta: Tensor,
 ) -> tuple[MlpGrads, Tensor, Tensor]:
     images = len(squares)
-    out_grad_MC = grad_MC if mlp.gamma is None else grad_MC * mlp.gamma
-    if mlp.keep is not None:
-        out_grad_MC = out_grad_MC * mlp.keep.repeat_interleave(len(grad_MC) // images)[:, None]
-    da_MK = out_grad_MC.to(h_MK.dtype) @ mlp.w2
+    da_MK = grad_MC @ put_in(mlp.gamma, mlp.w2)  # without keep, which is in each image's factors
     products, totals = sum_products(h_MK, da_MK, images=images)
+    scale, shift = make_scale(squares, gamma), beta.expand_as(squares)
+    if mlp.keep is not None:
+        keep_N1 = mlp.keep[:, None]
+        products, totals, scale, shift = (
+            value * keep_N1 for value in (products, totals, scale, shift)
+        )
     slope, dgamma = make_slope(squares, gamma, products)
     dh_MK, act_MK = gelu_grn_backward(
-        h_MK, da_MK, scale=make_scale(squares, gamma), shift_K=beta, slope=slope
+        h_MK, da_MK, scale=scale, shift=shift.contiguous(), slope=slope
     )
     grads = finish_backward(
         grad_MC,
@@ -276,6 +281,7 @@ def _(
 def _keep_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
     x, weight, _bias, *rest, _eps, recomputed = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(value=False)
     ctx.recomputed = recomputed
     ctx.present = [tensor is not None for tensor in rest]
     given = [tensor for tensor in rest if tensor is not None]

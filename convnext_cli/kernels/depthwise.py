@@ -24,6 +24,8 @@ from convnext_cli.kernels.triton_depthwise import (
 _THREAD_CHANNELS = 2
 """Channels of a thread: one 32-bit load in bfloat16, and 98 weights in registers."""
 _WARPS = 4
+_AHEAD = 1
+"""Columns that are read before their turn: each takes seven registers of a thread."""
 _FUSED_NORM_CHANNELS = 256
 """Up to here one program holds all channels of a line, and normalises before it writes."""
 
@@ -95,6 +97,7 @@ def depthwise_input_grad(
         ROWS=rows,
         BLOCK=block,
         UNROLL=_unroll(width),
+        AHEAD=_AHEAD,
         HAS_ADD=add_NHWC is not None,
         num_warps=_WARPS,
     )
@@ -136,6 +139,7 @@ def depthwise_weight_grad(x_NHWC: Tensor, grad_NHWC: Tensor) -> tuple[Tensor, Te
         ROWS=rows,
         BLOCK=block,
         UNROLL=_unroll(width),
+        AHEAD=_AHEAD,
         num_warps=_WARPS,
     )
     sums = part.sum(dim=0)
@@ -177,6 +181,7 @@ def _launch(
         ROWS=rows,
         BLOCK=block,
         UNROLL=_unroll(width),
+        AHEAD=_AHEAD,
         NORMALISED=eps is not None,
         num_warps=_WARPS,
     )

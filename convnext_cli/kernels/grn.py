@@ -3,8 +3,8 @@
 GRN's output is `a scale + shift` with a = gelu(h), where scale, of each image and unit, is known
 once the squares of a are summed over the positions. The product after it applies both on its way.
 
-Shapes: h (rows, K), rows = images x positions, K hidden units; gamma and beta (K); scale, slope and
-the sums (images, K), float32.
+Shapes: h (rows, K), rows = images x positions, K hidden units; gamma and beta (K); scale, shift,
+slope and the sums (images, K), float32.
 
 Source: ConvNeXt V2 section 3.
 """
@@ -71,11 +71,14 @@ def make_slope(squares: Tensor, gamma_K: Tensor, products: Tensor) -> tuple[Tens
 
 
 def gelu_grn_backward(
-    h_MK: Tensor, grad_MK: Tensor, *, scale: Tensor, shift_K: Tensor, slope: Tensor
+    h_MK: Tensor, grad_MK: Tensor, *, scale: Tensor, shift: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of h, and GRN's output again, in the dtype of h."""
+    """(gradient of h, a scale + shift), in the dtype of h.
+
+    Drop path's factor of an image may be in scale and shift: both results have it then.
+    """
     if not uses_triton(h_MK):
-        return gelu_grn_backward_twin(h_MK, grad_MK, scale=scale, shift_K=shift_K, slope=slope)
+        return gelu_grn_backward_twin(h_MK, grad_MK, scale=scale, shift=shift, slope=slope)
     images, units = scale.shape
     positions = len(h_MK) // images
     dh_MK, out_MK = torch.empty_like(h_MK), torch.empty_like(h_MK)
@@ -84,7 +87,7 @@ def gelu_grn_backward(
         h_MK,
         grad_MK,
         scale,
-        shift_K,
+        shift,
         slope,
         dh_MK,
         out_MK,
@@ -97,17 +100,17 @@ def gelu_grn_backward(
 
 
 def gelu_grn_backward_twin(
-    h_MK: Tensor, grad_MK: Tensor, *, scale: Tensor, shift_K: Tensor, slope: Tensor
+    h_MK: Tensor, grad_MK: Tensor, *, scale: Tensor, shift: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Define `gelu_grn_backward`."""
     images = len(scale)
     a = _gelu(h_MK)
     grad = grad_MK.to(a.dtype)
-    scale_MK, slope_MK = (
-        value.repeat_interleave(len(h_MK) // images, dim=0) for value in (scale, slope)
+    scale_MK, shift_MK, slope_MK = (
+        value.repeat_interleave(len(h_MK) // images, dim=0) for value in (scale, shift, slope)
     )
     dh = torch.ops.aten.gelu_backward(grad * scale_MK + a * slope_MK, h_MK.to(a.dtype))
-    return dh.to(h_MK.dtype), (a * scale_MK + shift_K).to(h_MK.dtype)
+    return dh.to(h_MK.dtype), (a * scale_MK + shift_MK).to(h_MK.dtype)
 
 
 def _gelu(h_MK: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from convnext_cli.kernels.launch import (
 )
 from convnext_cli.kernels.norm import normalise_backward
 from convnext_cli.kernels.triton_mlp import (
+    layer_scale_grad_kernel,
     mlp_forward_kernel,
     mlp_hidden_grad_kernel,
     mlp_input_grad_kernel,
@@ -180,7 +181,7 @@ def project(
     out_MC = torch.empty_like(x_MC)
     images = len(scale) if scale is not None else 1 if mlp.keep is None else len(mlp.keep)
     grn = scale is not None
-    block, (tile, pieces) = 128, cut_columns(channels, most=128 if grn else 256)
+    block, (tile, pieces) = 64, cut_columns(channels, most=128 if grn else 256)
     mlp_project_kernel[(channels // (tile * pieces), triton.cdiv(rows, block))](
         h_MK,
         h_MK if scale is None else scale,
@@ -202,7 +203,7 @@ def project(
         HAS_GAMMA=mlp.gamma is not None,
         HAS_KEEP=mlp.keep is not None,
         PRECISION=dot_precision(x_MC.dtype),
-        num_warps=8,
+        num_warps=4,
         num_stages=2 if grn else 3,
     )
     return out_MC
@@ -248,30 +249,33 @@ def finish_backward(
     db1_K: Tensor,
     mlp: Mlp,
 ) -> MlpGrads:
-    """The products that are left once the gradient of h is known; `act_MK` is w2's input."""
-    kept_MC = _kept(grad_MC, mlp).to(xhat_MC.dtype)
+    """The products that are left once the gradient of h is known.
+
+    `act_MK` is keep times w2's input, so that the block's gradient goes into its product as it is.
+    """
     dtype = torch.promote_types(xhat_MC.dtype, torch.float32)
+    images = 1 if mlp.keep is None else len(mlp.keep)
+    total_NC = grad_MC.view(images, -1, grad_MC.shape[1]).sum(dim=1, dtype=dtype)
     dz_MC = normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M)
     return _collect(
         dz_MC,
         dh_MK.t() @ xhat_MC,
         db1_K,
-        kept_MC.t() @ act_MK,
-        kept_MC.sum(dim=0, dtype=dtype),
+        grad_MC.t() @ act_MK,
+        total_NC.sum(dim=0) if mlp.keep is None else mlp.keep @ total_NC,
         mlp,
     )
 
 
 def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of h, gelu(h), sum of the first over the rows), from the block's gradient."""
+    """(gradient of h, keep gelu(h), sum of the first over the rows), from the block's gradient."""
     if not uses_triton(h_MK):
         return hidden_grad_twin(grad_MC, h_MK, mlp)
     rows, channels = grad_MC.shape
     units = h_MK.shape[1]
-    block, columns = 128, power_of_two_in(units, most=64)
-    lift, w2_CK = _lift(h_MK.dtype), mlp.w2
-    if mlp.gamma is not None:
-        w2_CK = (mlp.w2 * (lift * mlp.gamma)[:, None]).to(mlp.w2.dtype)
+    block, columns = 64, power_of_two_in(units, most=64)
+    lift = _lift(h_MK.dtype)
+    w2_CK = put_in(mlp.gamma, mlp.w2, lift=lift)
     dh_MK, act_MK = torch.empty_like(h_MK), torch.empty_like(h_MK)
     parts = torch.empty((triton.cdiv(rows, block), units), dtype=torch.float32, device=h_MK.device)
     mlp_hidden_grad_kernel[(units // columns, len(parts))](
@@ -292,7 +296,7 @@ def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor
         LIFT=1.0 if mlp.gamma is None else lift,
         HAS_KEEP=mlp.keep is not None,
         PRECISION=dot_precision(h_MK.dtype),
-        num_warps=8,
+        num_warps=4,
         num_stages=3,
     )
     return dh_MK, act_MK, parts.sum(dim=0)
@@ -304,7 +308,15 @@ def hidden_grad_twin(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, T
     grad = grad_MC.to(dtype) if mlp.gamma is None else grad_MC * mlp.gamma
     da = (_kept(grad, mlp).to(h_MK.dtype) @ mlp.w2).to(dtype)
     dh = torch.ops.aten.gelu_backward(da, h_MK.to(dtype))
-    return dh.to(h_MK.dtype), functional.gelu(h_MK), dh.sum(dim=0)
+    return dh.to(h_MK.dtype), _kept(functional.gelu(h_MK), mlp).to(h_MK.dtype), dh.sum(dim=0)
+
+
+def put_in(gamma_C: Tensor | None, w2_CK: Tensor, *, lift: float = 1.0) -> Tensor:
+    """w2 with gamma in it, `lift` times as large, in its own dtype; w2 itself without gamma."""
+    if gamma_C is None:
+        return w2_CK
+    factor_C1 = (gamma_C if lift == 1.0 else lift * gamma_C)[:, None]
+    return torch.mul(w2_CK, factor_C1, out=torch.empty_like(w2_CK))  # rounded as it is written
 
 
 def cut_columns(channels: int, *, most: int) -> tuple[int, int]:
@@ -383,13 +395,39 @@ def _collect(
         return MlpGrads(
             dz_MC, dw1.to(mlp.w1.dtype), db1, product_CK.to(mlp.w2.dtype), total_C, None
         )
-    gamma_C1 = mlp.gamma[:, None]
-    dgamma = (product_CK.to(total_C.dtype) * mlp.w2).sum(dim=1) + total_C * mlp.b2
-    return MlpGrads(
-        dz_MC,
-        dw1.to(mlp.w1.dtype),
-        db1,
-        (gamma_C1 * product_CK).to(mlp.w2.dtype),
-        mlp.gamma * total_C,
-        dgamma,
+    dw2, db2, dgamma = layer_scale_grad(product_CK, total_C, mlp.w2, mlp.b2, mlp.gamma)
+    return MlpGrads(dz_MC, dw1.to(mlp.w1.dtype), db1, dw2, db2, dgamma)
+
+
+def layer_scale_grad(
+    product_CK: Tensor, total_C: Tensor, w2_CK: Tensor, b2_C: Tensor, gamma_C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w2, in its dtype, b2 and gamma from those of w2 and b2 without gamma."""
+    if not uses_triton(product_CK):
+        return layer_scale_grad_twin(product_CK, total_C, w2_CK, b2_C, gamma_C)
+    channels, units = w2_CK.shape
+    dw2_CK, db2_C, dgamma_C = (torch.empty_like(t) for t in (w2_CK, total_C, total_C))
+    rows = 4
+    layer_scale_grad_kernel[(triton.cdiv(channels, rows),)](
+        product_CK,
+        total_C,
+        w2_CK,
+        b2_C,
+        gamma_C,
+        dw2_CK,
+        db2_C,
+        dgamma_C,
+        CHANNELS=channels,
+        HIDDEN=units,
+        ROWS=rows,
+        UNITS=power_of_two_in(units, most=256),
     )
+    return dw2_CK, db2_C, dgamma_C
+
+
+def layer_scale_grad_twin(
+    product_CK: Tensor, total_C: Tensor, w2_CK: Tensor, b2_C: Tensor, gamma_C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Define `layer_scale_grad`."""
+    dgamma_C = (product_CK.to(total_C.dtype) * w2_CK).sum(dim=1) + total_C * b2_C
+    return (gamma_C[:, None] * product_CK).to(w2_CK.dtype), gamma_C * total_C, dgamma_C

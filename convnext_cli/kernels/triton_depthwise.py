@@ -26,14 +26,28 @@ def _load_column(lines, column, used, CHANNELS: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
+def _push(values, following):
+    """The columns that are on their way, without the first of them and with a new one."""
+    rest = ()
+    for i in tl.static_range(len(values) - len(following)):
+        rest = rest + (values[i + len(following)],)
+    return rest + following
+
+
+@triton.jit
+def _load_added(add, column, wanted, CHANNELS: tl.constexpr, HAS_ADD: tl.constexpr):
+    added = 0.0
+    if HAS_ADD:
+        added = tl.load(add + column * CHANNELS, mask=wanted, other=0.0).to(tl.float32)
+    return added
+
+
+@triton.jit
 def _finish(
-    value, column, wanted, used, place, line, add_ptr, out_ptr, rstd_ptr, eps,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, HAS_ADD: tl.constexpr, NORMALISED: tl.constexpr,
+    value, column, wanted, used, place, line, out_ptr, rstd_ptr, eps,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """Write one column of outputs, normalised over the channels where a program has all of them."""
-    if HAS_ADD:
-        added = tl.load(add_ptr + place + column * CHANNELS, mask=wanted, other=0.0)
-        value += added.to(tl.float32)
     if NORMALISED:
         mean = tl.sum(value, axis=1) / CHANNELS
         centred = tl.where(used[None, :], value - mean[:, None], 0.0)
@@ -48,7 +62,7 @@ def _finish(
 def _slide(
     x_ptr, weight_ptr, bias_ptr, add_ptr, out_ptr, rstd_ptr, num_lines, eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
     FLIPPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     MASKED: tl.constexpr = CHANNELS % BLOCK != 0
@@ -76,14 +90,23 @@ def _slide(
     place = line[:, None] * (WIDTH * CHANNELS) + channel[None, :]
     # Sums of the output columns from three to the left of the input column to three to its right.
     sums = (first, first, first, first, first, first, first)
-    # The next column is asked for before the stores of this one, which no load may overtake.
-    values = _load_column(lines, 0, used[None, :], CHANNELS, MASKED)
+    # Columns are asked for AHEAD of their turn, and before the stores of the one at work, which no
+    # load may overtake.
+    values = ()
+    for a in tl.static_range(AHEAD):
+        values = values + _load_column(
+            lines, tl.minimum(a, WIDTH - 1), used[None, :], CHANNELS, MASKED
+        )
     for start in range(0, WIDTH, UNROLL):
         for u in tl.static_range(UNROLL):
             column = start + u
             following = _load_column(
-                lines, tl.minimum(column + 1, WIDTH - 1), used[None, :], CHANNELS, MASKED
+                lines, tl.minimum(column + AHEAD, WIDTH - 1), used[None, :], CHANNELS, MASKED
             )
+            wanted = lanes
+            if u < 3:
+                wanted = lanes & (channel * 0 + column >= 3)[None, :]
+            added = _load_added(add_ptr + place, column - 3, wanted, CHANNELS, HAS_ADD)
             for i in tl.static_range(7):
                 value = values[i].to(tl.float32)
                 sums = (
@@ -95,20 +118,21 @@ def _slide(
                     sums[5] + weights[i * 7 + 1] * value,
                     sums[6] + weights[i * 7] * value,
                 )
-            wanted = lanes
-            if u < 3:
-                wanted = lanes & (channel * 0 + column >= 3)[None, :]
             _finish(
-                sums[0], column - 3, wanted, used, place, line, add_ptr, out_ptr, rstd_ptr, eps,
-                WIDTH, CHANNELS, HAS_ADD, NORMALISED,
+                sums[0] + added, column - 3, wanted, used, place, line, out_ptr, rstd_ptr, eps,
+                WIDTH, CHANNELS, NORMALISED,
             )  # fmt: skip
             sums = (sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], first)
-            values = following
+            values = _push(values, following)
+    rest = ()
+    for u in tl.static_range(3):
+        inside = lanes & (channel * 0 + WIDTH - 3 + u >= 0)[None, :]
+        rest = rest + (_load_added(add_ptr + place, WIDTH - 3 + u, inside, CHANNELS, HAS_ADD),)
     for u in tl.static_range(3):
         if WIDTH - 3 + u >= 0:
             _finish(
-                sums[u], WIDTH - 3 + u, lanes, used, place, line, add_ptr, out_ptr, rstd_ptr, eps,
-                WIDTH, CHANNELS, HAS_ADD, NORMALISED,
+                sums[u] + rest[u], WIDTH - 3 + u, lanes, used, place, line, out_ptr, rstd_ptr, eps,
+                WIDTH, CHANNELS, NORMALISED,
             )  # fmt: skip
 
 
@@ -116,12 +140,13 @@ def _slide(
 def depthwise_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, rstd_ptr, num_lines, eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, NORMALISED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
+    NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """The convolution with its bias; NORMALISED: and LayerNorm over the channels, BLOCK of them."""
     _slide(
         x_ptr, weight_ptr, bias_ptr, x_ptr, out_ptr, rstd_ptr, num_lines, eps,
-        HEIGHT, WIDTH, CHANNELS, ROWS, BLOCK, UNROLL, False, True, False, NORMALISED,
+        HEIGHT, WIDTH, CHANNELS, ROWS, BLOCK, UNROLL, AHEAD, False, True, False, NORMALISED,
     )  # fmt: skip
 
 
@@ -129,20 +154,35 @@ def depthwise_kernel(
 def depthwise_input_grad_kernel(
     grad_ptr, weight_ptr, add_ptr, out_ptr, num_lines,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, HAS_ADD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
+    HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the input: the convolution with the kernel turned round; HAS_ADD: plus `add`."""
     _slide(
         grad_ptr, weight_ptr, grad_ptr, add_ptr, out_ptr, out_ptr, num_lines, 0.0,
-        HEIGHT, WIDTH, CHANNELS, ROWS, BLOCK, UNROLL, True, False, HAS_ADD, False,
+        HEIGHT, WIDTH, CHANNELS, ROWS, BLOCK, UNROLL, AHEAD, True, False, HAS_ADD, False,
     )  # fmt: skip
+
+
+@triton.jit
+def _load_masked(lines, masks, column, CHANNELS: tl.constexpr):
+    values = ()
+    for i in tl.static_range(7):
+        values = values + (tl.load(lines[i] + column * CHANNELS, mask=masks[i], other=0.0),)
+    return values
+
+
+@triton.jit
+def _load_grad(grad, lanes, column, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    wanted = lanes & (lanes.to(tl.int32) * 0 + column < WIDTH)
+    return tl.load(grad + column * CHANNELS, mask=wanted, other=0.0)
 
 
 @triton.jit
 def depthwise_weight_grad_kernel(
     x_ptr, grad_ptr, part_ptr, num_lines, steps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Sums over `steps` times ROWS lines: part (programs, 50, CHANNELS), the bias's last.
 
@@ -166,32 +206,39 @@ def depthwise_weight_grad_kernel(
             masks = masks + (inside[:, None] & used[None, :],)
         lanes = (row < num_lines)[:, None] & used[None, :]
         grad = grad_ptr + (row.to(tl.int64) * (WIDTH * CHANNELS))[:, None] + channel[None, :]
-        # Gradients of the output columns from three to the left of the input column onwards.
+        # Columns of x that are on their way, AHEAD of their turn.
+        values = ()
+        for a in tl.static_range(AHEAD):
+            values = values + _load_masked(lines, masks, tl.minimum(a, WIDTH - 1), CHANNELS)
+        # Gradients of the output columns from three to the left of the input column onwards, and
+        # those that are on their way.
         window = (zero, zero, zero)
         for u in tl.static_range(3):
-            ahead = zero
-            if u < WIDTH:
-                ahead = tl.load(grad + u * CHANNELS, mask=lanes, other=0.0).to(tl.float32)
-            bias += ahead
-            window = window + (ahead,)
+            window = window + (_load_grad(grad, lanes, u, WIDTH, CHANNELS).to(tl.float32),)
+        for i in tl.static_range(3):
+            bias += window[i + 3]
+        coming = ()
+        for a in tl.static_range(AHEAD):
+            coming = coming + (_load_grad(grad, lanes, a + 3, WIDTH, CHANNELS),)
         for start in range(0, WIDTH, UNROLL):
             for u in tl.static_range(UNROLL):
                 column = start + u
-                wanted = lanes
-                if u >= UNROLL - 3:
-                    wanted = lanes & (channel * 0 + column + 3 < WIDTH)[None, :]
-                ahead = tl.load(grad + (column + 3) * CHANNELS, mask=wanted, other=0.0)
-                ahead = ahead.to(tl.float32)
+                next_grad = (_load_grad(grad, lanes, column + AHEAD + 3, WIDTH, CHANNELS),)
+                next_column = _load_masked(
+                    lines, masks, tl.minimum(column + AHEAD, WIDTH - 1), CHANNELS
+                )
+                ahead = coming[0].to(tl.float32)
                 bias += ahead
                 window = window + (ahead,)
                 following = ()
                 for i in tl.static_range(7):
-                    value = tl.load(lines[i] + column * CHANNELS, mask=masks[i], other=0.0)
-                    value = value.to(tl.float32)
+                    value = values[i].to(tl.float32)
                     for j in tl.static_range(7):
                         following = following + (sums[i * 7 + j] + window[6 - j] * value,)
                 sums = following
                 window = (window[1], window[2], window[3], window[4], window[5], window[6])
+                coming = _push(coming, next_grad)
+                values = _push(values, next_column)
     part = part_ptr + tl.program_id(1) * (50 * CHANNELS) + channel
     for tap in tl.static_range(49):
         tl.store(part + tap * CHANNELS, tl.sum(sums[tap], axis=0), mask=used)

@@ -195,11 +195,14 @@ def mlp_weight_grad_kernel(
         da = tl.zeros((UNITS, ROWS), tl.float32)
         inputs = ()
         grads = ()
+        nextb = ()
         for k in tl.static_range(PIECES):
             xhat = tl.load(xhat_ptr + place + k * TILE, mask=used, other=0.0)
             grad = tl.load(grad_ptr + place + k * TILE, mask=used, other=0.0)
+            kept = grad.to(tl.float32) * factor
+            nextb = nextb + (db2[k] + tl.sum(kept, axis=0),)
             if HAS_KEEP:
-                grad = (grad.to(tl.float32) * factor).to(dtype)
+                grad = kept.to(dtype)
             h = tl.dot(matrices1[k], tl.trans(xhat), h, input_precision=PRECISION)
             da = tl.dot(matrices2[k], tl.trans(grad), da, input_precision=PRECISION)
             inputs = inputs + (xhat,)
@@ -209,13 +212,11 @@ def mlp_weight_grad_kernel(
         db1 += tl.sum(dh, axis=1)
         next1 = ()
         next2 = ()
-        nextb = ()
         for k in tl.static_range(PIECES):
             out1 = tl.dot(dh.to(dtype), inputs[k], dw1[k], input_precision=PRECISION)
             out2 = tl.dot(a.to(dtype), grads[k], dw2[k], input_precision=PRECISION)
             next1 = next1 + (out1,)
             next2 = next2 + (out2,)
-            nextb = nextb + (db2[k] + tl.sum(grads[k].to(tl.float32), axis=0),)
         dw1 = next1
         dw2 = next2
         db2 = nextb
@@ -271,7 +272,7 @@ def mlp_hidden_grad_kernel(
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     UNITS: tl.constexpr, LIFT: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dh = (keep grad w2) gelu'(h); gelu(h) again; parts of dh's sum (programs, HIDDEN).
+    """dh = (keep grad w2) gelu'(h); keep gelu(h); parts of dh's sum (programs, HIDDEN).
 
     w2 has gamma in it already, and is LIFT times as large: nothing changes an operand of the
     product on its way, which every program of the same rows would do again.
@@ -293,5 +294,30 @@ def mlp_hidden_grad_kernel(
     a, slope = gelu_and_slope(h, dtype == tl.float32)
     dh = total * (factor / LIFT) * slope
     tl.store(dh_ptr + place, dh.to(dtype), mask=used)
-    tl.store(act_ptr + place, a.to(dtype), mask=used)
+    tl.store(act_ptr + place, (a * factor).to(dtype), mask=used)
     tl.store(db1_ptr + tl.program_id(1) * HIDDEN + unit, tl.sum(dh, axis=0))
+
+
+@triton.jit
+def layer_scale_grad_kernel(
+    product_ptr, total_ptr, w2_ptr, b2_ptr, gamma_ptr, dw2_ptr, db2_ptr, dgamma_ptr,
+    CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Put gamma into the gradients of w2 and b2, and make its own from them.
+
+    product (CHANNELS, HIDDEN) and total (CHANNELS) are those gradients without gamma.
+    """
+    channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    used = channel < CHANNELS
+    gamma = tl.load(gamma_ptr + channel, mask=used, other=0.0)
+    total = tl.load(total_ptr + channel, mask=used, other=0.0)
+    own = total * tl.load(b2_ptr + channel, mask=used, other=0.0)
+    for start in range(0, HIDDEN, UNITS):
+        place = channel[:, None] * HIDDEN + start + tl.arange(0, UNITS)[None, :]
+        product = tl.load(product_ptr + place, mask=used[:, None], other=0.0).to(tl.float32)
+        w2 = tl.load(w2_ptr + place, mask=used[:, None], other=0.0).to(tl.float32)
+        own += tl.sum(product * w2, axis=1)
+        dw2 = (gamma[:, None] * product).to(dw2_ptr.dtype.element_ty)
+        tl.store(dw2_ptr + place, dw2, mask=used[:, None])
+    tl.store(db2_ptr + channel, gamma * total, mask=used)
+    tl.store(dgamma_ptr + channel, own, mask=used)

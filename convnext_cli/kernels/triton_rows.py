@@ -115,7 +115,7 @@ def gelu_grn_backward_kernel(
 ):  # fmt: skip
     """dh = (grad scale + a slope) gelu'(h), and again the output a scale + shift.
 
-    scale and slope are (images, HIDDEN), shift (HIDDEN).
+    scale, slope and shift are (images, HIDDEN).
     """
     image = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -125,7 +125,7 @@ def gelu_grn_backward_kernel(
     place = (image * positions + row)[:, None] * HIDDEN + channel[None, :]
     scale = tl.load(scale_ptr + image * HIDDEN + channel, mask=lane, other=0.0)[None, :]
     slope = tl.load(slope_ptr + image * HIDDEN + channel, mask=lane, other=0.0)[None, :]
-    shift = tl.load(shift_ptr + channel, mask=lane, other=0.0)[None, :]
+    shift = tl.load(shift_ptr + image * HIDDEN + channel, mask=lane, other=0.0)[None, :]
     grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32)
     a, da = gelu_and_slope(h, h_ptr.dtype.element_ty == tl.float32)

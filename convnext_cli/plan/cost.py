@@ -27,7 +27,13 @@ from convnext_cli.catalog.models import (
     drop_fracs,
     estimate_block_macs,
 )
-from convnext_cli.catalog.ways import PRODUCT_WIDTHS, WHOLE, count_kept_widths, list_ways
+from convnext_cli.catalog.ways import (
+    PRODUCT_WIDTHS,
+    WHOLE,
+    count_grad_widths,
+    count_kept_widths,
+    list_ways,
+)
 from convnext_cli.recipe.schema import GradientCheckpointing, Precision, Strategy
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -153,7 +159,8 @@ def estimate_activations(
         images: Images of one pass on one device.
         parameters: Of the network.
         precision: fp32 keeps four bytes a value, the others two.
-        checkpointing: What is computed again and so not kept, but for the piece at work.
+        checkpointing: What is computed again and so not kept, but for the piece at work: stages
+            and blocks count its gradients, too.
         fused: Whether every block is computed in the most fused way that it has.
         computed: Images of the pass that each block computes (`block_images`); None: all.
     """
@@ -172,6 +179,8 @@ def estimate_activations(
         )
         stage, left = left[:depth], left[depth:]
         at_work = 0
+        # Where little else is kept, they weigh: of one block at a time.
+        grads = max(stage) * values * count_grad_widths(way, grn=variant.grn)
         match checkpointing:
             case "selective" if way not in WHOLE:
                 kept += (depth * images + sum(stage) * PRODUCT_WIDTHS) * values
@@ -182,10 +191,10 @@ def estimate_activations(
                 run = ISOTROPIC_RUN if variant.isotropic else depth
                 runs = [stage[start : start + run] for start in range(0, depth, run)]
                 kept += len(runs) * images * values
-                at_work = max(map(sum, runs)) * values * widths
+                at_work = max(map(sum, runs)) * values * widths + grads
             case "blocks":
                 kept += depth * images * values
-                at_work = max(stage) * values * widths
+                at_work = max(stage) * values * widths + grads
             case _:
                 assert_never(checkpointing)
         most = max(most, kept + at_work)  # in the backward pass, what later stages kept is free

@@ -1,10 +1,13 @@
 """The benchmarks run at toy size, so that they are whole when somebody needs a number."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 
@@ -136,6 +139,65 @@ def test_torchvision_takes_the_same_steps(run_process):
     assert done.exit_code == 0, done.stderr
     assert "torchvision" in done.stderr.split("times as fast")[1]
     assert "left out" not in done.stderr
+
+
+def test_several_recipes_are_measured_in_one_command(run_process, tmp_path):
+    done = run_process(
+        *("bench", "step", "v2_in1k_atto,compare_resnet50", "--batch", 2, "--size", 32),
+        *("--device", "cpu", "--steps", 1, "--rounds", 1, "--against", "timm-eager"),
+        *("--out", "results", "--json"),
+    )
+
+    assert done.exit_code == 0, done.stderr
+    reports = json.loads(done.stdout)
+    assert [report["model"] for report in reports] == ["convnextv2_atto", "resnet50"]
+    for report in reports:
+        written = tmp_path / f"results/step-{report['model']}.json"
+        assert json.loads(written.read_text()) == report
+        assert [rate["system"] for rate in report["rates"]] == ["convnext", "timm-eager"]
+        assert report["failed"] == {}
+
+
+def test_two_recipes_of_one_model_are_not_written_into_one_file(run_cli):
+    done = run_cli(
+        *("bench", "step", "in1k_tiny,in22k_tiny", "--batch", 2, "--device", "cpu"),
+        *("--out", "results"),
+    )
+
+    assert done.exit_code == 2
+    assert "--out: 2 recipes have the model convnext_tiny" in done.stderr
+
+
+def test_ctrl_c_ends_all_systems(tmp_path):
+    command = [sys.executable, "-m", "convnext_cli", "bench", "step", "v2_in1k_atto"]
+    options = ["--batch", "2", "--size", "32", "--device", "cpu", "--rounds", "100000"]
+    process = subprocess.Popen(
+        [*command, *options, "--against", "timm-eager"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a group of its own, as a shell gives it
+    )
+    group = process.pid
+
+    def count() -> int:
+        told = subprocess.run(
+            ["ps", "-o", "args=", "-g", str(group)], capture_output=True, text=True
+        )
+        return told.stdout.count("spawn_main")
+
+    try:
+        deadline = monotonic() + 100
+        while count() < 2:
+            assert monotonic() < deadline
+            assert process.poll() is None
+            sleep(0.2)
+        os.killpg(group, signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert count() == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def test_time_and_memory_of_a_step_are_taken_apart(run_process, tmp_path):

@@ -172,7 +172,9 @@ def test_gelu_and_grn(images, positions, dim, dtype, monkeypatch):
         scale = grn.make_scale(squares, gamma)
         products, totals = grn.sum_products(h, dh, images=images)
         slope, dgamma = grn.make_slope(squares, gamma, products)
-        both = grn.gelu_grn_backward(h, dh, scale=scale, shift_K=beta, slope=slope)
+        both = grn.gelu_grn_backward(
+            h, dh, scale=scale, shift=beta.expand_as(scale).contiguous(), slope=slope
+        )
         out = mlp.project(h, x, weights, scale=scale, shift=beta)
         return [squares, products, totals, dgamma, *both, out]
 

@@ -1,0 +1,102 @@
+"""A system in its process: what is kept of a start among others, and how failures are told."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from convnext_cli.bench import stepper
+from convnext_cli.bench.stepper import Start, StepError, StepProcess, Take
+from convnext_cli.data.fetch import default_cache_home
+from convnext_cli.errors import PlanError
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.files import load_recipe
+
+CHANGES = ["optim.lr_rule=linear", "batch.global_images=2", "batch.per_device_images=2"]
+PLAN = make_plan(
+    load_recipe("v2_in1k_atto", CHANGES),
+    Cluster(num_nodes=1, devices_per_node=1, device="cpu"),
+    name="stepper",
+)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """The folder of kernels that were measured before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = default_cache_home() / "kernels"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def build_that_chooses(name, plan):
+    """As a step does whose kernels no file has."""
+    file = default_cache_home() / "kernels" / "card.json"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text("{}")
+    return lambda: torch.tensor(1.0)
+
+
+def test_kernels_that_were_timed_among_others_are_kept_nowhere(monkeypatch, cache):
+    monkeypatch.setattr(stepper, "build_step", build_that_chooses)
+    system = stepper._System("convnext", PLAN)
+
+    assert system.answer(Start(alone=False)).again
+    assert list(cache.iterdir()) == []
+    assert not system.answer(Start(alone=True)).again
+    assert [file.name for file in cache.iterdir()] == ["card.json"]
+
+
+def test_known_kernels_are_found_and_need_no_second_start(monkeypatch, cache):
+    monkeypatch.setattr(stepper, "build_step", build_that_chooses)
+    (cache / "card.json").write_text('{"known": 1}')
+
+    assert not stepper._System("convnext", PLAN).answer(Start(alone=False)).again
+    assert (cache / "card.json").read_text() == '{"known": 1}'
+
+
+def test_a_loss_that_is_not_finite_is_the_users_mistake(monkeypatch, cache):
+    monkeypatch.setattr(stepper, "build_step", lambda *_: lambda: torch.tensor(torch.nan))
+
+    with pytest.raises(PlanError, match="timm: the loss is not finite"):
+        stepper._System("timm", PLAN).answer(Start(alone=False))
+
+
+def test_failures_are_told_in_a_line_and_kept_whole():
+    mistake = PlanError("wrong", hint="mend it")
+    assert stepper._describe(mistake, again=False).cause is mistake
+    told = stepper._describe(RuntimeError("first\nsecond"), again=True)
+    assert (told.reason, told.again) == ("first", True)
+    assert "second" in str(told.cause)
+    assert stepper._describe(KeyError("x"), again=False).reason == "KeyError: 'x'"
+
+
+def test_a_process_that_is_killed_is_told_with_its_exit_code():
+    process = StepProcess("timm", PLAN)
+    try:
+        process._process.kill()
+
+        with pytest.raises(StepError, match=f"exit code {-signal.SIGKILL}, perhaps for want of"):
+            process.receive()
+        with pytest.raises(StepError, match="exit code"):
+            process.take(1)
+    finally:
+        process.close()
+
+
+def test_a_process_tells_a_mistake_with_its_hint_and_goes_on():
+    process = StepProcess("torchvision", PLAN)  # which has no V2
+    try:
+        with pytest.raises(StepError, match="torchvision has no convnextv2_atto") as caught:
+            process.start(alone=False)
+        assert isinstance(caught.value.cause, PlanError)
+        assert caught.value.cause.hint == "leave torchvision out of --against"
+        process.send(Take(1))
+        with pytest.raises(StepError, match="AssertionError"):
+            process.receive()
+    finally:
+        process.close()
+    assert not process._process.is_alive()
