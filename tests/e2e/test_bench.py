@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from time import monotonic, sleep
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -177,27 +178,23 @@ def test_ctrl_c_ends_all_systems(tmp_path):
         stderr=subprocess.PIPE,
         start_new_session=True,  # a group of its own, as a shell gives it
     )
-    group = process.pid
-
-    def count() -> int:
-        told = subprocess.run(
-            ["ps", "-o", "args=", "-g", str(group)], capture_output=True, text=True
-        )
-        return told.stdout.count("spawn_main")
-
+    systems: list[psutil.Process] = []
     try:
         deadline = monotonic() + 100
-        while count() < 2:
+        while len(systems) < 2:
             assert monotonic() < deadline
             assert process.poll() is None
             sleep(0.2)
-        os.killpg(group, signal.SIGINT)
+            with contextlib.suppress(psutil.NoSuchProcess):  # one of them may end meanwhile
+                below = psutil.Process(process.pid).children()
+                systems = [each for each in below if "spawn_main" in " ".join(each.cmdline())]
+        os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
         assert process.returncode != 0
-        assert count() == 0
+        assert not any(each.is_running() for each in systems)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_time_and_memory_of_a_step_are_taken_apart(run_process, tmp_path):
