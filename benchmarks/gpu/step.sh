@@ -46,35 +46,22 @@ run() {
     echo "== $name: $((SECONDS - started)) s, exit code $code" | tee -a "$log"
 }
 
-# report_of RECIPE: the file of its report
-report_of() {
-    local code='import sys; from convnext_cli.recipe.files import load_recipe as load; print(load(sys.argv[1]).model.name)'
-    echo "$out/step-$("$python" -c "$code" "$1" 2>>"$log").json"
-}
-
-# steps NAME SECONDS RECIPES PEERS: all compile side by side and are measured in turn; then again, in
-# smaller batches, each recipe of which a system ran out of memory
+# steps NAME SECONDS RECIPE PEERS: in smaller batches where a system runs out of memory
 steps() {
-    local name=$1 needed=$2 peers=$4 recipe report stamp before
-    local arguments=("${size[@]}" "${precision[@]}" "${rounds[@]}" --profile --out "$out" --against "$peers")
-    stamp=$(mktemp)
+    local before arguments=("${size[@]}" "${precision[@]}" "${rounds[@]}" --profile --out "$out")
     before=$(wc -l <"$log")
-    run "$name" "$needed" step "$3" "${arguments[@]}" --batch "$batch"
+    run "$1" "$2" step "$3" "${arguments[@]}" --against "$4" --batch "$batch"
     if grep -qi 'out of memory' <(tail -n "+$((before + 1))" "$log"); then
-        for recipe in ${3//,/ }; do
-            report=$(report_of "$recipe") # none is written where this project's own step does not run
-            if [[ ! $report -nt $stamp ]] || grep -qi 'out of memory' "$report"; then
-                run "$recipe, batches of $small" 150 step "$recipe" "${arguments[@]}" --batch "$small"
-            fi
-        done
+        run "$1, batches of $small" "$2" step "$3" "${arguments[@]}" --against "$4" --batch "$small"
     fi
-    rm "$stamp"
 }
 
 run "depthwise convolutions" 30 depthwise --models "$shapes" --batch "$batch" "${size[@]}" --out "$out"
-IFS=, read -ra recipes <<<"$models"
-steps "$models" $((120 + 30 * ${#recipes[@]})) "$models" "$fast"
-for recipe in ${slow:+${models//,/ }}; do # one at a time: CUDA graphs keep their memory
+# One model after the other: the systems of one keep a dozen cores busy while they compile.
+for recipe in ${models//,/ }; do
+    steps "$recipe" 150 "$recipe" "$fast"
+done
+for recipe in ${slow:+${models//,/ }}; do
     steps "$recipe against all" 300 "$recipe" "$fast,$slow"
 done
 for recipe in ${models//,/ }; do # not compiled, as the plan estimates it; nine networks are built

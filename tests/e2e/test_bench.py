@@ -302,10 +302,11 @@ def run_script(folder: Path, **settings: str) -> subprocess.CompletedProcess[str
         env=os.environ | {"TOY": "1", "OUT": "out", "PYTHON": sys.executable} | settings,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=590,
     )
 
 
+@pytest.mark.timeout(600)
 def test_the_script_for_a_gpu_runs_at_toy_size(tmp_path):
     done = run_script(tmp_path)
 
@@ -320,6 +321,7 @@ def test_the_script_for_a_gpu_runs_at_toy_size(tmp_path):
     assert [each["checkpointing"] for each in memory["memory"]] == CHECKPOINTING
 
 
+@pytest.mark.timeout(600)
 def test_the_script_goes_on_after_a_failure_and_tells_it(tmp_path):
     done = run_script(tmp_path, MODELS="no_such_recipe")
 
