@@ -1,7 +1,6 @@
-"""Help and planning answer at once, because they load no heavy library."""
+"""Help and planning answer at once: they load no heavy library, which is where time goes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,17 +60,3 @@ def test_the_plan_of_the_paper_is_made_without_torch(tmp_path):
     assert (plan["world_size"], plan["global_images"]) == (32, 4096)
     assert (plan["total_steps"], plan["warmup_steps"]) == (93_600, 6_240)
     assert (plan["parameters"], round(plan["gmacs"], 2)) == (28_589_128, 4.46)
-
-
-def test_help_answers_in_well_under_a_second(tmp_path):
-    """Processor time, the best of three: other processes share the machine."""
-    command = [sys.executable, "-m", "convnext_cli", "--help"]
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
-        after = os.times()
-        user = after.children_user - before.children_user
-        seconds.append(user + after.children_system - before.children_system)
-
-    assert 0.05 < min(seconds) < 0.9
