@@ -26,8 +26,8 @@ def measure_memory(plans: Sequence[tuple[Plan, Plan]]) -> tuple[StepMemory, ...]
         plans: Pairs that differ in the batch alone, the smaller one first.
     """
     reports = []
-    for small, _large in plans[:1]:
-        _measure_peak(small)  # what a process allocates but once is no step's
+    if plans:
+        _measure_peak(plans[0][0])  # what a process allocates but once is no step's
     for small, large in plans:
         images = (small.per_device_images, large.per_device_images)
         peaks = (_measure_peak(small), _measure_peak(large))

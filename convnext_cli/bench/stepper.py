@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from filecmp import cmp
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -105,6 +106,7 @@ class Failure:
 
 Request = Start | Take | Trace
 Answer = Started | Taken | list[KernelTime] | Failure
+A = TypeVar("A", bound=Answer)
 
 
 class StepError(Exception):
@@ -150,24 +152,15 @@ class StepProcess:
 
     def start(self, *, alone: bool) -> Started:
         """Build the system, and wait for it."""
-        self.send(Start(alone))
-        answer = self.receive()
-        assert isinstance(answer, Started)
-        return answer
+        return self._ask(Start(alone), Started)
 
     def take(self, steps: int) -> Taken:
         """Have it take steps."""
-        self.send(Take(steps))
-        answer = self.receive()
-        assert isinstance(answer, Taken)
-        return answer
+        return self._ask(Take(steps), Taken)
 
     def trace(self, steps: int) -> list[KernelTime]:
         """Have it take steps under the profiler; its kernels, the costliest first."""
-        self.send(Trace(steps))
-        answer = self.receive()
-        assert isinstance(answer, list)
-        return answer
+        return self._ask(Trace(steps), list)
 
     def close(self) -> None:
         """End it, whatever it does; its memory is free then."""
@@ -177,6 +170,12 @@ class StepProcess:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+    def _ask(self, request: Request, kind: type[A]) -> A:
+        self.send(request)
+        answer = self.receive()
+        assert isinstance(answer, kind)
+        return answer
 
     def _make_error(self) -> StepError:
         self._process.join(_END_SECONDS)

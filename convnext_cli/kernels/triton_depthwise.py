@@ -15,11 +15,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_column(lines, column, used, CHANNELS: tl.constexpr, MASKED: tl.constexpr):
+def _load_column(lines, column, masks, CHANNELS: tl.constexpr, MASKED: tl.constexpr):
+    """A column of each line; without MASKED, nothing of it is left out."""
     values = ()
     for i in tl.static_range(7):
         if MASKED:
-            values = values + (tl.load(lines[i] + column * CHANNELS, mask=used, other=0.0),)
+            values = values + (tl.load(lines[i] + column * CHANNELS, mask=masks[i], other=0.0),)
         else:
             values = values + (tl.load(lines[i] + column * CHANNELS),)
     return values
@@ -71,6 +72,7 @@ def _slide(
     used = channel < CHANNELS
     y = row % HEIGHT
     line = tl.minimum(row, num_lines - 1).to(tl.int64)
+    masks = (used[None, :],) * 7
     weights = ()
     lines = ()
     for i in tl.static_range(7):
@@ -94,14 +96,12 @@ def _slide(
     # load may overtake.
     values = ()
     for a in tl.static_range(AHEAD):
-        values = values + _load_column(
-            lines, tl.minimum(a, WIDTH - 1), used[None, :], CHANNELS, MASKED
-        )
+        values = values + _load_column(lines, tl.minimum(a, WIDTH - 1), masks, CHANNELS, MASKED)
     for start in range(0, WIDTH, UNROLL):
         for u in tl.static_range(UNROLL):
             column = start + u
             following = _load_column(
-                lines, tl.minimum(column + AHEAD, WIDTH - 1), used[None, :], CHANNELS, MASKED
+                lines, tl.minimum(column + AHEAD, WIDTH - 1), masks, CHANNELS, MASKED
             )
             wanted = lanes
             if u < 3:
@@ -165,14 +165,6 @@ def depthwise_input_grad_kernel(
 
 
 @triton.jit
-def _load_masked(lines, masks, column, CHANNELS: tl.constexpr):
-    values = ()
-    for i in tl.static_range(7):
-        values = values + (tl.load(lines[i] + column * CHANNELS, mask=masks[i], other=0.0),)
-    return values
-
-
-@triton.jit
 def _load_grad(grad, lanes, column, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
     wanted = lanes & (lanes.to(tl.int32) * 0 + column < WIDTH)
     return tl.load(grad + column * CHANNELS, mask=wanted, other=0.0)
@@ -209,7 +201,7 @@ def depthwise_weight_grad_kernel(
         # Columns of x that are on their way, AHEAD of their turn.
         values = ()
         for a in tl.static_range(AHEAD):
-            values = values + _load_masked(lines, masks, tl.minimum(a, WIDTH - 1), CHANNELS)
+            values = values + _load_column(lines, tl.minimum(a, WIDTH - 1), masks, CHANNELS, True)
         # Gradients of the output columns from three to the left of the input column onwards, and
         # those that are on their way.
         window = (zero, zero, zero)
@@ -224,8 +216,8 @@ def depthwise_weight_grad_kernel(
             for u in tl.static_range(UNROLL):
                 column = start + u
                 next_grad = (_load_grad(grad, lanes, column + AHEAD + 3, WIDTH, CHANNELS),)
-                next_column = _load_masked(
-                    lines, masks, tl.minimum(column + AHEAD, WIDTH - 1), CHANNELS
+                next_column = _load_column(
+                    lines, tl.minimum(column + AHEAD, WIDTH - 1), masks, CHANNELS, True
                 )
                 ahead = coming[0].to(tl.float32)
                 bias += ahead
