@@ -123,21 +123,27 @@ def run_training(
     request: StopRequest,
 ) -> None:
     """Plan, train, and say what came out and what to do next."""
+    from convnext_cli.training.devices import check_devices, check_strategy
+    from convnext_cli.training.start import find_start
+
     check_name(name)
     if cluster.rank != 0:
         console.quiet = True
     recipe = _with_builtin_data(recipe)
     plan = make_plan(recipe, cluster, name=name, facts=read_facts(recipe))
+    check_devices(cluster, precision=plan.precision, fp8=plan.fp8_layers > 0)
+    check_strategy(cluster, strategy=recipe.compute.strategy)
     show_plan(plan)
     run = RunDir(runs_dir / name)
     mode = resume if resume in {"auto", "never", "must"} else Path(resume)
     if not run.is_run() and not isinstance(mode, Path):
         check_start_weights(recipe)
-    from convnext_cli.training.fit import find_start, fit
-
     lock = RunLock(run.lock, job=read_job(), say=console.print) if cluster.rank == 0 else None
     with lock or nullcontext():
         start = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
+        # what could be refused is refused by now: this takes seconds to load
+        from convnext_cli.training.fit import fit
+
         steps = fit(plan, run, start=start, request=request, console=console)
     if cluster.rank == 0:
         _tell_result(run, recipe=recipe, steps=steps, has_val=plan.val_images > 0)

@@ -9,7 +9,7 @@ import torch
 
 from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
-from convnext_cli.recipe.schema import Precision
+from convnext_cli.recipe.schema import Precision, Strategy
 
 LightningPrecision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -88,6 +88,20 @@ def check_fp8(capability: tuple[int, int]) -> None:
         raise DeviceError(
             "compute.fp8: it needs torchao, which is not installed",
             hint="install it with pip install 'convnext[fp8]', or set compute.fp8=false",
+        )
+
+
+def check_strategy(cluster: Cluster, *, strategy: Strategy) -> None:
+    """Refuse a strategy whose library is not installed; one device needs none.
+
+    Raises:
+        DeviceError: DeepSpeed is asked for and not there.
+    """
+    asks = strategy in {"zero1", "zero2", "zero3"} and cluster.world_size > 1
+    if asks and find_spec("deepspeed") is None:
+        raise DeviceError(
+            f"compute.strategy: {strategy} needs DeepSpeed, which is not installed",
+            hint="install it with pip install 'convnext[deepspeed]', or set compute.strategy=fsdp",
         )
 
 

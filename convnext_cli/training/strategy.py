@@ -13,7 +13,6 @@ its groups. It is read before the network is shared out, and the optimizer's sta
 it is loaded.
 """
 
-from importlib.util import find_spec
 from typing import assert_never
 
 import torch
@@ -21,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.schema import ShardGroup
 from convnext_cli.recipe.schema import Strategy as StrategyName
@@ -42,20 +40,6 @@ class ReplicatedStrategy(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         device_ids = self.determine_ddp_device_ids()
         return DistributedDataParallel(model, device_ids=device_ids, **self._ddp_kwargs)
-
-
-def check_strategy(cluster: Cluster, *, strategy: StrategyName) -> None:
-    """Refuse a strategy whose library is not installed; one device needs none.
-
-    Raises:
-        DeviceError: DeepSpeed is asked for and not there.
-    """
-    asks = strategy in {"zero1", "zero2", "zero3"} and cluster.world_size > 1
-    if asks and find_spec("deepspeed") is None:
-        raise DeviceError(
-            f"compute.strategy: {strategy} needs DeepSpeed, which is not installed",
-            hint="install it with pip install 'convnext[deepspeed]', or set compute.strategy=fsdp",
-        )
 
 
 def build_strategy(

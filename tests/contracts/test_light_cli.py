@@ -1,4 +1,4 @@
-"""Help and planning answer at once: they load no heavy library, which is where time goes."""
+"""Help, planning and refusals answer at once: no heavy library is loaded, where time goes."""
 
 import json
 import subprocess
@@ -23,11 +23,11 @@ finally:
 """
 
 
-def run(*arguments: str, cwd: Path) -> tuple[str, set[str]]:
+def run(*arguments: str, cwd: Path, exit_code: int = 0) -> tuple[str, set[str]]:
     """What the command wrote to stdout, and the top-level modules that it loaded."""
     command = [sys.executable, "-c", SCRIPT, *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == exit_code, done.stderr
     stdout, _, loaded = done.stdout.rstrip("\n").rpartition("\n")
     return stdout, set(json.loads(loaded))
 
@@ -60,3 +60,13 @@ def test_the_plan_of_the_paper_is_made_without_torch(tmp_path):
     assert (plan["world_size"], plan["global_images"]) == (32, 4096)
     assert (plan["total_steps"], plan["warmup_steps"]) == (93_600, 6_240)
     assert (plan["parameters"], round(plan["gmacs"], 2)) == (28_589_128, 4.46)
+
+
+@pytest.mark.parametrize("more", [("--precision", "fp16"), ("--resume", "must")])
+def test_a_training_that_is_refused_has_not_loaded_the_trainer(more, tmp_path):
+    arguments = ("train", "in1k_tiny", "--device", "cpu", *more)
+
+    _, loaded = run(*arguments, cwd=tmp_path, exit_code=2)
+
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"lightning", "torchmetrics", "torchvision", "timm"})

@@ -3,8 +3,11 @@
 import pytest
 
 from convnext_cli.errors import DeviceError
+from convnext_cli.plan.cluster import Cluster
 from convnext_cli.training import devices
-from convnext_cli.training.devices import check_fp8
+from convnext_cli.training.devices import check_fp8, check_strategy
+
+TWO = Cluster(device="cpu", devices_per_node=2)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6)])
@@ -32,3 +35,16 @@ def test_a_gpu_with_fp8_and_torchao_is_taken(capability, monkeypatch):
     monkeypatch.setattr(devices, "find_spec", lambda name: name)
 
     check_fp8(capability)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_zero_without_deepspeed_is_refused_with_two_ways_out(name, monkeypatch):
+    monkeypatch.setattr(devices, "find_spec", lambda _: None)
+
+    with pytest.raises(DeviceError, match=f"{name} needs DeepSpeed, which is not") as caught:
+        check_strategy(TWO, strategy=name)
+
+    assert "pip install 'convnext[deepspeed]'" in caught.value.hint
+    assert "compute.strategy=fsdp" in caught.value.hint
+    check_strategy(TWO, strategy="fsdp")
+    check_strategy(Cluster(device="cpu"), strategy=name)

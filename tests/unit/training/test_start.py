@@ -12,7 +12,7 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import Plan, make_plan
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.training.fit import find_start
+from convnext_cli.training.start import find_start
 
 
 @pytest.fixture

@@ -1,0 +1,153 @@
+"""Where a run begins: at step 0, or at a checkpoint of the same run on the same images.
+
+Lightning is not loaded here, so that what is refused is refused at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from convnext_cli.data.order import ORDER_VERSION
+from convnext_cli.errors import CheckpointError, RunError, quote_path
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.recipe.files import flatten_keys
+from convnext_cli.recipe.schema import Recipe
+from convnext_cli.runs.compare import read_recipe_keys
+from convnext_cli.runs.copies import RemoteFolder
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
+from convnext_cli.runs.record import read_json
+
+ResumeMode = Literal["auto", "never", "must"]
+
+CHANGEABLE = (
+    "about",
+    "published_top1",
+    "data.path",
+    "data.val_path",
+    "data.workers",
+    "data.bad_frac",
+    "data.cache_dir",
+    "data.cache_gb",
+    "batch.per_device_images",
+    "compute.",
+    "evaluate.every",
+    "evaluate.per_device_images",
+    "checkpoint.",
+    "guard.",
+    "log.",
+)
+"""Keys that may change between two attempts of one run: they do not decide what is learned."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt begins."""
+
+    checkpoint: Path | None
+    """None: at step 0."""
+    step: int
+    damaged: Sequence[CheckpointState] = ()
+    """Newer checkpoints that are passed over."""
+
+
+def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
+    """The checkpoint where the same run goes on: the newest one that is whole. Writes nothing.
+
+    Raises:
+        RunError: The folder holds another run, or none where one must be.
+        CheckpointError: All checkpoints are damaged, or the one that is asked for is, or it was
+            made with other images.
+    """
+    if plan.cluster.rank == 0 and run.is_run():
+        _check_same_run(plan, run)
+        if resume == "never":
+            raise RunError(
+                f"{run.root} holds a run already, and --resume never starts a new one",
+                hint="give the new run its own folder with --name NAME",
+            )
+    if isinstance(resume, Path):
+        if not resume.is_file():
+            raise RunError(
+                f"--resume {resume}: there is no such file",
+                hint="leave --resume out to go on from the newest checkpoint of the run",
+            )
+        require_whole(resume)
+        return _start_from(resume, plan)
+    newest, damaged = find_newest_whole(run)
+    if newest is not None:
+        return _start_from(newest.path, plan, damaged)
+    if damaged:
+        raise CheckpointError(
+            f"{damaged[0].path} is damaged, and there is no older one that is whole:"
+            f" {damaged[0].problem}",
+            hint=f"start the run anew with --name NAME, or first move {run.checkpoints} away",
+        )
+    copies = find_copies(plan, run) if plan.cluster.rank == 0 else None
+    if copies is not None and resume != "never" and copies.list_steps():
+        raise RunError(
+            f"{run.root} has no checkpoint, but {copies.url} has copies of one",
+            hint=f"move {run.root} away if it is there, then: convnext checkpoints fetch"
+            f" {quote_path(copies.url)} --runs-dir {quote_path(run.root.parent)};"
+            " or start anew with --name NAME",
+        )
+    if resume == "must":
+        raise RunError(
+            f"{run.root} has no checkpoint to go on from, and --resume must asks for one",
+            hint="leave --resume out to start the run",
+        )
+    return Start(None, 0)
+
+
+def _start_from(checkpoint: Path, plan: Plan, damaged: Sequence[CheckpointState] = ()) -> Start:
+    """Go on from a checkpoint, whose images have to come in the order of before."""
+    from convnext_cli.training.checkpoint import read_data_state, read_step  # noqa: PLC0415  # slow
+
+    step, saved = read_step(checkpoint), read_data_state(checkpoint)
+    own = {"fingerprint": plan.data_fingerprint, "order_version": ORDER_VERSION}
+    for key, what in (("fingerprint", "data set"), ("order_version", "version of the order")):
+        if plan.data_fingerprint is not None and saved.get(key, own[key]) != own[key]:
+            raise CheckpointError(
+                f"the checkpoint was made with {what} {saved[key]}, but {plan.data_source} has"
+                f" {own[key]}: images would come twice or never",
+                hint="go on with the data set of before, or start a new run from the weights:"
+                f" init.weights={quote_path(checkpoint)} --name NAME",
+            )
+    return Start(checkpoint, step, damaged)
+
+
+def _check_same_run(plan: Plan, run: RunDir) -> None:
+    """Refuse to go on with a run under another recipe, or on other images."""
+    # a key that the run's version did not know has the default, under which the run was begun
+    defaults = flatten_keys(Recipe(about="").model_dump(mode="json"))
+    before = defaults | read_recipe_keys(run)
+    asked = flatten_keys(plan.recipe.model_dump(mode="json"))
+    differing = [
+        key
+        for key in sorted(before.keys() | asked.keys())
+        if before.get(key) != asked.get(key) and not key.startswith(CHANGEABLE)
+    ]
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
+        raise RunError(
+            f"{run.root} holds a run with {key}={before.get(key)}, but {asked.get(key)} is asked"
+            f" now{more}",
+            hint="give the new run its own folder with --name NAME",
+        )
+    recorded = read_json(run.plan)
+    fingerprint = recorded.get("data_fingerprint")
+    if fingerprint is not None and fingerprint != plan.data_fingerprint:
+        raise RunError(
+            f"{run.root} holds a run on the data set {recorded.get('data_source')}, and that is not"
+            f" what {plan.data_source} holds now: images would come twice or never",
+            hint="go on with the data set of before, or give the new run its own folder with"
+            " --name NAME",
+        )
+
+
+def find_copies(plan: Plan, run: RunDir) -> RemoteFolder | None:
+    """Where the run is copied to; None: nowhere."""
+    url = plan.recipe.checkpoint.copy_to
+    return None if url is None else RemoteFolder(f"{url.rstrip('/')}/{run.name}")
