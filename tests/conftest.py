@@ -60,6 +60,17 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled yet, and what is set for the compiler is set back."""
+    import torch
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch():
+        yield
+    torch.compiler.reset()
+
+
 @dataclass(frozen=True)
 class CliResult:
     """What a command left: its exit code and its two streams."""

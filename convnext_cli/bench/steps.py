@@ -125,7 +125,7 @@ class OwnStep:
             model.use_ways(self.ways)
         if plan.compile:
             graphs = plan.recipe.compute.cuda_graphs
-            compile_network(model, strategy="ddp", cuda_graphs=graphs)
+            compile_network(model, cuda_graphs=graphs)
         self.optimizer: Any = self.task.configure_optimizers()
         self._batches = cycle(_make_batches(plan))
         self._precision = _autocast(plan)

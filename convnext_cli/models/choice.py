@@ -115,7 +115,7 @@ def list_shapes(
                 dim=last.pwconv1.in_features,
                 grn=last.grn is not None,
                 layer_scale=last.gamma is not None,
-                drops=last.drop_path.drop_frac > 0,
+                drops=model.drop_path > 0,
                 dtype=str(dtype).removeprefix("torch."),
             )
         )
@@ -196,16 +196,25 @@ def measure_stage(
         )
         for _ in range(2)
     )
-    few = (x_NCHW[:_CHECKED_IMAGES], grad_NCHW[:_CHECKED_IMAGES])
-    exact = _run(block, *few, dtype=torch.float32)
-    plain_errors = _errors(_run(block, *few, dtype=dtype), exact)
+    factor_N = None
+    if shape.drops:  # every second image
+        factor_N = torch.arange(shape.images, device=device) % 2 * 2.0
+    check = partial(
+        _run,
+        block,
+        x_NCHW[:_CHECKED_IMAGES],
+        grad_NCHW[:_CHECKED_IMAGES],
+        None if factor_N is None else factor_N[:_CHECKED_IMAGES],
+    )
+    exact = check(dtype=torch.float32)
+    plain_errors = _errors(check(dtype=dtype), exact)
     milliseconds: dict[Way, float] = {}
     left_out: dict[Way, str] = {}
     for way in ways:
         block.way = way
         torch.compiler.reset()
         try:
-            errors = _errors(_run(block, *few, dtype=dtype), exact)
+            errors = _errors(check(dtype=dtype), exact)
             bad = [
                 f"{name} is off by {error:.1e}"
                 for (name, error), plain in zip(errors.items(), plain_errors.values(), strict=True)
@@ -217,7 +226,7 @@ def measure_stage(
             # A whole block is one operator: there is nothing for the compiler to join.
             compiles = device.type == "cuda" and way not in WHOLE
             fast = torch.compile(block) if compiles else block
-            milliseconds[way] = clock(partial(_run, fast, x_NCHW, grad_NCHW, dtype=dtype))
+            milliseconds[way] = clock(partial(_run, fast, x_NCHW, grad_NCHW, factor_N, dtype=dtype))
         except Exception as error:  # compilers raise anything; it is told, and the way is not used
             if way == "plain":
                 raise
@@ -226,15 +235,11 @@ def measure_stage(
 
 
 def _make_block(shape: StageShape, device: torch.device) -> Block:
-    """A block whose every part changes its output; it drops half of the images or none."""
+    """A block whose every part changes its output."""
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU
         torch.manual_seed(0)
-        block = Block(
-            shape.dim,
-            drop_frac=0.5 if shape.drops else 0.0,
-            layer_scale_init=1.0 if shape.layer_scale else None,
-            grn=shape.grn,
-        )
+        layer_scale_init = 1.0 if shape.layer_scale else None
+        block = Block(shape.dim, layer_scale_init=layer_scale_init, grn=shape.grn)
         with torch.no_grad():
             for parameter in block.parameters():
                 wide = parameter.ndim > 1 and parameter.shape[0] > 1
@@ -244,15 +249,18 @@ def _make_block(shape: StageShape, device: torch.device) -> Block:
 
 
 def _run(
-    block: Callable[[Tensor], Tensor], x_NCHW: Tensor, grad_NCHW: Tensor, *, dtype: torch.dtype
+    block: Callable[[Tensor, Tensor | None], Tensor],
+    x_NCHW: Tensor,
+    grad_NCHW: Tensor,
+    factor_N: Tensor | None,
+    *,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Output and gradients of one pass; the same images are dropped each time."""
+    """Output and gradients of one pass."""
     x_NCHW = x_NCHW.to(dtype).requires_grad_()
     device = x_NCHW.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out_NCHW = block(x_NCHW)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        out_NCHW = block(x_NCHW, factor_N)
     parameters = dict(block.named_parameters()) if isinstance(block, torch.nn.Module) else {}
     grads = torch.autograd.grad(
         out_NCHW, [x_NCHW, *parameters.values()], grad_NCHW.to(out_NCHW.dtype)

@@ -4,7 +4,8 @@
 hierarchical   downsample_layers.0 (4x4 conv, LayerNorm) -> stages.0 -> downsample_layers.1 -> ...
 isotropic      stem (16x16 conv) -> blocks
 both           ... -> mean over positions -> norm -> head
-block          x + drop_path(gamma * pwconv2([grn] gelu(pwconv1(norm(dwconv(x))))))
+block          x + factor * gamma * pwconv2([grn] gelu(pwconv1(norm(dwconv(x)))))
+               factor is that of drop path, drawn for all blocks before the first one
 ```
 
 Shapes: N images, C channels, H x W positions, K classes. Tensors between blocks are NCHW in
@@ -15,26 +16,25 @@ facebookresearch/ConvNeXt-V2@2553895 models/convnextv2.py.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from convnext_cli.catalog.models import ISOTROPIC_RUN, Variant, drop_fracs
+from convnext_cli.catalog.models import ISOTROPIC_RUN, Variant
 from convnext_cli.catalog.ways import WHOLE, Way, list_ways
 from convnext_cli.kernels.block import block as fused_block
 from convnext_cli.kernels.block import positions as fused_positions
-from convnext_cli.models.layers import (
-    GRN,
-    ChannelsFirstLayerNorm,
-    DropPath,
-    DropPathKind,
-    LayerNorm,
-)
+from convnext_cli.models.drop_path import DropPathKind, add_kept, add_scaled, draw_paths
+from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, LayerNorm
 
 Checkpointing = Literal["none", "selective", "stages", "blocks"]
 """What is computed again in the backward pass instead of being kept: nothing, all but products and
@@ -50,6 +50,12 @@ _PRODUCTS = (
 """Operators whose results selective checkpointing keeps: all that take time of their own."""
 
 
+_checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""A function that is run again in the backward pass; it draws nothing."""
+
+_Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+
 class Block(nn.Module):
     """Depthwise convolution and LayerNorm over space, then a two-layer network over channels.
 
@@ -58,17 +64,15 @@ class Block(nn.Module):
 
     Args:
         dim: Channels of input and output.
-        drop_frac: Probability of leaving an image's branch out in training.
         layer_scale_init: First value of `gamma`; None for a block without it.
         grn: Whether a GRN follows the activation.
-        drop_path_kind: See `DropPath`.
+        drop_path_kind: What `forward` is given for drop path.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        drop_frac: float,
         layer_scale_init: float | None,
         grn: bool,
         drop_path_kind: DropPathKind = "scale",
@@ -83,7 +87,7 @@ class Block(nn.Module):
         self.gamma: nn.Parameter | None = None
         if layer_scale_init is not None:
             self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init))
-        self.drop_path = DropPath(drop_frac, kind=drop_path_kind)
+        self.drop_path_kind: DropPathKind = drop_path_kind
         self.way: Way = "plain"
         """How the block is computed; the numbers are the same to rounding."""
 
@@ -123,19 +127,17 @@ class Block(nn.Module):
         weight, bias = self.fold_norm(xhat_NHWC.dtype)
         return self.mix_hidden(functional.linear(xhat_NHWC, weight, bias.to(weight.dtype)))
 
-    def forward_fused(self, x_NCHW: Tensor, *, recomputed: bool) -> Tensor:
+    def forward_fused(self, x_NCHW: Tensor, drawn: Tensor | None, *, recomputed: bool) -> Tensor:
         """The whole block as one operator: (N, C, H, W) to the same shape and dtype."""
         x_NHWC = x_NCHW.permute(0, 2, 3, 1)
-        if not self.drop_path.skips:
-            factor_N = self.drop_path.draw_factor(x_NHWC)
-            out_NHWC = self.fuse(x_NHWC, factor_N, recomputed=recomputed)
+        if drawn is None or self.drop_path_kind == "scale":
+            out_NHWC = self.fuse(x_NHWC, drawn, recomputed=recomputed)
             return out_NHWC.permute(0, 3, 1, 2)
-        kept_k = self.drop_path.draw_kept(x_NHWC)
         dtype = torch.promote_types(x_NHWC.dtype, torch.float32)
-        factor = len(x_NHWC) / len(kept_k)
-        factor_k = torch.full(kept_k.shape, factor, dtype=dtype, device=kept_k.device)
-        out_kHWC = self.fuse(x_NHWC.index_select(0, kept_k), factor_k, recomputed=recomputed)
-        return x_NHWC.index_copy(0, kept_k, out_kHWC).permute(0, 3, 1, 2)
+        factor = len(x_NHWC) / len(drawn)
+        factor_k = torch.full(drawn.shape, factor, dtype=dtype, device=drawn.device)
+        out_kHWC = self.fuse(x_NHWC.index_select(0, drawn), factor_k, recomputed=recomputed)
+        return x_NHWC.index_copy(0, drawn, out_kHWC).permute(0, 3, 1, 2)
 
     def fuse(self, x_NHWC: Tensor, factor_N: Tensor | None, *, recomputed: bool) -> Tensor:
         """The operator: x plus the branch of each image by its factor; None: by 1."""
@@ -167,16 +169,37 @@ class Block(nn.Module):
             y_NHWC = self.gamma * y_NHWC
         return y_NHWC.permute(0, 3, 1, 2)
 
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Map (N, C, H, W) to the same shape and dtype."""
+    def compute(self, x_NCHW: Tensor, drawn: Tensor | None) -> Tensor:
+        """What `forward` gives, its intermediate results kept for the backward pass."""
         if self.way in WHOLE:
-            return self.forward_fused(x_NCHW, recomputed=self.way == "recomputed")
-        if self.drop_path.skips:
-            return self.drop_path.add_kept(x_NCHW, self.branch)
-        y_NCHW = self.drop_path(self.branch(x_NCHW))
-        # Under autocast the float32 gamma would turn the stream between blocks into float32, twice
-        # the memory traffic of everything that reads it; the sum goes back to the stream's dtype.
-        out_NCHW: Tensor = x_NCHW + y_NCHW.to(x_NCHW.dtype)
+            return self.forward_fused(x_NCHW, drawn, recomputed=self.way == "recomputed")
+        if drawn is not None and self.drop_path_kind == "skip":
+            return add_kept(x_NCHW, self.branch, drawn)
+        return add_scaled(x_NCHW, self.branch(x_NCHW), drawn)
+
+    def forward(
+        self, x_NCHW: Tensor, drawn: Tensor | None = None, checkpointing: Checkpointing = "none"
+    ) -> Tensor:
+        """Map (N, C, H, W) to the same shape and dtype.
+
+        Args:
+            x_NCHW: Images.
+            drawn: What `draw_paths` has for this block; None: no image is dropped.
+            checkpointing: What of the block the backward pass computes again. `selective`
+                (Korthikanti et al. 2022, arXiv 2205.05198) leaves a block that is one operator as
+                it is; `stages` is for who calls the stage.
+        """
+        match checkpointing:
+            case "none" | "stages":
+                out_NCHW = self.compute(x_NCHW, drawn)
+            case "selective" if self.way in WHOLE:
+                out_NCHW = self.compute(x_NCHW, drawn)
+            case "selective":
+                out_NCHW = _checkpoint(self.compute, x_NCHW, drawn, context_fn=_keep_products)
+            case "blocks":
+                out_NCHW = _checkpoint(self.compute, x_NCHW, drawn)
+            case _:
+                assert_never(checkpointing)
         return out_NCHW
 
 
@@ -193,9 +216,8 @@ class ConvNeXt(nn.Module):
         isotropic: Whether one resolution and one width run through all blocks.
         head_init_scale: Factor on the head's first weight and bias (0.001 for fine-tuning).
         gradient_checkpointing: What the backward pass computes again. For isotropic models
-            `stages` means runs of six blocks. `selective` (Korthikanti et al. 2022, arXiv
-            2205.05198) leaves blocks in kernels of this project as they are.
-        drop_path_kind: See `DropPath`.
+            `stages` means runs of six blocks.
+        drop_path_kind: See `draw_paths`.
     """
 
     def __init__(
@@ -215,19 +237,15 @@ class ConvNeXt(nn.Module):
         super().__init__()
         if len(depths) != len(dims) or not depths or (isotropic and len(depths) != 1):
             raise ValueError(f"depths {tuple(depths)} and dims {tuple(dims)} do not fit together")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), not {drop_path}")
         self.gradient_checkpointing: Checkpointing = gradient_checkpointing
+        self.drop_path = drop_path
+        self.drop_path_kind: DropPathKind = drop_path_kind
         widths = [dim for depth, dim in zip(depths, dims, strict=True) for _ in range(depth)]
         blocks = iter(
-            Block(
-                dim,
-                drop_frac=drop_frac,
-                layer_scale_init=layer_scale_init,
-                grn=grn,
-                drop_path_kind=drop_path_kind,
-            )
-            for dim, drop_frac in zip(
-                widths, drop_fracs(len(widths), drop_path=drop_path), strict=True
-            )
+            Block(dim, layer_scale_init=layer_scale_init, grn=grn, drop_path_kind=drop_path_kind)
+            for dim in widths
         )
         self.isotropic = isotropic
         if isotropic:
@@ -304,15 +322,20 @@ class ConvNeXt(nn.Module):
 
     def forward_features(self, x_NCHW: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to pooled and normalised features (N, C)."""
+        drop_path = self.drop_path if self.training else 0.0
+        depth = sum(len(blocks) for blocks in self.list_stages())
+        drawn = iter(
+            draw_paths(x_NCHW, blocks=depth, drop_path=drop_path, kind=self.drop_path_kind)
+        )
         if self.isotropic:
             # Without a LayerNorm after the stem, nothing else brings the stream into this memory
             # format; a block of another format would copy at both of its permutes.
             x_NCHW = self.stem(x_NCHW).contiguous(memory_format=torch.channels_last)
             for start in range(0, len(self.blocks), ISOTROPIC_RUN):
-                x_NCHW = self._run(self.blocks[start : start + ISOTROPIC_RUN], x_NCHW)
+                x_NCHW = self._run(self.blocks[start : start + ISOTROPIC_RUN], x_NCHW, drawn)
         else:
             for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-                x_NCHW = self._run(stage, downsample(x_NCHW))
+                x_NCHW = self._run(stage, downsample(x_NCHW), drawn)
         features_NC: Tensor = self.norm(x_NCHW.mean(dim=(2, 3)))
         return features_NC
 
@@ -321,37 +344,21 @@ class ConvNeXt(nn.Module):
         logits_NK: Tensor = self.head(self.forward_features(x_NCHW))
         return logits_NK
 
-    def _run(self, blocks: nn.Module, x_NCHW: Tensor) -> Tensor:
-        # `checkpoint` restores the random state, so drop path leaves out the same images when the
-        # blocks run again.
-        recompute = self.training and torch.is_grad_enabled()
-        mode: Checkpointing = self.gradient_checkpointing if recompute else "none"
-        match mode:
-            case "none":
-                x_NCHW = blocks(x_NCHW)
-            case "stages":
-                x_NCHW = checkpoint(blocks, x_NCHW, use_reentrant=False)
-            case "blocks":
-                for block in blocks.children():
-                    x_NCHW = checkpoint(block, x_NCHW, use_reentrant=False)
-            case "selective":
-                for block in blocks.children():
-                    x_NCHW = _run_selectively(block, x_NCHW)
-            case _:
-                assert_never(mode)
-        return x_NCHW
+    def _run(self, stage: nn.Module, x_NCHW: Tensor, drawn: Iterator[Tensor | None]) -> Tensor:
+        recomputes = self.training and torch.is_grad_enabled()
+        mode: Checkpointing = self.gradient_checkpointing if recomputes else "none"
+        blocks = [(block, next(drawn)) for block in stage.children()]
+
+        def run(x_NCHW: Tensor) -> Tensor:
+            for block, given in blocks:
+                x_NCHW = block(x_NCHW, given, mode)
+            return x_NCHW
+
+        return _checkpoint(run, x_NCHW) if mode == "stages" else run(x_NCHW)
 
 
-def _run_selectively(block: nn.Module, x_NCHW: Tensor) -> Tensor:
-    if block.way in WHOLE:
-        out_NCHW: Tensor = block(x_NCHW)
-    else:
-        out_NCHW = checkpoint(block, x_NCHW, use_reentrant=False, context_fn=_keep_products)
-    return out_NCHW
-
-
-def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    contexts: tuple[AbstractContextManager[None], AbstractContextManager[None]]
+def _keep_products() -> _Contexts:
+    contexts: _Contexts
     contexts = create_selective_checkpoint_contexts(list(_PRODUCTS))  # type: ignore[no-untyped-call]
     return contexts
 

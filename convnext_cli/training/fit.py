@@ -149,13 +149,8 @@ def _attempt(
         checkpoint_io=writer,
     )
     if plan.compile:
-        compute = plan.recipe.compute
-        compile_network(
-            model,
-            strategy=compute.strategy,
-            sizes=len(plan.train_sizes),
-            cuda_graphs=compute.cuda_graphs,
-        )
+        graphs = plan.recipe.compute.cuda_graphs
+        compile_network(model, sizes=len(plan.train_sizes), cuda_graphs=graphs)
     if start.checkpoint is None and not back:
         _record(run, plan, event="started", step=start.step)
     else:

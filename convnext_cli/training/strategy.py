@@ -13,6 +13,7 @@ its groups. It is read before the network is shared out, and the optimizer's sta
 it is loaded.
 """
 
+from collections.abc import Generator
 from typing import assert_never
 
 import torch
@@ -75,32 +76,44 @@ def build_strategy(
             assert_never(strategy)
 
 
-def compile_network(
-    network: nn.Module, *, strategy: StrategyName, sizes: int = 1, cuda_graphs: bool = False
-) -> None:
-    """Have a network compiled when it first runs: whole, or block by block where it is sharded.
+def compile_network(network: nn.Module, *, sizes: int = 1, cuda_graphs: bool = False) -> None:
+    """Have a network compiled when it first runs: part by part, or whole where it is recorded.
 
-    Every shape is compiled by itself, training and evaluation too, for a graph that leaves a size
-    open is slower. FSDP's hooks, which fetch the weights of a block, stay outside of what is
-    compiled.
+    Blocks of one shape share a graph, so that compiling takes a stage's time and not a network's,
+    and ddp sends the gradients of a block as soon as it is done. FSDP's hooks, which fetch the
+    weights of a block, stay outside of what is compiled. Every shape is compiled by itself,
+    training and evaluation too, for a graph that leaves a size open is slower.
 
     Args:
         network: What learns.
-        strategy: How devices share it.
         sizes: Sizes that training images have in turn.
-        cuda_graphs: Whether each compiled graph is recorded; not under fsdp.
+        cuda_graphs: Whether the compiled graph is recorded.
     """
-    options = {"triton.cudagraphs": True} if cuda_graphs else None
     from torch._dynamo import config  # noqa: PLC0415  # takes seconds
 
-    if strategy != "fsdp":
-        config.recompile_limit = max(config.recompile_limit, 2 * (sizes + 1))
-        network.compile(dynamic=False, options=options)
-        return
-    blocks = list(iter_shard_units(network))
-    # each block has other widths and another drop rate, in training and in evaluation
-    graphs = 2 * len(blocks) * (sizes + 1)
+    parts = [network] if cuda_graphs else list(iter_compile_units(network))
+    # at worst, each has a shape of its own, once more for evaluation
+    graphs = 2 * len(parts) * (sizes + 1)
     config.recompile_limit = max(config.recompile_limit, graphs)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
-    for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
+    if cuda_graphs:
+        network.compile(dynamic=False, options={"triton.cudagraphs": True})
+        return
+    config.optimize_ddp = False  # it cuts a graph where DDP's messages end; these are short enough
+    for part in parts:
+        part.forward = torch.compile(part.forward, dynamic=False)
+
+
+def iter_compile_units(network: nn.Module) -> Generator[nn.Module]:
+    """The parts that are compiled by themselves: each block, and what lies between stages."""
+    blocks = set(iter_shard_units(network))
+
+    def walk(module: nn.Module) -> Generator[nn.Module]:
+        between = blocks.isdisjoint(module.modules()) and any(True for _ in module.children())
+        if module in blocks or (between and not isinstance(module, nn.ModuleList)):
+            yield module
+        else:
+            for child in module.children():
+                yield from walk(child)
+
+    return walk(network)

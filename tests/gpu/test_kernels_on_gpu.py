@@ -9,6 +9,7 @@ from kernel_curves import assert_within_noise
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.choice import choose_ways, list_usable
 from convnext_cli.models.convnext import Block, build_convnext
+from convnext_cli.models.drop_path import draw_paths
 from convnext_cli.plan.cost import estimate_activations
 
 SHAPES = [  # images, side, channels: stages of T, B and V2-atto, odd sides, a single image
@@ -21,9 +22,10 @@ SHAPES = [  # images, side, channels: stages of T, B and V2-atto, odd sides, a s
 def run(block, x_NCHW, grad_NCHW, dtype):
     leaf = x_NCHW.to(dtype).requires_grad_()
     torch.manual_seed(3)
+    factor_N = draw_paths(leaf, blocks=2, drop_path=0.3, kind="scale")[1]
     narrow = dtype not in {torch.float32, torch.float64}
     with torch.autocast("cuda", dtype=dtype if narrow else torch.bfloat16, enabled=narrow):
-        out = block(leaf)
+        out = block(leaf, factor_N)
     grads = torch.autograd.grad(out, [leaf, *block.parameters()], grad_NCHW.to(out.dtype))
     return [out.detach(), *grads]
 
@@ -33,7 +35,7 @@ def run(block, x_NCHW, grad_NCHW, dtype):
 @pytest.mark.parametrize(("images", "side", "dim"), SHAPES)
 def test_every_way_is_as_near_float64_as_plain_operators(images, side, dim, grn, dtype):
     torch.backends.cuda.matmul.allow_tf32 = False
-    block = Block(dim, drop_frac=0.3, layer_scale_init=None if grn else 1.0, grn=grn).train()
+    block = Block(dim, layer_scale_init=None if grn else 1.0, grn=grn).train()
     with torch.no_grad():
         for parameter in block.parameters():
             wide = parameter.ndim > 1 and parameter.shape[0] > 1

@@ -68,16 +68,17 @@ def test_blocks_that_skip_and_images_that_grow_learn_on_a_gpu(train, kernels):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-def test_skipping_waits_for_no_device():
+def test_drop_path_waits_for_no_device():
     import torch
 
-    from convnext_cli.models.layers import DropPath
+    from convnext_cli.models.drop_path import add_kept, draw_paths
 
-    drop = DropPath(0.5, kind="skip")
     x_NCHW = torch.randn(16, 8, 7, 7, device="cuda", requires_grad=True)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        drop.add_kept(x_NCHW, torch.sin).sum().backward()
+        for kind in ("scale", "skip"):
+            drawn = draw_paths(x_NCHW, blocks=2, drop_path=0.5, kind=kind)[1]
+        add_kept(x_NCHW, torch.sin, drawn).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

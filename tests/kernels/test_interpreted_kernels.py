@@ -224,11 +224,11 @@ def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
 
     from convnext_cli.models.convnext import Block
 
-    block = Block(32, drop_frac=0.5, layer_scale_init=None if grn else 1.0, grn=grn).train()
+    block = Block(32, layer_scale_init=None if grn else 1.0, grn=grn).train()
     block.way = way
     x = torch.randn(2, 32, 4, 6, requires_grad=True)
     with Watch():
-        block(x).sum().backward()
+        block(x, torch.tensor([0.0, 2.0])).sum().backward()
 
     assert len(seen) == 2
     for op, args, done in seen:
@@ -256,7 +256,7 @@ def test_a_program_has_as_many_columns_as_it_has_registers_for(channels, most, c
 def test_a_whole_block_takes_any_strides(grn):
     from convnext_cli.models.convnext import Block
 
-    block = Block(32, drop_frac=0.0, layer_scale_init=None if grn else 1.0, grn=grn).train()
+    block = Block(32, layer_scale_init=None if grn else 1.0, grn=grn).train()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x = torch.randn(2, 32, 4, 6)  # contiguous, so that a block's NHWC view of it is not

@@ -65,8 +65,8 @@ def test_a_damaged_file_is_measured_anew(tmp_path):
 def test_a_way_that_is_wrong_is_left_out_however_fast_it_is(monkeypatch):
     broken = choice.Block.forward_fused
 
-    def forward_fused(self, x_NCHW, *, recomputed):
-        out = broken(self, x_NCHW, recomputed=recomputed)
+    def forward_fused(self, x_NCHW, drawn, *, recomputed):
+        out = broken(self, x_NCHW, drawn, recomputed=recomputed)
         return out * 1.1 if recomputed else out
 
     monkeypatch.setattr(choice.Block, "forward_fused", forward_fused)
@@ -79,7 +79,7 @@ def test_a_way_that_is_wrong_is_left_out_however_fast_it_is(monkeypatch):
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
 def test_a_way_that_does_not_run_is_left_out_and_said(monkeypatch, tmp_path, kind):
-    def forward_fused(self, x_NCHW, *, recomputed):
+    def forward_fused(self, x_NCHW, drawn, *, recomputed):
         raise kind("out of shared memory\nand more")
 
     monkeypatch.setattr(choice.Block, "forward_fused", forward_fused)
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_costs_the_next_run_a_measurement(tmp_pa
     ],
 )
 def test_whole_blocks_in_fp32_have_no_room_on_a_gpu(device, dtype, last):
-    block = Block(96, drop_frac=0.0, layer_scale_init=1.0, grn=False)
+    block = Block(96, layer_scale_init=1.0, grn=False)
 
     assert list_usable(block, device=torch.device(device), dtype=dtype)[-1] == last
 

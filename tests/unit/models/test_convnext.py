@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from convnext_cli.catalog.models import VARIANTS, find_variant
 from convnext_cli.models.convnext import Block, ConvNeXt, build_comparison, build_convnext
-from convnext_cli.models.layers import DropPath
+from convnext_cli.models.drop_path import add_kept, draw_paths
 
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32), "num_classes": 5}
 KINDS = {
@@ -31,15 +31,6 @@ def kind(request):
 @pytest.fixture
 def images():
     return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def fresh_compiler():
-    # Every model here runs the same `forward`, and the compiler gives up on one that it has seen
-    # eight times.
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def test_v1_has_the_official_parameter_names():
@@ -134,18 +125,34 @@ def test_a_model_made_on_meta_gets_the_same_first_values(kind):
         assert torch.equal(model.get_parameter(name), parameter), name
 
 
-def test_drop_path_grows_linearly_from_zero_over_all_blocks():
+@pytest.mark.parametrize("drop_path", [-0.1, 1.0])
+def test_a_drop_path_that_keeps_nothing_is_refused(drop_path):
+    with pytest.raises(ValueError, match="drop_path must be in"):
+        ConvNeXt(**SMALL, drop_path=drop_path)
+
+
+def test_every_block_is_given_its_own_draw_in_training_alone(images):
     model = ConvNeXt(**SMALL, drop_path=0.4)
+    given = []
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.register_forward_pre_hook(lambda _block, inputs: given.append(inputs[1]))
 
-    fracs = [block.drop_path.drop_frac for block in model.modules() if isinstance(block, Block)]
+    torch.manual_seed(3)
+    model(images)
+    torch.manual_seed(3)
+    drawn = draw_paths(images, blocks=5, drop_path=0.4, kind="scale")
+    model.eval()(images)
 
-    assert fracs == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert given[0] is drawn[0] is None
+    assert all(torch.equal(*pair) for pair in zip(given[1:5], drawn[1:], strict=True))
+    assert given[5:] == [None] * 5
 
 
 def test_pooling_comes_before_the_last_norm(images):
     model = ConvNeXt(**KINDS["v1"]).eval()
     seen = []
-    model.stages[-1].register_forward_hook(lambda *args: seen.append(args[2]))
+    model.stages[-1][-1].register_forward_hook(lambda *args: seen.append(args[2]))
 
     features_NC = model.forward_features(images)
 
@@ -156,7 +163,7 @@ def test_pooling_comes_before_the_last_norm(images):
 
 def test_a_block_is_the_written_out_formula():
     torch.manual_seed(0)
-    block = Block(8, drop_frac=0.0, layer_scale_init=0.5, grn=False).double()
+    block = Block(8, layer_scale_init=0.5, grn=False).double()
     x_NCHW = torch.randn(2, 8, 9, 9, dtype=torch.float64)
 
     y = nn.functional.conv2d(x_NCHW, block.dwconv.weight, block.dwconv.bias, padding=3, groups=8)
@@ -317,7 +324,6 @@ def test_skipping_compiles_as_one_graph_that_draws_the_same_images(images, mode)
     expected = skipping_gradients(TWO_BLOCKS, images, mode=mode)
 
     def compiled(model):
-        # Not "eager", which lets no checkpoint restore the random state.
         return torch.compile(model, backend="aot_eager", fullgraph=True)
 
     gradients = skipping_gradients(TWO_BLOCKS, images, mode=mode, compiled=compiled)
@@ -328,34 +334,35 @@ def test_skipping_compiles_as_one_graph_that_draws_the_same_images(images, mode)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_skipping_compiles_once_whatever_is_drawn():
     counter = CompileCounter()
-    block = Block(8, drop_frac=0.5, layer_scale_init=1.0, grn=False, drop_path_kind="skip")
+    block = Block(8, layer_scale_init=1.0, grn=False, drop_path_kind="skip")
     compiled = torch.compile(block, backend=counter, fullgraph=True)
 
     for _ in range(4):
-        compiled(torch.randn(6, 8, 9, 9))
+        compiled(torch.randn(6, 8, 9, 9), torch.randperm(6)[:3])
 
     assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_skipping_compiles_for_a_batch_whose_size_is_left_open():
-    block = Block(8, drop_frac=0.5, layer_scale_init=1.0, grn=False, drop_path_kind="skip")
+    block = Block(8, layer_scale_init=1.0, grn=False, drop_path_kind="skip")
     compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=True)
 
-    assert [len(compiled(torch.randn(n, 8, 9, 9))) for n in (4, 7, 10)] == [4, 7, 10]
+    assert [
+        len(compiled(torch.randn(n, 8, 9, 9), torch.randperm(n)[: n // 2])) for n in (4, 7, 10)
+    ] == [4, 7, 10]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_inductor_s_code_for_skipping_gives_the_same_sum_and_gradient():
-    drop = DropPath(0.5, kind="skip")
     x_NCHW = torch.randn(4, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    kept_k = torch.tensor([2, 0])
 
     def run(x_NCHW):
-        return drop.add_kept(x_NCHW, torch.sin)
+        return add_kept(x_NCHW, torch.sin, kept_k)
 
     both = []
     for function in (run, torch.compile(run, fullgraph=True)):
-        torch.manual_seed(1)
         leaf = x_NCHW.clone().requires_grad_()
         out = function(leaf)
         out.square().sum().backward()

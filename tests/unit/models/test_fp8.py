@@ -63,7 +63,7 @@ def test_the_operator_that_a_gpu_runs_gives_what_the_emulation_gives():
     both_ways = []
     for emulated in (True, False):
         torch.manual_seed(0)
-        block = Block(512, drop_frac=0.0, layer_scale_init=None, grn=False)
+        block = Block(512, layer_scale_init=None, grn=False)
         use_fp8(block, emulated=emulated)
         layer = block.pwconv1.bfloat16()
         # 49 rows: the product for the weight's gradient is padded to a multiple of 16.

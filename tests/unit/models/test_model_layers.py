@@ -1,10 +1,10 @@
-"""LayerNorm, GRN and DropPath against formulas written out in float64."""
+"""LayerNorm and GRN against formulas written out in float64."""
 
 import pytest
 import torch
 from torch import nn
 
-from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, DropPath, LayerNorm
+from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, LayerNorm
 
 
 def layer_norm_float64(x_NHWC, weight, bias, eps=1e-6):
@@ -154,116 +154,3 @@ def test_grn_parameters_have_the_published_shape():
         "gamma": (1, 1, 1, 8),
         "beta": (1, 1, 1, 8),
     }
-
-
-def test_drop_path_drops_whole_images_at_its_rate_and_keeps_the_mean():
-    torch.manual_seed(0)
-    drop = DropPath(0.3)
-
-    out = drop(torch.ones(20_000, 2, 3))
-
-    per_image = out.flatten(1)
-    assert torch.equal(per_image.amin(1), per_image.amax(1))
-    torch.testing.assert_close(per_image.unique(), torch.tensor([0.0, 1 / 0.7]))
-    # Four standard errors of 20,000 draws.
-    assert (per_image[:, 0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.013)
-    assert out.mean().item() == pytest.approx(1.0, abs=0.019)
-
-
-def test_drop_path_is_the_identity_in_evaluation_and_at_zero():
-    x = torch.randn(4, 3)
-
-    assert DropPath(0.9).eval()(x) is x
-    assert DropPath(0.0)(x) is x
-
-
-def test_drop_path_scales_bfloat16_by_the_exact_factor():
-    # 3 * (1 / 0.9) rounds to 3.328125 in bfloat16; 3 * bfloat16(1 / 0.9) would give 3.34375.
-    torch.manual_seed(0)
-
-    out = DropPath(0.1)(torch.full((64, 1), 3.0, dtype=torch.bfloat16))
-
-    assert set(out.flatten().tolist()) == {0.0, torch.tensor(3 / 0.9).bfloat16().item()}
-
-
-def add_branch_of_ones(drop_frac, *, images=8, dtype=torch.float32):
-    drop = DropPath(drop_frac, kind="skip")
-    zeros = torch.zeros(images, 1, 1, 1, dtype=dtype)
-    return drop.add_kept(zeros, torch.ones_like).flatten()
-
-
-def test_skipping_computes_a_fixed_number_of_images_and_no_others():
-    torch.manual_seed(0)
-    seen = []
-    x_NCHW = torch.randn(10, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-
-    def branch(kept_kCHW):
-        assert kept_kCHW.is_contiguous(memory_format=torch.channels_last)
-        seen.append(len(kept_kCHW))
-        return kept_kCHW.double().sin().float()
-
-    out_NCHW = DropPath(0.34, kind="skip").add_kept(x_NCHW, branch)
-
-    assert seen == [7]  # of 6.6
-    assert out_NCHW.is_contiguous(memory_format=torch.channels_last)
-    past = [torch.equal(image, out) for image, out in zip(x_NCHW, out_NCHW, strict=True)]
-    assert sum(past) == 3
-    for image, out, went_past in zip(x_NCHW, out_NCHW, past, strict=True):
-        if not went_past:
-            torch.testing.assert_close(out, image + image.sin() * 10 / 7)
-
-
-def test_skipping_keeps_the_mean_exactly_and_every_image_equally_often():
-    torch.manual_seed(0)
-
-    draws = torch.stack([add_branch_of_ones(0.4) for _ in range(4000)])
-
-    assert draws.sum(1).unique().tolist() == [8.0]  # 5 images x 8 / 5, in every single draw
-    kept_frac = (draws > 0).float().mean(0)
-    # Four standard errors of 4,000 draws around 5 / 8, which is not 1 - 0.4.
-    assert kept_frac.tolist() == pytest.approx([5 / 8] * 8, abs=0.031)
-    assert draws.mean(0).tolist() == pytest.approx([1.0] * 8, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("images", "drop_frac", "kept"), [(1, 0.9, 1), (2, 0.95, 1), (128, 0.5, 64), (128, 0.03, 124)]
-)
-def test_at_least_one_image_goes_through_a_branch(images, drop_frac, kept):
-    assert (add_branch_of_ones(drop_frac, images=images) > 0).sum().item() == kept
-
-
-def test_skipping_gives_both_ways_their_gradients_in_the_same_memory():
-    torch.manual_seed(0)
-    x_NCHW = torch.randn(6, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-    x_NCHW.requires_grad_()
-
-    out_NCHW = DropPath(0.5, kind="skip").add_kept(x_NCHW, lambda kept: 3 * kept)
-    out_NCHW.sum().backward()
-
-    gradients = x_NCHW.grad.flatten(1)
-    assert gradients.amax(1).tolist() == gradients.amin(1).tolist()
-    assert sorted(gradients[:, 0].tolist()) == [1, 1, 1, 7, 7, 7]  # 1, and 3 x 6 / 3 on top
-    assert x_NCHW.grad.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_skipping_scales_bfloat16_by_the_exact_factor():
-    drop = DropPath(0.1, kind="skip")
-    x_NCHW = torch.zeros(10, 1, 1, 1, dtype=torch.bfloat16)
-
-    out_NCHW = drop.add_kept(x_NCHW, lambda kept: torch.full_like(kept, 3.0))
-
-    assert set(out_NCHW.flatten().tolist()) == {0.0, torch.tensor(3 * 10 / 9).bfloat16().item()}
-
-
-def test_skipping_is_for_training_and_blocks_that_drop():
-    assert DropPath(0.2, kind="skip").skips
-    assert not DropPath(0.2, kind="skip").eval().skips
-    assert not DropPath(0.0, kind="skip").skips
-    assert not DropPath(0.2).skips
-    assert "skip" in repr(DropPath(0.2, kind="skip"))
-
-
-@pytest.mark.parametrize("drop_frac", [-0.1, 1.0])
-def test_drop_path_refuses_a_probability_that_keeps_nothing(drop_frac):
-    with pytest.raises(ValueError, match="drop_frac must be in"):
-        DropPath(drop_frac)

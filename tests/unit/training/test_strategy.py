@@ -4,9 +4,11 @@ import pytest
 import timm
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch._dynamo.testing import CompileCounter
+from torch.nn.parallel import DistributedDataParallel
 
 from convnext_cli.catalog.models import find_variant
-from convnext_cli.models.convnext import Block, build_convnext
+from convnext_cli.models.convnext import Block, ConvNeXt, build_convnext
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.cost import STRATEGIES
 from convnext_cli.training.sharding import ShardedStrategy, iter_shard_units
@@ -54,23 +56,80 @@ def test_the_blocks_of_other_models_are_found_too(name, kind, count):
     assert [type(unit).__name__ for unit in units] == [kind] * count
 
 
-def test_a_sharded_network_is_compiled_block_by_block():
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_network_is_compiled_block_by_block_and_what_lies_between():
     network = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
 
-    compile_network(network, strategy="fsdp")
+    compile_network(network)
 
-    assert all("forward" in vars(unit) for unit in iter_shard_units(network))
+    blocks = set(iter_shard_units(network))
+    compiled = [part for part in network.modules() if "forward" in vars(part)]
+    assert set(compiled) == blocks | set(network.downsample_layers)
     assert network._compiled_call_impl is None
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("ddp", 9), ("fsdp", 36 * 9)])
-def test_the_compiler_does_not_give_up_on_images_of_many_sizes(name, graphs):
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_network_without_blocks_in_a_row_is_compiled_whole():
+    network = timm.create_model("inception_v3", pretrained=False, aux_logits=False)
+
+    compile_network(network)
+
+    assert "forward" in vars(network)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_blocks_of_one_shape_share_a_graph_whatever_they_drop():
+    counter = CompileCounter()
+    shape = {"depths": (6, 6), "dims": (8, 16)}
+    network = ConvNeXt(**shape, num_classes=3, drop_path=0.5, layer_scale_init=1.0)
+
+    with torch._dynamo.config.patch(recompile_limit=100):
+        for block in iter_shard_units(network):
+            block.forward = torch.compile(block.forward, backend=counter, dynamic=False)
+        network(torch.randn(2, 3, 32, 32)).sum().backward()
+
+    # one a stage, and the first block of all, which drops nothing
+    assert counter.frame_count == 3
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
+def test_gradients_are_sent_while_the_first_blocks_are_still_to_come(tmp_path):
+    network = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    compile_network(network)
+    sent: list[bool] = []
+
+    def note(_state, bucket):
+        sent.append(network.stages[0][0].dwconv.weight.grad is not None)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        alone = DistributedDataParallel(network, bucket_cap_mb=1)
+        alone.register_comm_hook(None, note)
+        for _ in range(2):  # the first tells in what order gradients come
+            sent.clear()
+            network.zero_grad()
+            alone(torch.randn(2, 3, 32, 32)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+    assert len(sent) > 2
+    assert not sent[0]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("cuda_graphs", "graphs"), [(True, 9), (False, 36 * 9)])
+def test_the_compiler_does_not_give_up_on_images_of_many_sizes(cuda_graphs, graphs):
     with torch.device("meta"):
         network = build_convnext(find_variant("convnext_base"), num_classes=3)
 
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        compile_network(network, strategy=name, sizes=8)
+        compile_network(network, sizes=8, cuda_graphs=cuda_graphs)
 
-        # of each block, one a size in training and one in evaluation
+        # of each part, one a size in training and one in evaluation
         assert torch._dynamo.config.recompile_limit >= graphs
         assert torch._dynamo.config.accumulated_recompile_limit >= graphs
