@@ -8,11 +8,10 @@ import gc
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch.profiler import ProfilerActivity
 
 from convnext_cli.bench.report import StepMemory
 from convnext_cli.bench.steps import build_step
-from convnext_cli.bench.trace import Event, read_events
+from convnext_cli.bench.trace import Event, record_events
 from convnext_cli.plan.resolve import Plan
 
 _STEPS = 3
@@ -94,13 +93,13 @@ def _measure_peak(plan: Plan) -> int:
     # A graph that was compiled for another batch would make this one's sizes dynamic.
     torch.compiler.reset()
     if plan.cluster.device != "cuda":
-        with torch.profiler.profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
+
+        def run() -> None:
             step = build_step("convnext", plan)
             for _ in range(_STEPS):
                 step()
-        return find_peak(read_events(profiler))
+
+        return find_peak(record_events(run, memory=True))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     step = build_step("convnext", plan)

@@ -4,9 +4,8 @@ import gc
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from convnext_cli.bench.trace import read_events
+from convnext_cli.bench.trace import record_events
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cost import block_images, estimate_activations
@@ -68,15 +67,16 @@ def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, drop_pa
     def measure(count: int) -> int:
         gc.collect()
         images = torch.rand(count, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-        with (
-            profile(
-                activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-            ) as profiler,
-            torch.autocast("cpu", dtype=torch.bfloat16),
-        ):
-            logits = model(images)
-        assert logits.requires_grad
-        memory = [event for event in read_events(profiler) if event["name"] == "[memory]"]
+        kept: list[torch.Tensor] = []
+
+        def run() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model(images)
+            assert logits.requires_grad
+            kept.append(logits)  # with all that it keeps
+
+        events = record_events(run, memory=True)
+        memory = [event for event in events if event["name"] == "[memory]"]
         return sum(event["args"]["Bytes"] for event in memory)
 
     def estimate(count: int) -> int:
