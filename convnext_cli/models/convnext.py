@@ -24,10 +24,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import (
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from convnext_cli.catalog.models import ISOTROPIC_RUN, Variant
 from convnext_cli.catalog.ways import WHOLE, Way, list_ways

@@ -110,7 +110,7 @@ def iter_compile_units(network: nn.Module) -> Generator[nn.Module]:
 
     def walk(module: nn.Module) -> Generator[nn.Module]:
         between = blocks.isdisjoint(module.modules()) and any(True for _ in module.children())
-        if module in blocks or (between and not isinstance(module, nn.ModuleList)):
+        if module in blocks or (between and not isinstance(module, nn.ModuleList | nn.ModuleDict)):
             yield module
         else:
             for child in module.children():
