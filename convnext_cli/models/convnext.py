@@ -240,6 +240,7 @@ class ConvNeXt(nn.Module):
         self.drop_path = drop_path
         self.drop_path_kind: DropPathKind = drop_path_kind
         widths = [dim for depth, dim in zip(depths, dims, strict=True) for _ in range(depth)]
+        self.num_blocks = len(widths)
         blocks = iter(
             Block(dim, layer_scale_init=layer_scale_init, grn=grn, drop_path_kind=drop_path_kind)
             for dim in widths
@@ -320,10 +321,8 @@ class ConvNeXt(nn.Module):
     def forward_features(self, x_NCHW: Tensor) -> Tensor:
         """Map images (N, 3, H, W) to pooled and normalised features (N, C)."""
         drop_path = self.drop_path if self.training else 0.0
-        depth = sum(len(blocks) for blocks in self.list_stages())
-        drawn = iter(
-            draw_paths(x_NCHW, blocks=depth, drop_path=drop_path, kind=self.drop_path_kind)
-        )
+        blocks, kind = self.num_blocks, self.drop_path_kind
+        drawn = iter(draw_paths(x_NCHW, blocks=blocks, drop_path=drop_path, kind=kind))
         if self.isotropic:
             # Without a LayerNorm after the stem, nothing else brings the stream into this memory
             # format; a block of another format would copy at both of its permutes.
