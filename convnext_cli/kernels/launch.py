@@ -13,11 +13,11 @@ def uses_triton(x: Tensor) -> bool:
     return x.is_cuda or bool(triton.knobs.runtime.interpret)
 
 
-def count_programs(device: torch.device) -> int:
-    """Programs that fill a device in a reduction over rows."""
+def count_programs(device: torch.device, *, each: int = SUMMING_PROGRAMS) -> int:
+    """Programs that fill a device in a reduction over rows, `each` of them a multiprocessor."""
     if device.type != "cuda":
-        return SUMMING_PROGRAMS
-    return SUMMING_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+        return each
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def power_of_two_in(number: int, *, most: int) -> int:

@@ -1,13 +1,15 @@
 """Device code of the 7x7 depthwise convolution over NHWC, in Triton.
 
-A program owns `ROWS` lines of an image and `BLOCK` channels; a thread, two channels of a line. It
-slides along the line: each input column is read once and goes into the seven output columns around
-it, whose sums lie in registers, as the 49 weights do. So an output costs seven loads, not 49, and
-no load of the input has a condition: lines above or below the image are read from the line at work,
-with a weight of zero.
+A thread owns one channel of `LINES` neighbouring lines of an image and slides along them: of each
+input column it reads LINES + 6 values, once, and each goes into the seven output columns around it
+and into the lines whose windows it lies in. Those 7 x LINES sums and the 49 weights stay in
+registers. So an output costs (LINES + 6) / LINES loads instead of 49, and between two columns there
+are 49 LINES multiply-adds, time enough for the loads of the next one.
 
-Shapes: x and out (LINES, WIDTH, CHANNELS), where a line is a row of pixels of one image; weights
-(49, CHANNELS) and biases (CHANNELS) in float32. `UNROLL` divides WIDTH.
+Shapes: x and out (lines, WIDTH, CHANNELS), where a line is a row of pixels of one image, HEIGHT of
+them each; weights (49, CHANNELS) and biases (CHANNELS) in float32. A group is LINES lines of one
+image, its last one fewer where LINES does not divide HEIGHT. A program has ROWS groups and BLOCK
+channels. UNROLL divides WIDTH.
 """
 
 import triton
@@ -15,223 +17,288 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_column(lines, column, masks, CHANNELS: tl.constexpr, MASKED: tl.constexpr):
-    """A column of each line; without MASKED, nothing of it is left out."""
-    values = ()
-    for i in tl.static_range(7):
-        if MASKED:
-            values = values + (tl.load(lines[i] + column * CHANNELS, mask=masks[i], other=0.0),)
+def _find_group(
+    index, num_groups,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+    LINES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(channels, are they real, are the groups, their first lines in an image, where they begin).
+
+    What is not real is read as the last one that is.
+    """
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = channel < CHANNELS
+    if CHANNELS % BLOCK != 0:
+        channel = tl.minimum(channel, CHANNELS - 1)
+    asked = index * ROWS + tl.arange(0, ROWS)
+    group = tl.minimum(asked, num_groups - 1)
+    PER_IMAGE: tl.constexpr = (HEIGHT + LINES - 1) // LINES
+    y = group % PER_IMAGE * LINES
+    line = (group // PER_IMAGE).to(tl.int64) * HEIGHT + y
+    place = line[:, None] * (WIDTH * CHANNELS) + channel[None, :]
+    return channel, used, asked < num_groups, y, place
+
+
+@triton.jit
+def _find_inside(y, HEIGHT: tl.constexpr, LINES: tl.constexpr):
+    """Which groups have each of the lines from three above them to three below in their image."""
+    masks = ()
+    for k in tl.static_range(LINES + 6):
+        if k < 3 and LINES >= 3:
+            inside = y > 0  # y is a multiple of LINES: one condition for all three
+        elif k >= LINES + 3 and LINES >= 3 and HEIGHT % LINES == 0:
+            inside = y + LINES < HEIGHT
         else:
-            values = values + (tl.load(lines[i] + column * CHANNELS),)
+            inside = (y + (k - 3) >= 0) & (y + (k - 3) < HEIGHT)
+        masks = masks + (inside[:, None],)
+    return masks
+
+
+@triton.jit
+def _load_column(
+    first, masks, column,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """A column of the lines from three above a group to three below; 0 outside of its image."""
+    values = ()
+    for k in tl.static_range(LINES + 6):
+        if LINES == HEIGHT and (k < 3 or k >= LINES + 3):
+            values = values + (0.0,)
+        elif HEIGHT % LINES == 0 and k >= 3 and k < LINES + 3:
+            values = values + (tl.load(first + ((k - 3) * WIDTH + column) * CHANNELS),)
+        else:
+            pointers = first + ((k - 3) * WIDTH + column) * CHANNELS
+            values = values + (tl.load(pointers, mask=masks[k], other=0.0),)
     return values
 
 
 @triton.jit
-def _push(values, following):
-    """The columns that are on their way, without the first of them and with a new one."""
-    rest = ()
-    for i in tl.static_range(len(values) - len(following)):
-        rest = rest + (values[i + len(following)],)
-    return rest + following
+def _load_lines(
+    first, column, wanted, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr
+):
+    """A column of the lines of a group."""
+    values = ()
+    for p in tl.static_range(LINES):
+        pointers = first + (p * WIDTH + column) * CHANNELS
+        values = values + (tl.load(pointers, mask=wanted[p], other=0.0),)
+    return values
 
 
 @triton.jit
-def _load_added(add, column, wanted, CHANNELS: tl.constexpr, HAS_ADD: tl.constexpr):
-    added = 0.0
-    if HAS_ADD:
-        added = tl.load(add + column * CHANNELS, mask=wanted, other=0.0).to(tl.float32)
-    return added
+def _shift(window, following, LINES: tl.constexpr):
+    """Seven columns of each line, moved on by one."""
+    moved = ()
+    for p in tl.static_range(LINES):
+        for t in tl.static_range(6):
+            moved = moved + (window[p * 7 + t + 1],)
+        moved = moved + (following[p],)
+    return moved
 
 
 @triton.jit
-def _finish(
-    value, column, wanted, used, place, line, out_ptr, rstd_ptr, eps,
-    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, NORMALISED: tl.constexpr,
+def _add_column(sums, weights, values, HEIGHT: tl.constexpr, LINES: tl.constexpr):
+    """Each sum of a line's seven output columns plus what an input column gives."""
+    for k in tl.static_range(LINES + 6):
+        if LINES != HEIGHT or (k >= 3 and k < LINES + 3):
+            value = values[k].to(tl.float32)
+            following = ()
+            for p in tl.static_range(LINES):
+                for t in tl.static_range(7):
+                    total = sums[p * 7 + t]
+                    if k >= p and k < p + 7:
+                        total = total + weights[(k - p) * 7 + 6 - t] * value
+                    following = following + (total,)
+            sums = following
+    return sums
+
+
+@triton.jit
+def _store_column(
+    sums, t: tl.constexpr, added, first, column, wanted,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
-    """Write one column of outputs, normalised over the channels where a program has all of them."""
-    if NORMALISED:
-        mean = tl.sum(value, axis=1) / CHANNELS
-        centred = tl.where(used[None, :], value - mean[:, None], 0.0)
-        rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / CHANNELS + eps)
-        value = centred * rstd[:, None]
-        first = tl.max(wanted.to(tl.int32), axis=1) > 0
-        tl.store(rstd_ptr + line * WIDTH + column, rstd, mask=first)
-    tl.store(out_ptr + place + column * CHANNELS, value.to(out_ptr.dtype.element_ty), mask=wanted)
+    """Write column `t` of the sums."""
+    for p in tl.static_range(LINES):
+        value = sums[p * 7 + t]
+        if HAS_ADD:
+            value += added[p].to(tl.float32)
+        pointers = first + (p * WIDTH + column) * CHANNELS
+        tl.store(pointers, value.to(first.dtype.element_ty), mask=wanted[p])
 
 
 @triton.jit
 def _slide(
-    x_ptr, weight_ptr, bias_ptr, add_ptr, out_ptr, rstd_ptr, num_lines, eps,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
-    FLIPPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, NORMALISED: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, add_ptr, out_ptr, num_groups,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    FLIPPED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
-    MASKED: tl.constexpr = CHANNELS % BLOCK != 0
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    used = channel < CHANNELS
-    y = row % HEIGHT
-    line = tl.minimum(row, num_lines - 1).to(tl.int64)
-    masks = (used[None, :],) * 7
+    channel, used, real, y, place = _find_group(
+        tl.program_id(1), num_groups, HEIGHT, WIDTH, CHANNELS, LINES, ROWS, BLOCK
+    )
+    masks = _find_inside(y, HEIGHT, LINES)
     weights = ()
-    lines = ()
-    for i in tl.static_range(7):
-        inside = (y + (i - 3) >= 0) & (y + (i - 3) < HEIGHT) & (row < num_lines)
-        near = tl.where(inside, line + (i - 3), line) * (WIDTH * CHANNELS)
-        lines = lines + (x_ptr + near[:, None] + channel[None, :],)
-        for j in tl.static_range(7):
-            tap = i * 7 + j
-            if FLIPPED:
-                tap = 48 - tap
-            weight = tl.load(weight_ptr + tap * CHANNELS + channel, mask=used, other=0.0)
-            weights = weights + (tl.where(inside[:, None], weight[None, :], 0.0),)
+    for i in tl.static_range(49):
+        tap = 48 - i if FLIPPED else i
+        weights = weights + (tl.load(weight_ptr + tap * CHANNELS + channel)[None, :],)
     first = tl.zeros((ROWS, BLOCK), tl.float32)
     if HAS_BIAS:
-        first += tl.load(bias_ptr + channel, mask=used, other=0.0)[None, :]
-    lanes = (row < num_lines)[:, None] & used[None, :]
-    place = line[:, None] * (WIDTH * CHANNELS) + channel[None, :]
+        first += tl.load(bias_ptr + channel)[None, :]
+    lanes = ()
+    for p in tl.static_range(LINES):
+        lane = real[:, None] & used[None, :]
+        if HEIGHT % LINES != 0:
+            lane = lane & (y + p < HEIGHT)[:, None]
+        lanes = lanes + (lane,)
     # Sums of the output columns from three to the left of the input column to three to its right.
-    sums = (first, first, first, first, first, first, first)
-    # Columns are asked for AHEAD of their turn, and before the stores of the one at work, which no
-    # load may overtake.
-    values = ()
-    for a in tl.static_range(AHEAD):
-        values = values + _load_column(lines, tl.minimum(a, WIDTH - 1), masks, CHANNELS, MASKED)
+    sums = (first,) * (7 * LINES)
+    firsts = (first,) * LINES
+    # A column is asked for before its turn, and before the stores of the one at work, which no load
+    # may overtake.
+    values = _load_column(x_ptr + place, masks, 0, HEIGHT, WIDTH, CHANNELS, LINES)
     for start in range(0, WIDTH, UNROLL):
         for u in tl.static_range(UNROLL):
             column = start + u
             following = _load_column(
-                lines, tl.minimum(column + AHEAD, WIDTH - 1), masks, CHANNELS, MASKED
-            )
+                x_ptr + place, masks, tl.minimum(column + 1, WIDTH - 1),
+                HEIGHT, WIDTH, CHANNELS, LINES,
+            )  # fmt: skip
             wanted = lanes
             if u < 3:
-                wanted = lanes & (channel * 0 + column >= 3)[None, :]
-            added = _load_added(add_ptr + place, column - 3, wanted, CHANNELS, HAS_ADD)
-            for i in tl.static_range(7):
-                value = values[i].to(tl.float32)
-                sums = (
-                    sums[0] + weights[i * 7 + 6] * value,
-                    sums[1] + weights[i * 7 + 5] * value,
-                    sums[2] + weights[i * 7 + 4] * value,
-                    sums[3] + weights[i * 7 + 3] * value,
-                    sums[4] + weights[i * 7 + 2] * value,
-                    sums[5] + weights[i * 7 + 1] * value,
-                    sums[6] + weights[i * 7] * value,
-                )
-            _finish(
-                sums[0] + added, column - 3, wanted, used, place, line, out_ptr, rstd_ptr, eps,
-                WIDTH, CHANNELS, NORMALISED,
+                wanted = ()
+                for p in tl.static_range(LINES):
+                    wanted = wanted + (lanes[p] & (channel * 0 + column >= 3)[None, :],)
+            added = firsts
+            if HAS_ADD:
+                added = _load_lines(add_ptr + place, column - 3, wanted, WIDTH, CHANNELS, LINES)
+            sums = _add_column(sums, weights, values, HEIGHT, LINES)
+            _store_column(
+                sums, 0, added, out_ptr + place, column - 3, wanted,
+                WIDTH, CHANNELS, LINES, HAS_ADD,
             )  # fmt: skip
-            sums = (sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], first)
-            values = _push(values, following)
-    rest = ()
-    for u in tl.static_range(3):
-        inside = lanes & (channel * 0 + WIDTH - 3 + u >= 0)[None, :]
-        rest = rest + (_load_added(add_ptr + place, WIDTH - 3 + u, inside, CHANNELS, HAS_ADD),)
+            sums = _shift(sums, firsts, LINES)
+            values = following
     for u in tl.static_range(3):
         if WIDTH - 3 + u >= 0:
-            _finish(
-                sums[u] + rest[u], WIDTH - 3 + u, lanes, used, place, line, out_ptr, rstd_ptr, eps,
-                WIDTH, CHANNELS, NORMALISED,
+            added = firsts
+            if HAS_ADD:
+                added = _load_lines(add_ptr + place, WIDTH - 3 + u, lanes, WIDTH, CHANNELS, LINES)
+            _store_column(
+                sums, u, added, out_ptr + place, WIDTH - 3 + u, lanes,
+                WIDTH, CHANNELS, LINES, HAS_ADD,
             )  # fmt: skip
 
 
 @triton.jit
 def depthwise_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, rstd_ptr, num_lines, eps,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, out_ptr, num_groups,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The convolution with its bias; NORMALISED: and LayerNorm over the channels, BLOCK of them."""
+    """The convolution with its bias."""
     _slide(
-        x_ptr, weight_ptr, bias_ptr, x_ptr, out_ptr, rstd_ptr, num_lines, eps,
-        HEIGHT, WIDTH, CHANNELS, ROWS, BLOCK, UNROLL, AHEAD, False, True, False, NORMALISED,
+        x_ptr, weight_ptr, bias_ptr, x_ptr, out_ptr, num_groups,
+        HEIGHT, WIDTH, CHANNELS, LINES, ROWS, BLOCK, UNROLL, False, True, False,
     )  # fmt: skip
 
 
 @triton.jit
 def depthwise_input_grad_kernel(
-    grad_ptr, weight_ptr, add_ptr, out_ptr, num_lines,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
-    HAS_ADD: tl.constexpr,
+    grad_ptr, weight_ptr, add_ptr, out_ptr, num_groups,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the input: the convolution with the kernel turned round; HAS_ADD: plus `add`."""
     _slide(
-        grad_ptr, weight_ptr, grad_ptr, add_ptr, out_ptr, out_ptr, num_lines, 0.0,
-        HEIGHT, WIDTH, CHANNELS, ROWS, BLOCK, UNROLL, AHEAD, True, False, HAS_ADD, False,
+        grad_ptr, weight_ptr, grad_ptr, add_ptr, out_ptr, num_groups,
+        HEIGHT, WIDTH, CHANNELS, LINES, ROWS, BLOCK, UNROLL, True, False, HAS_ADD,
     )  # fmt: skip
 
 
 @triton.jit
-def _load_grad(grad, lanes, column, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
-    wanted = lanes & (lanes.to(tl.int32) * 0 + column < WIDTH)
-    return tl.load(grad + column * CHANNELS, mask=wanted, other=0.0)
+def _load_grads(
+    grad, column, lanes, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr
+):
+    """A column of the lines of a group; 0 to the right of the image."""
+    wanted = ()
+    for p in tl.static_range(LINES):
+        wanted = wanted + (lanes[p] & (lanes[p].to(tl.int32) * 0 + column < WIDTH),)
+    return _load_lines(grad, column, wanted, WIDTH, CHANNELS, LINES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])  # it hangs on the device
 def depthwise_weight_grad_kernel(
-    x_ptr, grad_ptr, part_ptr, num_lines, steps,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, AHEAD: tl.constexpr,
+    x_ptr, grad_ptr, part_ptr, num_groups, steps,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `steps` times ROWS lines: part (programs, 50, CHANNELS), the bias's last.
+    """Sums over `steps` times ROWS groups: part (programs, 50, CHANNELS), the bias's last.
 
-    The 49 sums stay in registers over all lines of a program, and a second reduction adds up the
+    The 49 sums stay in registers over all groups of a program, and a second reduction adds up the
     programs in a fixed order: the same bits every time, without atomics.
     """
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    used = channel < CHANNELS
     zero = tl.zeros((ROWS, BLOCK), tl.float32)
     sums = (zero,) * 49
     bias = zero
     for step in range(steps):
-        row = (tl.program_id(1) * steps + step) * ROWS + tl.arange(0, ROWS)
-        y = row % HEIGHT
-        lines = ()
-        masks = ()
-        for i in tl.static_range(7):
-            inside = (y + (i - 3) >= 0) & (y + (i - 3) < HEIGHT) & (row < num_lines)
-            near = (row + (i - 3)).to(tl.int64) * (WIDTH * CHANNELS)
-            lines = lines + (x_ptr + near[:, None] + channel[None, :],)
-            masks = masks + (inside[:, None] & used[None, :],)
-        lanes = (row < num_lines)[:, None] & used[None, :]
-        grad = grad_ptr + (row.to(tl.int64) * (WIDTH * CHANNELS))[:, None] + channel[None, :]
-        # Columns of x that are on their way, AHEAD of their turn.
-        values = ()
-        for a in tl.static_range(AHEAD):
-            values = values + _load_column(lines, tl.minimum(a, WIDTH - 1), masks, CHANNELS, True)
-        # Gradients of the output columns from three to the left of the input column onwards, and
-        # those that are on their way.
-        window = (zero, zero, zero)
+        channel, used, real, y, place = _find_group(
+            tl.program_id(1) * steps + step, num_groups,
+            HEIGHT, WIDTH, CHANNELS, LINES, ROWS, BLOCK,
+        )  # fmt: skip
+        masks = _find_inside(y, HEIGHT, LINES)
+        lanes = ()
+        for p in tl.static_range(LINES):
+            lanes = lanes + ((real & (y + p < HEIGHT))[:, None],)
+        values = _load_column(x_ptr + place, masks, 0, HEIGHT, WIDTH, CHANNELS, LINES)
+        # Gradients of the output columns from four to the left of the input column to two to its
+        # right, and those that come next.
+        window = (zero,) * (7 * LINES)
         for u in tl.static_range(3):
-            window = window + (_load_grad(grad, lanes, u, WIDTH, CHANNELS).to(tl.float32),)
-        for i in tl.static_range(3):
-            bias += window[i + 3]
-        coming = ()
-        for a in tl.static_range(AHEAD):
-            coming = coming + (_load_grad(grad, lanes, a + 3, WIDTH, CHANNELS),)
+            loaded = _load_grads(grad_ptr + place, u, lanes, WIDTH, CHANNELS, LINES)
+            wide = ()
+            for p in tl.static_range(LINES):
+                wide = wide + (loaded[p].to(tl.float32),)
+                bias += wide[p]
+            window = _shift(window, wide, LINES)
+        coming = _load_grads(grad_ptr + place, 3, lanes, WIDTH, CHANNELS, LINES)
         for start in range(0, WIDTH, UNROLL):
             for u in tl.static_range(UNROLL):
                 column = start + u
-                next_grad = (_load_grad(grad, lanes, column + AHEAD + 3, WIDTH, CHANNELS),)
-                next_column = _load_column(
-                    lines, tl.minimum(column + AHEAD, WIDTH - 1), masks, CHANNELS, True
+                next_grads = _load_grads(
+                    grad_ptr + place, column + 4, lanes, WIDTH, CHANNELS, LINES
                 )
-                ahead = coming[0].to(tl.float32)
-                bias += ahead
-                window = window + (ahead,)
-                following = ()
-                for i in tl.static_range(7):
-                    value = values[i].to(tl.float32)
-                    for j in tl.static_range(7):
-                        following = following + (sums[i * 7 + j] + window[6 - j] * value,)
-                sums = following
-                window = (window[1], window[2], window[3], window[4], window[5], window[6])
-                coming = _push(coming, next_grad)
-                values = _push(values, next_column)
+                next_column = _load_column(
+                    x_ptr + place, masks, tl.minimum(column + 1, WIDTH - 1),
+                    HEIGHT, WIDTH, CHANNELS, LINES,
+                )  # fmt: skip
+                wide = ()
+                for p in tl.static_range(LINES):
+                    wide = wide + (coming[p].to(tl.float32),)
+                    bias += wide[p]
+                window = _shift(window, wide, LINES)
+                sums = _add_products(sums, window, values, HEIGHT, LINES)
+                coming = next_grads
+                values = next_column
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = channel < CHANNELS
     part = part_ptr + tl.program_id(1) * (50 * CHANNELS) + channel
     for tap in tl.static_range(49):
         tl.store(part + tap * CHANNELS, tl.sum(sums[tap], axis=0), mask=used)
     tl.store(part + 49 * CHANNELS, tl.sum(bias, axis=0), mask=used)
+
+
+@triton.jit
+def _add_products(sums, window, values, HEIGHT: tl.constexpr, LINES: tl.constexpr):
+    """Each of the 49 sums plus what an input column gives, as in `_add_column`."""
+    for k in tl.static_range(LINES + 6):
+        if LINES != HEIGHT or (k >= 3 and k < LINES + 3):
+            value = values[k].to(tl.float32)
+            following = ()
+            for i in tl.static_range(7):
+                for j in tl.static_range(7):
+                    total = sums[i * 7 + j]
+                    if k >= i and k < i + LINES:
+                        total = total + window[(k - i) * 7 + 6 - j] * value
+                    following = following + (total,)
+            sums = following
+    return sums
