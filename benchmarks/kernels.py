@@ -56,14 +56,17 @@ def recorded() -> Iterator[list]:
 
 
 def record_block(dim: int, side: int, *, grn: bool) -> list:
-    """The launches of a block in its most fused way, on memory that nobody touches."""
+    """The launches of a block in all ways that have some, on memory that nobody touches."""
     block = Block(dim, layer_scale_init=None if grn else 1.0, grn=grn).train()
-    block.way = block.ways()[-1]
-    x = torch.empty(RECORDED_IMAGES, side, side, dim, dtype=torch.bfloat16).permute(0, 3, 1, 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16), recorded() as launches:
-        out = block(x.requires_grad_(), torch.empty(RECORDED_IMAGES))  # drop path's factors
-        out.backward(torch.empty_like(out))
-    return launches
+    every = []
+    for way in block.ways()[1:]:
+        block.way = way
+        x = torch.empty(RECORDED_IMAGES, side, side, dim, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16), recorded() as launches:
+            out = block(x.requires_grad_(), torch.empty(RECORDED_IMAGES))  # drop path's factors
+            out.backward(torch.empty_like(out))
+        every += launches
+    return every
 
 
 def compile_launch(kernel: JITFunction, arguments: dict, options: dict) -> dict:
@@ -79,7 +82,7 @@ def compile_launch(kernel: JITFunction, arguments: dict, options: dict) -> dict:
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if name in {"num_lines", "num_rows"}:
+            if name in {"num_groups", "num_rows"}:
                 value *= IMAGES
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
@@ -149,13 +152,15 @@ def main() -> None:
                 continue
             side = FIRST_SIDE >> stage
             for kernel, arguments, options in record_block(dim, side, grn=variant.grn):
-                key = (kernel.__name__, dim, side, variant.grn)
+                stores_h = arguments.get("STORE_H", False)
+                key = (kernel.__name__ + " (h)" * stores_h, dim, side, variant.grn)
                 alike = "mlp_project" not in key[0] and (*key[:3], False) in seen
                 if key in seen or alike:
                     continue
                 seen.add(key)
                 row = compile_launch(kernel, arguments, options)
-                rows.append({"channels": dim, "side": side, "grn": variant.grn} | row)
+                shape = {"channels": dim, "side": side, "grn": variant.grn, "stores_h": stores_h}
+                rows.append(shape | row)
     if asked.json:
         report = {"triton": triton.__version__, "target": "sm_90", "kernels": rows}
         print(json.dumps(report, indent=1))
@@ -166,8 +171,9 @@ def main() -> None:
     for row in rows:
         total = row["loop_instructions"]
         shares = " | ".join(f"{row[name] / total:.0%}" for name in ("FFMA", "HGMMA", "MUFU"))
+        name = row["kernel"] + " (GRN)" * row["grn"] + " (h)" * row["stores_h"]
         print(
-            f"| {row['kernel']}{' (GRN)' if row['grn'] else ''} | {row['channels']} | {row['side']}"
+            f"| {name} | {row['channels']} | {row['side']}"
             f" | {row['registers']} | {row['spilled_bytes']} | {row['shared_bytes'] / 1024:.0f}"
             f" | {total} | {shares} |"
         )

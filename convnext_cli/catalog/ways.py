@@ -41,14 +41,14 @@ def count_kept_widths(way: Way, *, grn: bool, layer_scale: bool) -> int:
     """Values a position that a block keeps for its backward pass, in units of its width.
 
     Plain: the inputs of dwconv, norm and pwconv1 (3), of GELU and pwconv2 (8), of GRN (4) and of
-    LayerScale (1). In kernels: the block's input and the normalised one (2), and the hidden units
-    before GELU (4).
+    LayerScale (1). Positions: no input of norm, and LayerScale is in the weights. The whole block
+    in kernels: its input and the normalised one (2), and the hidden units before GELU (4).
     """
     match way:
         case "plain":
             return 11 + 4 * grn + layer_scale
         case "positions":
-            return 10 + 4 * grn + layer_scale
+            return 10 + 4 * grn
         case "kept":
             return 6
         case "recomputed":

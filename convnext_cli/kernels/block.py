@@ -1,11 +1,12 @@
-"""A whole ConvNeXt block, and its half over space, as operators of PyTorch with gradients.
+"""A whole ConvNeXt block, and parts of it, as operators of PyTorch with gradients.
 
 ```
 positions  (x) -> xhat                 7x7 depthwise convolution, LayerNorm without its affine part
+activate   (h) -> keep gelu(h + bias)  between the two products
 block      (x) -> x + keep gamma mlp(positions(x))
 ```
 
-Both are `torch.library` operators: under torch.compile they are one node each, with a body for the
+All are `torch.library` operators: under torch.compile they are one node each, with a body for the
 CPU that is made of twins. What a block keeps for its backward pass is x, xhat and 1 / std, and
 where the hidden units are not recomputed, h: the residual's gradient joins inside the last kernel.
 
@@ -24,6 +25,7 @@ from convnext_cli.kernels.depthwise import (
     depthwise_norm,
     depthwise_weight_grad,
 )
+from convnext_cli.kernels.gelu import gelu, gelu_backward
 from convnext_cli.kernels.grn import gelu_grn_backward, make_scale, make_slope, sum_products
 from convnext_cli.kernels.grn import sum_squares as sum_squares_of
 from convnext_cli.kernels.mlp import (
@@ -32,6 +34,7 @@ from convnext_cli.kernels.mlp import (
     backward_kept,
     backward_recomputed,
     finish_backward,
+    forward_kept,
     forward_recomputed,
     hidden,
     project,
@@ -106,6 +109,48 @@ def _positions_grads(ctx: Any, grad: Tensor, _rstd: Tensor) -> tuple[Tensor | No
 positions.register_autograd(_positions_grads, setup_context=_keep_positions)
 
 
+@torch.library.custom_op("convnext::activate", mutates_args=())
+@_without_autocast
+def activate(h: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    """GELU of h + bias by keep: (N, H, W, K) to the same shape and dtype; bias (K), keep (N)."""
+    return gelu(h.reshape(-1, len(bias)), bias, keep).view(h.shape)
+
+
+@torch.library.custom_op("convnext::activate_backward", mutates_args=())
+@_without_autocast
+def activate_backward(
+    grad: Tensor, h: Tensor, bias: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of h and bias."""
+    grad_MK, h_MK = (value.reshape(-1, len(bias)) for value in (grad, h))
+    dh_MK, dbias = gelu_backward(grad_MK, h_MK, bias, keep)
+    return dh_MK.view(h.shape), dbias
+
+
+@activate.register_fake
+def _(h: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
+    del bias, keep
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+@activate_backward.register_fake
+def _(grad: Tensor, h: Tensor, bias: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    del grad, keep
+    return torch.empty_like(h, memory_format=torch.contiguous_format), _float(h, len(bias))
+
+
+def _keep_hidden(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+    del output
+    ctx.save_for_backward(*inputs)
+
+
+def _activate_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    return (*activate_backward(grad, *ctx.saved_tensors), None)
+
+
+activate.register_autograd(_activate_grads, setup_context=_keep_hidden)
+
+
 @torch.library.custom_op("convnext::block", mutates_args=())
 @_without_autocast
 def block(
@@ -135,9 +180,10 @@ def block(
     if recomputed:
         out_MC = forward_recomputed(xhat_MC, x_MC, mlp)
         return out_MC.view(x.shape), xhat, rstd, x.new_empty(0), _float(x, 0)
-    h_MK = hidden(xhat_MC, mlp)
     if grn_gamma is None:
-        return project(h_MK, x_MC, mlp).view(x.shape), xhat, rstd, h_MK, _float(x, 0)
+        out_MC, h_MK = forward_kept(xhat_MC, x_MC, mlp)
+        return out_MC.view(x.shape), xhat, rstd, h_MK, _float(x, 0)
+    h_MK = hidden(xhat_MC, mlp)
     squares = sum_squares_of(h_MK, images=len(x))
     scale = make_scale(squares, grn_gamma)
     out_MC = project(h_MK, x_MC, mlp, scale=scale, shift=grn_beta)

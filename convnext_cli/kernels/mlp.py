@@ -5,9 +5,10 @@ out = x + keep gamma (act(xhat w1' + b1) w2' + b2)
 ```
 
 Two ways to the gradients. `kept`: h = xhat w1' + b1 is kept for the backward pass, GELU and its
-derivative are computed again while the next product reads it; the products that nothing is fused
-into are cuBLAS's. `recomputed`: h never leaves the registers; half as many bytes again and 1.5
-times the arithmetic, which pays where a product is bound by memory (few channels).
+derivative are computed again while the next product reads it; with few channels one kernel makes
+it and the output, and one its gradient and those of both matrices. The products that nothing is
+fused into are cuBLAS's. `recomputed`: h never leaves the registers; half as many bytes again and
+1.5 times the arithmetic, which pays where a product is bound by memory (few channels).
 
 Each operator has a twin in plain PyTorch, which defines it and runs where Triton does not.
 
@@ -17,6 +18,7 @@ gamma (C), keep (N), float32. The affine part of LayerNorm is in w1 and b1 alrea
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -35,13 +37,63 @@ from convnext_cli.kernels.triton_mlp import (
     mlp_forward_kernel,
     mlp_hidden_grad_kernel,
     mlp_input_grad_kernel,
+    mlp_kept_grad_kernel,
     mlp_project_kernel,
     mlp_weight_grad_kernel,
 )
 
+Cut = TypeVar("Cut")
+
 _WIDEST_FUSED_GRADS = 128
 """Channels up to which a program has the registers for the gradients of both matrices. Above, the
 backward pass computes h again with one product, and goes on as if it had been kept."""
+
+
+@dataclass(frozen=True)
+class ForwardCut:
+    """How `forward_kept` and `forward_recomputed` are cut into programs."""
+
+    rows: int
+    """Of a program."""
+    units: int
+    """Hidden units that are at work at a time."""
+    warps: int
+    stages: int
+    tile: int | None = None
+    """Channels of a product, or `widest_tile`'s."""
+
+
+@dataclass(frozen=True)
+class GradCut:
+    """How `kept_grads` is cut into programs."""
+
+    rows: int
+    """Of a step."""
+    units: int
+    """Hidden units of a program."""
+    warps: int
+    stages: int
+    programs: int = 1
+    """For each multiprocessor."""
+    tile: int | None = None
+    """Channels of a product, or `widest_tile`'s."""
+    both: bool = True
+    """Whether both matrices' gradients are summed, or w1's is left to cuBLAS: half the registers,
+    and one more pass over the gradient of h, which has another product anyway."""
+
+
+FORWARD_KEPT: dict[int, ForwardCut] = {
+    96: ForwardCut(rows=64, units=32, warps=4, stages=3, tile=32),
+}
+"""By the most channels each is for. Above, two kernels are faster (H100)."""
+
+KEPT_GRADS: dict[int, GradCut] = {
+    128: GradCut(rows=32, units=64, warps=4, stages=3, programs=2),
+    192: GradCut(rows=32, units=128, warps=8, stages=3, both=False),
+    256: GradCut(rows=32, units=64, warps=4, stages=2, programs=2, both=False),
+}
+"""By the most channels each is for: the fastest of eight to ten on an H100. Above, a program has no
+registers for the gradients."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +132,39 @@ def forward_recomputed(xhat_MC: Tensor, x_MC: Tensor, mlp: Mlp) -> Tensor:
     """The block's output; keeps nothing of K units."""
     if not uses_triton(x_MC):
         return project_twin(hidden(xhat_MC, mlp), x_MC, mlp)
-    rows, channels = x_MC.shape
+    channels = x_MC.shape[1]
+    units, tile = _unit_block(channels, most=64), power_of_two_in(channels, most=128)
+    cut = ForwardCut(rows=128, units=units, warps=8, stages=2, tile=tile)
+    return _run_forward(xhat_MC, x_MC, None, mlp, cut)
+
+
+def forward_kept(
+    xhat_MC: Tensor, x_MC: Tensor, mlp: Mlp, *, cut: ForwardCut | None = None
+) -> tuple[Tensor, Tensor]:
+    """(output, h) of the block; `cut` is for few channels, in place of FORWARD_KEPT's."""
+    if not uses_triton(x_MC):
+        return forward_kept_twin(xhat_MC, x_MC, mlp)
+    cut = cut or _choose(FORWARD_KEPT, x_MC.shape[1])
+    if cut is None:
+        h_MK = hidden(xhat_MC, mlp)
+        return project(h_MK, x_MC, mlp), h_MK
+    h_MK = x_MC.new_empty(len(x_MC), len(mlp.w1))
+    return _run_forward(xhat_MC, x_MC, h_MK, mlp, cut), h_MK
+
+
+def forward_kept_twin(xhat_MC: Tensor, x_MC: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor]:
+    """Define `forward_kept`."""
+    h_MK = hidden(xhat_MC, mlp)
+    return project_twin(h_MK, x_MC, mlp), h_MK
+
+
+def _run_forward(
+    xhat_MC: Tensor, x_MC: Tensor, h_MK: Tensor | None, mlp: Mlp, cut: ForwardCut
+) -> Tensor:
+    """The output; h is written where there is room for it."""
+    rows = len(x_MC)
     out_MC = torch.empty_like(x_MC)
-    block = 128
-    mlp_forward_kernel[(triton.cdiv(rows, block),)](
+    mlp_forward_kernel[(triton.cdiv(rows, cut.rows),)](
         xhat_MC,
         mlp.w1,
         mlp.b1,
@@ -92,9 +173,20 @@ def forward_recomputed(xhat_MC: Tensor, x_MC: Tensor, mlp: Mlp) -> Tensor:
         *_factors(mlp),
         x_MC,
         out_MC,
+        out_MC if h_MK is None else h_MK,
         rows,
         _positions(mlp, rows),
-        **_constants(mlp, x_MC, rows=block, units=_unit_block(channels, most=64)),
+        CHANNELS=x_MC.shape[1],
+        HIDDEN=len(mlp.w1),
+        ROWS=cut.rows,
+        TILE=cut.tile or widest_tile(x_MC.shape[1], most=128),
+        UNITS=cut.units,
+        HAS_GAMMA=mlp.gamma is not None,
+        HAS_KEEP=mlp.keep is not None,
+        PRECISION=dot_precision(x_MC.dtype),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        STORE_H=h_MK is not None,
     )
     return out_MC
 
@@ -233,9 +325,14 @@ def backward_kept(
     grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, h_MK: Tensor, mlp: Mlp
 ) -> MlpGrads:
     """All gradients but that of the residual, where h was kept."""
-    dh_MK, act_MK, db1_K = hidden_grad(grad_MC, h_MK, mlp)
-    return finish_backward(
-        grad_MC, xhat_MC, rstd_M, dh_MK=dh_MK, act_MK=act_MK, db1_K=db1_K, mlp=mlp
+    dh_MK, dw1, product_CK, db1_K = kept_grads(grad_MC, xhat_MC, h_MK, mlp)
+    return _collect(
+        normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M),
+        dw1,
+        db1_K,
+        product_CK,
+        _sum_kept(grad_MC, mlp),
+        mlp,
     )
 
 
@@ -253,18 +350,77 @@ def finish_backward(
 
     `act_MK` is keep times w2's input, so that the block's gradient goes into its product as it is.
     """
-    dtype = torch.promote_types(xhat_MC.dtype, torch.float32)
-    images = 1 if mlp.keep is None else len(mlp.keep)
-    total_NC = grad_MC.view(images, -1, grad_MC.shape[1]).sum(dim=1, dtype=dtype)
-    dz_MC = normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M)
     return _collect(
-        dz_MC,
+        normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M),
         dh_MK.t() @ xhat_MC,
         db1_K,
         grad_MC.t() @ act_MK,
-        total_NC.sum(dim=0) if mlp.keep is None else mlp.keep @ total_NC,
+        _sum_kept(grad_MC, mlp),
         mlp,
     )
+
+
+def kept_grads(
+    grad_MC: Tensor, xhat_MC: Tensor, h_MK: Tensor, mlp: Mlp, *, cut: GradCut | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(gradient of h, w1's, w2's without gamma, b1's), from the block's.
+
+    Few channels: one kernel, which sums in an order that depends on nothing but the shapes and the
+    device. `cut` is in place of KEPT_GRADS' then.
+    """
+    if not uses_triton(h_MK):
+        return kept_grads_twin(grad_MC, xhat_MC, h_MK, mlp)
+    rows, channels = grad_MC.shape
+    cut = cut or _choose(KEPT_GRADS, channels)
+    if cut is None:
+        dh_MK, act_MK, db1_K = hidden_grad(grad_MC, h_MK, mlp)
+        return dh_MK, dh_MK.t() @ xhat_MC, grad_MC.t() @ act_MK, db1_K
+    units = h_MK.shape[1]
+    blocks = units // cut.units
+    tiles = triton.cdiv(rows, cut.rows)
+    programs = count_programs(h_MK.device, each=cut.programs)
+    steps = triton.cdiv(tiles, max(1, programs // blocks))
+    parts = triton.cdiv(tiles, steps)
+    lift = _lift(h_MK.dtype)
+    dh_MK = torch.empty_like(h_MK)
+    dw2 = torch.empty((parts, units, channels), dtype=torch.float32, device=h_MK.device)
+    dw1 = torch.empty_like(dw2) if cut.both else dw2
+    db1 = torch.empty((parts, units), dtype=torch.float32, device=h_MK.device)
+    mlp_kept_grad_kernel[(blocks, parts)](
+        grad_MC,
+        xhat_MC,
+        h_MK,
+        put_in(mlp.gamma, mlp.w2, lift=lift),
+        _factors(mlp)[1],
+        dh_MK,
+        dw1,
+        dw2,
+        db1,
+        rows,
+        _positions(mlp, rows),
+        steps,
+        CHANNELS=channels,
+        HIDDEN=units,
+        ROWS=cut.rows,
+        TILE=cut.tile or widest_tile(channels, most=128),
+        UNITS=cut.units,
+        LIFT=1.0 if mlp.gamma is None else lift,
+        HAS_KEEP=mlp.keep is not None,
+        PRECISION=dot_precision(h_MK.dtype),
+        BOTH=cut.both,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    dw1_KC = dw1.sum(dim=0) if cut.both else dh_MK.t() @ xhat_MC
+    return dh_MK, dw1_KC, dw2.sum(dim=0).t().contiguous(), db1.sum(dim=0)
+
+
+def kept_grads_twin(
+    grad_MC: Tensor, xhat_MC: Tensor, h_MK: Tensor, mlp: Mlp
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Define `kept_grads`."""
+    dh_MK, act_MK, db1_K = hidden_grad_twin(grad_MC, h_MK, mlp)
+    return dh_MK, dh_MK.t() @ xhat_MC, grad_MC.t() @ act_MK, db1_K
 
 
 def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,6 +475,17 @@ def put_in(gamma_C: Tensor | None, w2_CK: Tensor, *, lift: float = 1.0) -> Tenso
     return torch.mul(w2_CK, factor_C1, out=torch.empty_like(w2_CK))  # rounded as it is written
 
 
+def widest_tile(channels: int, *, most: int) -> int:
+    """The widest pieces, `most` or less, that leave a narrower power of two of channels, or none.
+
+    The products of one sum wait for each other, so few of them are better.
+    """
+    tile = most
+    while (rest := channels % tile) and (rest & (rest - 1) or rest < 16):
+        tile //= 2
+    return min(tile, channels)
+
+
 def cut_columns(channels: int, *, most: int) -> tuple[int, int]:
     """(width of a piece, pieces) of a program of `project`, which has registers for `most` columns.
 
@@ -349,6 +516,11 @@ def _unit_block(channels: int, *, most: int) -> int:
     return power_of_two_in(4 * channels, most=most)
 
 
+def _choose(cuts: dict[int, Cut], channels: int) -> Cut | None:
+    """The cut of the narrowest bound that holds, or None."""
+    return next((cuts[most] for most in sorted(cuts) if channels <= most), None)
+
+
 def _constants(mlp: Mlp, x_MC: Tensor, *, rows: int, units: int) -> dict[str, object]:
     """What the compiler is told of a program that holds whole rows."""
     channels = x_MC.shape[1]
@@ -374,6 +546,14 @@ def _factors(mlp: Mlp) -> tuple[Tensor, Tensor]:
 
 def _positions(mlp: Mlp, rows: int) -> int:
     return rows if mlp.keep is None else rows // len(mlp.keep)
+
+
+def _sum_kept(grad_MC: Tensor, mlp: Mlp) -> Tensor:
+    """Sum of keep times the block's gradient over the rows."""
+    dtype = torch.promote_types(grad_MC.dtype, torch.float32)
+    images = 1 if mlp.keep is None else len(mlp.keep)
+    total_NC = grad_MC.view(images, -1, grad_MC.shape[1]).sum(dim=1, dtype=dtype)
+    return total_NC.sum(dim=0) if mlp.keep is None else mlp.keep @ total_NC
 
 
 def _kept(y_MC: Tensor, mlp: Mlp) -> Tensor:

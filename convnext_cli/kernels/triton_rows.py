@@ -78,6 +78,55 @@ def normalise_backward_kernel(
 
 
 @triton.jit
+def _load_keep(keep_ptr, row, num_rows, positions, HAS_KEEP: tl.constexpr):
+    keep = tl.full((row.shape[0],), 1.0, tl.float32)
+    if HAS_KEEP:
+        keep = tl.load(keep_ptr + row // positions, mask=row < num_rows, other=0.0)
+    return keep[:, None]
+
+
+@triton.jit
+def gelu_kernel(
+    h_ptr, bias_ptr, keep_ptr, out_ptr, num_rows, positions,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
+):  # fmt: skip
+    """keep gelu(h + bias); keep is of each image, of `positions` rows."""
+    unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    used = (row < num_rows)[:, None] & (unit < HIDDEN)[None, :]
+    place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
+    bias = tl.load(bias_ptr + unit, mask=unit < HIDDEN, other=0.0)[None, :]
+    h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32) + bias
+    keep = _load_keep(keep_ptr, row, num_rows, positions, HAS_KEEP)
+    a = gelu(h, h_ptr.dtype.element_ty == tl.float32) * keep
+    tl.store(out_ptr + place, a.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit(do_not_specialize=["steps"])  # it hangs on the device
+def gelu_backward_kernel(
+    grad_ptr, h_ptr, bias_ptr, keep_ptr, out_ptr, part_ptr, num_rows, positions, steps,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
+):  # fmt: skip
+    """dh = grad keep gelu'(h + bias), and its sums over `steps` times ROWS rows (parts, HIDDEN)."""
+    unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bias = tl.load(bias_ptr + unit, mask=unit < HIDDEN, other=0.0)[None, :]
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(steps):
+        row = (tl.program_id(1) * steps + step) * ROWS + tl.arange(0, ROWS)
+        used = (row < num_rows)[:, None] & (unit < HIDDEN)[None, :]
+        place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
+        grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32) + bias
+        keep = _load_keep(keep_ptr, row, num_rows, positions, HAS_KEEP)
+        _a, slope = gelu_and_slope(h, h_ptr.dtype.element_ty == tl.float32)
+        dh = grad * keep * slope
+        sums += dh
+        tl.store(out_ptr + place, dh.to(out_ptr.dtype.element_ty), mask=used)
+    place = tl.program_id(1) * HIDDEN + unit
+    tl.store(part_ptr + place, tl.sum(sums, axis=0), mask=unit < HIDDEN)
+
+
+@triton.jit
 def gelu_grn_sums_kernel(
     h_ptr, grad_ptr, first_ptr, second_ptr, positions,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,

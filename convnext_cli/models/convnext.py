@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from convnext_cli.catalog.models import ISOTROPIC_RUN, Variant
 from convnext_cli.catalog.ways import WHOLE, Way, list_ways
+from convnext_cli.kernels.block import activate as fused_activate
 from convnext_cli.kernels.block import block as fused_block
 from convnext_cli.kernels.block import positions as fused_positions
 from convnext_cli.models.drop_path import DropPathKind, add_kept, add_scaled, draw_paths
@@ -101,11 +102,7 @@ class Block(nn.Module):
 
     def mix_channels(self, y_NHWC: Tensor) -> Tensor:
         """The half over channels: (N, H, W, C) to the same shape."""
-        return self.mix_hidden(self.pwconv1(y_NHWC))
-
-    def mix_hidden(self, h_NHWC: Tensor) -> Tensor:
-        """The half over channels from its hidden units on: (N, H, W, 4C) to (N, H, W, C)."""
-        h_NHWC = self.act(h_NHWC)
+        h_NHWC = self.act(self.pwconv1(y_NHWC))
         if self.grn is not None:
             h_NHWC = self.grn(h_NHWC)
         out_NHWC: Tensor = self.pwconv2(h_NHWC)
@@ -116,13 +113,41 @@ class Block(nn.Module):
         weight = (self.pwconv1.weight * self.norm.weight).to(dtype)
         return weight, self.pwconv1.bias + (self.pwconv1.weight * self.norm.bias).sum(dim=1)
 
-    def mix_with_kernels(self, x_NCHW: Tensor) -> Tensor:
-        """Both halves, the one over space in kernels: (N, C, H, W) to (N, H, W, C)."""
+    def fold_scale(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight (in `dtype`) and bias of `pwconv2` with LayerScale in them."""
+        weight, bias = self.pwconv2.weight, self.pwconv2.bias
+        if self.gamma is None:
+            return weight.to(dtype), bias
+        return (self.gamma[:, None] * weight).to(dtype), self.gamma * bias
+
+    def branch_with_kernels(self, x_NCHW: Tensor, factor_N: Tensor | None) -> Tensor:
+        """What is added to each image, by its factor, the half over space and GELU in kernels.
+
+        Written for the compiler. A bias is added where the next operator reads its product: as the
+        product's own, it costs up to half of the product's time again. What scales a row of the
+        second product scales its input instead, in the pass that GELU makes anyway, and LayerScale
+        its weights: so the block's gradient is that of the product, and nothing else is kept.
+        """
         xhat_NHWC, _rstd = fused_positions(
             x_NCHW.permute(0, 2, 3, 1), self.dwconv.weight, self.dwconv.bias, self.norm.eps
         )
-        weight, bias = self.fold_norm(xhat_NHWC.dtype)
-        return self.mix_hidden(functional.linear(xhat_NHWC, weight, bias.to(weight.dtype)))
+        dtype = xhat_NHWC.dtype
+        factor_N111 = 1 if factor_N is None else factor_N[:, None, None, None]
+        weight, bias = self.fold_norm(dtype)
+        h_NHWC = functional.linear(xhat_NHWC, weight)
+        if self.grn is None:
+            h_NHWC = fused_activate(h_NHWC, bias, factor_N)
+        else:
+            h_NHWC = (self.grn(self.act(h_NHWC + bias.to(dtype))) * factor_N111).to(dtype)
+        if dtype == torch.float16:  # too narrow for weights times a young LayerScale
+            out_NHWC = functional.linear(h_NHWC, self.pwconv2.weight.to(dtype))
+            out_NHWC = out_NHWC + (factor_N111 * self.pwconv2.bias).to(dtype)
+            if self.gamma is not None:
+                out_NHWC = self.gamma * out_NHWC
+        else:
+            weight, bias = self.fold_scale(dtype)
+            out_NHWC = functional.linear(h_NHWC, weight) + (factor_N111 * bias).to(dtype)
+        return out_NHWC.permute(0, 3, 1, 2)
 
     def forward_fused(self, x_NCHW: Tensor, drawn: Tensor | None, *, recomputed: bool) -> Tensor:
         """The whole block as one operator: (N, C, H, W) to the same shape and dtype."""
@@ -158,10 +183,9 @@ class Block(nn.Module):
 
     def branch(self, x_NCHW: Tensor) -> Tensor:
         """What is added to the images: (N, C, H, W) to the same shape."""
-        if self.way == "plain":
-            y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
-        else:
-            y_NHWC = self.mix_with_kernels(x_NCHW)
+        if self.way != "plain":
+            return self.branch_with_kernels(x_NCHW, None)
+        y_NHWC = self.mix_channels(self.mix_positions(x_NCHW))
         if self.gamma is not None:
             y_NHWC = self.gamma * y_NHWC
         return y_NHWC.permute(0, 3, 1, 2)
@@ -172,7 +196,9 @@ class Block(nn.Module):
             return self.forward_fused(x_NCHW, drawn, recomputed=self.way == "recomputed")
         if drawn is not None and self.drop_path_kind == "skip":
             return add_kept(x_NCHW, self.branch, drawn)
-        return add_scaled(x_NCHW, self.branch(x_NCHW), drawn)
+        if self.way == "plain":
+            return add_scaled(x_NCHW, self.branch(x_NCHW), drawn)
+        return add_scaled(x_NCHW, self.branch_with_kernels(x_NCHW, drawn), None)
 
     def forward(
         self, x_NCHW: Tensor, drawn: Tensor | None = None, checkpointing: Checkpointing = "none"

@@ -11,7 +11,8 @@ KERNELS = {
     *("depthwise_kernel", "depthwise_input_grad_kernel", "depthwise_weight_grad_kernel"),
     *("normalise_kernel", "normalise_backward_kernel"),
     *("mlp_forward_kernel", "mlp_input_grad_kernel", "mlp_weight_grad_kernel"),
-    *("mlp_project_kernel", "mlp_hidden_grad_kernel", "layer_scale_grad_kernel"),
+    *("mlp_project_kernel", "mlp_hidden_grad_kernel", "mlp_kept_grad_kernel"),
+    *("layer_scale_grad_kernel", "gelu_kernel", "gelu_backward_kernel"),
     *("gelu_grn_sums_kernel", "gelu_grn_backward_kernel"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convnext_cli.kernels import depthwise, grn, mlp, norm
+from convnext_cli.kernels import depthwise, gelu, grn, mlp, norm
 from convnext_cli.kernels.mlp import Mlp, MlpGrads
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -146,9 +146,8 @@ def test_network_over_channels(images, positions, dim, gamma, keep, recomputed, 
         if recomputed:
             out = mlp.forward_recomputed(xhat, x, weights)
             return [out, *as_list(mlp.backward_recomputed(grad, xhat, rstd, weights))]
-        h = mlp.hidden(xhat, weights)
-        grads = mlp.backward_kept(grad, xhat, rstd, h, weights)
-        return [mlp.project(h, x, weights), *as_list(grads)]
+        out, h = mlp.forward_kept(xhat, x, weights)
+        return [out, h, *as_list(mlp.backward_kept(grad, xhat, rstd, h, weights))]
 
     kernel = run(xhat, x, grad, rstd, weights)
 
@@ -157,6 +156,90 @@ def test_network_over_channels(images, positions, dim, gamma, keep, recomputed, 
     twin = run(xhat, x, grad, rstd, weights)
     exact = run(*exactly((xhat, x, grad, rstd)), Mlp(*exactly(dataclasses.astuple(weights))))
     assert_as_exact(kernel, twin, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("images", "positions", "units", "keep"),
+    [(1, 33, 128, None), (3, 11, 160, (0.0, 1.25, 1.25)), (2, 70, 256, (2.0, 0.0))],
+)
+def test_gelu_between_two_products(images, positions, units, keep, dtype):
+    h, grad = torch.randn(2, images * positions, units).to(dtype).unbind()
+    bias = torch.randn(units)
+    factor = None if keep is None else torch.tensor(keep)
+
+    kernel = (gelu.gelu(h, bias, factor), *gelu.gelu_backward(grad, h, bias, factor))
+
+    def twins(h, grad, bias, factor):
+        return (
+            gelu.gelu_twin(h, bias, factor),
+            *gelu.gelu_backward_twin(grad, h, bias, factor),
+        )
+
+    exact = twins(*exactly((h, grad, bias, factor)))
+    assert_as_exact(kernel, twins(h, grad, bias, factor), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        mlp.GradCut(rows=32, units=32, warps=4, stages=2),
+        mlp.GradCut(rows=16, units=64, warps=4, stages=1, programs=4, tile=32),
+        mlp.GradCut(rows=64, units=128, warps=8, stages=3, tile=16),
+        mlp.GradCut(rows=32, units=64, warps=4, stages=2, both=False),
+    ],
+)
+@pytest.mark.parametrize(
+    ("images", "positions", "dim", "gamma", "keep"),
+    [
+        (1, 33, 32, True, None),
+        (3, 27, 96, True, (0.0, 1.25, 1.25)),
+        (3, 43, 64, False, (2.0, 0.0, 2.0)),
+        (1, 7, 64, False, None),
+    ],
+)
+def test_kept_gradients_however_they_are_cut(images, positions, dim, gamma, keep, cut, dtype):
+    weights = make_mlp(dim, gamma=gamma, keep=keep, dtype=dtype)
+    xhat, grad = torch.randn(2, images * positions, dim).to(dtype).unbind()
+    h = torch.randn(images * positions, 4 * dim).to(dtype)
+
+    kernel = mlp.kept_grads(grad, xhat, h, weights, cut=cut)
+    again = mlp.kept_grads(grad, xhat, h, weights, cut=cut)
+
+    twin = mlp.kept_grads_twin(grad, xhat, h, weights)
+    weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
+    exact = mlp.kept_grads_twin(*exactly((grad, xhat, h)), weights_exact)
+    kernel_as_twin = [got.to(plain.dtype) for got, plain in zip(kernel, twin, strict=True)]
+    assert_as_exact(kernel_as_twin, twin, exact, dtype)
+    assert all(torch.equal(left, right) for left, right in zip(kernel, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("once", [True, False])
+def test_hidden_gradient(once, dtype):
+    weights = make_mlp(96, gamma=True, keep=(0.0, 1.25), dtype=dtype)
+    grad = torch.randn(2 * 27, 96).to(dtype)
+    h = torch.randn(2 * 27, 4 * 96).to(dtype)
+
+    kernel = mlp.hidden_grad(grad, h, weights, once=once)
+
+    twin = mlp.hidden_grad_twin(grad, h, weights)
+    weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
+    assert_as_exact(kernel, twin, mlp.hidden_grad_twin(*exactly((grad, h)), weights_exact), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("cut", [mlp.ForwardCut(32, 32, 4, 3), mlp.ForwardCut(64, 128, 8, 2)])
+def test_kept_forward_however_it_is_cut(cut, dtype):
+    weights = make_mlp(96, gamma=True, keep=(0.0, 1.25), dtype=dtype)
+    xhat, x = torch.randn(2, 2 * 27, 96).to(dtype).unbind()
+
+    kernel = mlp.forward_kept(xhat, x, weights, cut=cut)
+
+    twin = mlp.forward_kept_twin(xhat, x, weights)
+    weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
+    assert_as_exact(kernel, twin, mlp.forward_kept_twin(*exactly((xhat, x)), weights_exact), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
@@ -230,7 +313,7 @@ def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
     with Watch():
         block(x, torch.tensor([0.0, 2.0])).sum().backward()
 
-    assert len(seen) == 2
+    assert len(seen) == (4 if way == "positions" else 2)  # each forward and backward
     for op, args, done in seen:
         mode = FakeTensorMode()
         told = [
@@ -239,7 +322,10 @@ def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
         ]
         with mode:
             promised = op(*told)
-        for number, (got, fake) in enumerate(zip(done, promised, strict=True)):
+        pairs = [(done, promised)]
+        if not isinstance(done, torch.Tensor):
+            pairs = list(zip(done, promised, strict=True))
+        for number, (got, fake) in enumerate(pairs):
             assert got.dtype == fake.dtype, (op, number)
             assert (got.shape, got.stride()) == (fake.shape, fake.stride()), (op, number)
 
@@ -250,6 +336,13 @@ def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
 )
 def test_a_program_has_as_many_columns_as_it_has_registers_for(channels, most, cut):
     assert mlp.cut_columns(channels, most=most) == cut
+
+
+@pytest.mark.parametrize(
+    ("channels", "tile"), [(32, 32), (96, 64), (128, 128), (160, 128), (192, 128), (224, 64)]
+)
+def test_products_are_as_wide_as_powers_of_two_allow(channels, tile):
+    assert mlp.widest_tile(channels, most=128) == tile
 
 
 @pytest.mark.parametrize("grn", [False, True])

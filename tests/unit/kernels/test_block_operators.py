@@ -96,9 +96,12 @@ def test_the_operators_keep_the_contract_of_their_registration(grn, recomputed):
     matrices = (leaf(128, 32), leaf(128), leaf(32, 128), leaf(32))
 
     torch.library.opcheck(operators.positions, (x, weight, bias, 1e-6))
+    keep = torch.tensor([0.0, 2.0])
+    for factor in (None, keep):
+        torch.library.opcheck(operators.activate, (leaf(2, 5, 4, 128), leaf(128), factor))
     torch.library.opcheck(
         operators.block,
-        (x, weight, bias, *matrices, gamma, *pair, torch.tensor([0.0, 2.0]), 1e-6, recomputed),
+        (x, weight, bias, *matrices, gamma, *pair, keep, 1e-6, recomputed),
     )
 
 
