@@ -241,6 +241,8 @@ class _System:
         self._plan = plan
         self._device = plan.cluster.device
         self._step: TrainingStep | None = None
+        self._recorded_bytes = 0
+        """Peak of the start of a network that was recorded, whose steps take no memory any more."""
 
     def answer(self, request: Request) -> Answer:
         match request:
@@ -289,6 +291,8 @@ class _System:
         if not math.isfinite(loss.item()):
             raise PlanError(f"{self._name}: the loss is not finite", hint="use --precision fp32")
         self._step = step
+        if isinstance(step, OwnStep) and step.recorded:
+            self._recorded_bytes = torch.cuda.max_memory_allocated()
         ways = step.ways if isinstance(step, OwnStep) else []
         return Started(seconds, tuple(ways), again=False)
 
@@ -307,7 +311,7 @@ class _System:
         wait(self._device)
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated() if self._device == "cuda" else 0
-        return Taken(seconds, peak, loss.item())
+        return Taken(seconds, max(peak, self._recorded_bytes), loss.item())
 
 
 def _differ(file: Path, known: Path) -> bool:

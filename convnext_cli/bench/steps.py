@@ -124,8 +124,9 @@ class OwnStep:
             assert isinstance(model, ConvNeXt)
             model.use_ways(self.ways)
         if plan.compile:
-            graphs = plan.recipe.compute.cuda_graphs
-            compile_network(model, cuda_graphs=graphs)
+            compile_network(model, cuda_graphs=plan.cuda_graphs)
+        self.recorded = plan.cuda_graphs
+        """Whether the network's memory is taken once, when it is recorded."""
         self.optimizer: Any = self.task.configure_optimizers()
         self._batches = cycle(_make_batches(plan))
         self._precision = _autocast(plan)

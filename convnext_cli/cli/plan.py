@@ -75,7 +75,8 @@ def show_plan(plan: Plan) -> None:
         (
             "cluster",
             f"{plan.cluster.num_nodes} x {plan.cluster.devices_per_node} {plan.cluster.device},"
-            f" {plan.precision}{_fp8(plan)}, {_KERNELS[plan.kernels]}",
+            f" {plan.precision}{_fp8(plan)}, {_KERNELS[plan.kernels]}"
+            f"{', recorded as CUDA graphs' if plan.cuda_graphs else ''}",
         ),
         ("loading", _loading(plan)),
         ("batch", plan.batch_equation),

@@ -104,6 +104,8 @@ class Plan:
     """Pointwise layers whose products are in fp8."""
     kernels: Kernels | Literal["auto"]
     """auto: chosen on the device, see `training.kernels`."""
+    cuda_graphs: bool
+    """Whether the compiled network is recorded and played."""
     channels_last: bool
     workers: int
     augment_on: Literal["cpu", "device"]
@@ -304,9 +306,7 @@ def make_plan(
         kernels = "eager"
     elif kernels == "auto" and variant.family == "timm":
         kernels = "compile"
-    _check_cuda_graphs(
-        recipe, on_gpu=on_gpu, compiled=kernels != "eager", accumulate_steps=accumulate_steps
-    )
+    cuda_graphs = _resolve_cuda_graphs(recipe, cluster=cluster, compiled=kernels != "eager")
     workers = _workers(cluster) if recipe.data.workers == "auto" else recipe.data.workers
     device_images = None
     if on_gpu:
@@ -349,6 +349,7 @@ def make_plan(
         precision=precision,
         fp8_layers=fp8_layers,
         kernels=kernels,
+        cuda_graphs=cuda_graphs,
         channels_last=on_gpu if compute.channels_last == "auto" else compute.channels_last,
         workers=workers,
         augment_on=augment_on,
@@ -506,25 +507,23 @@ def _check_strategy(recipe: Recipe, *, precision: Precision) -> None:
         )
 
 
-def _check_cuda_graphs(
-    recipe: Recipe, *, on_gpu: bool, compiled: bool, accumulate_steps: int
-) -> None:
-    """Refuse CUDA graphs where they cannot be recorded, or would be played back wrongly."""
-    if not recipe.compute.cuda_graphs:
-        return
-    if not on_gpu:
+def _resolve_cuda_graphs(recipe: Recipe, *, cluster: Cluster, compiled: bool) -> bool:
+    """Whether the network is recorded; refused where it is asked for and cannot be."""
+    asked = recipe.compute.cuda_graphs
+    if asked is False:
+        return False
+    if cluster.device != "cuda":
         why = "a CPU has none"
     elif not compiled:
         why = "only a compiled network is recorded"
     elif recipe.compute.strategy != "ddp":
         why = f"under {recipe.compute.strategy} weights move in memory from step to step"
-    elif accumulate_steps > 1:
-        why = (
-            f"a step has {accumulate_steps} passes, and a pass would overwrite the gradients of the"
-            " one before"
-        )
+    elif asked == "auto":
+        return cluster.world_size == 1 and find_variant(recipe.model.name).family != "timm"
     else:
-        return
+        return True
+    if asked == "auto":
+        return False
     raise PlanError(f"compute.cuda_graphs: {why}", hint="set compute.cuda_graphs=false")
 
 

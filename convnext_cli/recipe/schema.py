@@ -340,9 +340,10 @@ class Compute(Section):
     channels_last: bool | Literal["auto"] = "auto"
     """NHWC memory format; auto: on a GPU."""
 
-    cuda_graphs: bool = False
-    """Record the compiled network as CUDA graphs and launch each at once. Gains only where the GPU
-    waits for its host, as with small models and batches; takes memory of its own."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record the compiled network as CUDA graphs, one forward and one backward, and launch each at
+    once: else the GPU waits for its host, with small models the most. auto: on one GPU; on several,
+    gradients would be sent only when all are done. Not where weights move in memory."""
 
     fp8: bool = False
     """Matrix products of blocks of 512 channels or more in fp8, by torchao with a scale a tensor;

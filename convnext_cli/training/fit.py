@@ -149,8 +149,12 @@ def _attempt(
         checkpoint_io=writer,
     )
     if plan.compile:
-        graphs = plan.recipe.compute.cuda_graphs
-        compile_network(model, sizes=len(plan.train_sizes), cuda_graphs=graphs)
+        compile_network(
+            model,
+            sizes=len(plan.train_sizes),
+            cuda_graphs=plan.cuda_graphs,
+            passes=plan.accumulate_steps,
+        )
     if start.checkpoint is None and not back:
         _record(run, plan, event="started", step=start.step)
     else:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.schema import ShardGroup
 from convnext_cli.recipe.schema import Strategy as StrategyName
+from convnext_cli.training.graphs import record_network
 from convnext_cli.training.sharding import ShardedStrategy, iter_shard_units
 from convnext_cli.training.zero import ZeroStrategy
 
@@ -76,8 +77,10 @@ def build_strategy(
             assert_never(strategy)
 
 
-def compile_network(network: nn.Module, *, sizes: int = 1, cuda_graphs: bool = False) -> None:
-    """Have a network compiled when it first runs: part by part, or whole where it is recorded.
+def compile_network(
+    network: nn.Module, *, sizes: int = 1, cuda_graphs: bool = False, passes: int = 1
+) -> None:
+    """Have a network compiled part by part when it first runs.
 
     Blocks of one shape share a graph, so that compiling takes a stage's time and not a network's,
     and ddp sends the gradients of a block as soon as it is done. FSDP's hooks, which fetch the
@@ -87,21 +90,21 @@ def compile_network(network: nn.Module, *, sizes: int = 1, cuda_graphs: bool = F
     Args:
         network: What learns.
         sizes: Sizes that training images have in turn.
-        cuda_graphs: Whether the compiled graph is recorded.
+        cuda_graphs: Whether it is recorded, too.
+        passes: Of an optimizer step.
     """
     from torch._dynamo import config  # noqa: PLC0415  # takes seconds
 
-    parts = [network] if cuda_graphs else list(iter_compile_units(network))
+    parts = list(iter_compile_units(network))
     # at worst, each has a shape of its own, once more for evaluation
     graphs = 2 * len(parts) * (sizes + 1)
     config.recompile_limit = max(config.recompile_limit, graphs)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
-    if cuda_graphs:
-        network.compile(dynamic=False, options={"triton.cudagraphs": True})
-        return
     config.optimize_ddp = False  # it cuts a graph where DDP's messages end; these are short enough
     for part in parts:
         part.forward = torch.compile(part.forward, dynamic=False)
+    if cuda_graphs:
+        record_network(network, passes=passes)
 
 
 def iter_compile_units(network: nn.Module) -> Generator[nn.Module]:

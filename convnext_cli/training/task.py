@@ -115,7 +115,6 @@ class Classifier(pl.LightningModule):
         # For drop path, which draws on the device; `torch.manual_seed` would visit all devices.
         seed_device = torch.cuda.manual_seed if self.device.type == "cuda" else torch.manual_seed
         seed_device(int(rng.integers(2**63)))
-        self._begin_graphs()
         passes_before = rank * self.plan.accumulate_steps + micro
         x_NCHW, target_NK = self.mix(
             batch.image_NCHW,
@@ -210,16 +209,6 @@ class Classifier(pl.LightningModule):
         logits_NK: Tensor = model(self.prepare_images(x_NCHW))
         return logits_NK.float()
 
-    def _begin_graphs(self) -> None:
-        """Let CUDA graphs use their memory again.
-
-        What they made for the batch before lies in it: its gradients go, and everything else that
-        is kept (losses, norm, scores) was made outside.
-        """
-        if self.plan.recipe.compute.cuda_graphs:
-            self.zero_grad(set_to_none=True)
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-
     def on_validation_epoch_start(self) -> None:
         """Start counting afresh."""
         self.val_scores.reset()
@@ -229,7 +218,6 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count one batch for the raw and for the averaged weights; padding is not counted."""
         del batch_idx
-        self._begin_graphs()
         self.val_scores.update(self.predict_logits(batch.image_NCHW, ema=False), batch.label_N)
         if self.val_ema_scores is not None:
             logits_NK = self.predict_logits(batch.image_NCHW, ema=True)

@@ -19,6 +19,7 @@ DIVISOR = "cudnn::reduced_divisor, cudnn::reduced_divisor, int, int)"
         ("normalise_backward_kernel", "normalisation"),
         ("mlp_forward_kernel", "fused MLP"),
         ("gelu_grn_sums_kernel", "normalisation"),
+        ("gelu_backward_kernel", "elementwise"),
         # PyTorch's depthwise kernels, and cuDNN's that say so
         (
             "void at::native::(anonymous namespace)::conv_depthwise2d_forward_kernel_generic"

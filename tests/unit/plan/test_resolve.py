@@ -295,7 +295,6 @@ def test_a_gpu_computes_in_bf16_compiled_and_a_cpu_does_neither():
         (("compute.kernels=eager",), FOUR_NODES, "only a compiled network"),
         (("compute.strategy=fsdp",), FOUR_NODES, "under fsdp weights move"),
         (("compute.strategy=zero1",), FOUR_NODES, "under zero1 weights move"),
-        ((), Cluster(devices_per_node=8), "a step has 4 passes"),
     ],
 )
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded(overrides, cluster, why):
@@ -305,8 +304,17 @@ def test_cuda_graphs_are_refused_where_they_cannot_be_recorded(overrides, cluste
         plan_of(*asked, cluster=cluster)
 
     assert not follow(caught.value.hint, *asked, cluster=cluster).recipe.compute.cuda_graphs
-    assert plan_of("compute.cuda_graphs=true").recipe.compute.cuda_graphs
-    assert not plan_of().recipe.compute.cuda_graphs
+    assert plan_of("compute.cuda_graphs=true").cuda_graphs
+    assert not plan_of(*overrides, cluster=cluster).cuda_graphs
+
+
+def test_one_gpu_plays_cuda_graphs_where_it_can_unless_it_is_not_asked_to():
+    one = Cluster(devices_per_node=1)
+
+    assert plan_of(cluster=one).cuda_graphs
+    assert not plan_of().cuda_graphs  # several GPUs send gradients while others are computed
+    assert not plan_of("compute.cuda_graphs=false", cluster=one).cuda_graphs
+    assert not plan_of("model.name=resnet18", cluster=one).cuda_graphs
 
 
 def test_what_is_asked_goes_before_what_fits_the_device():

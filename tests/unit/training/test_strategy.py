@@ -122,14 +122,13 @@ def test_gradients_are_sent_while_the_first_blocks_are_still_to_come(tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("cuda_graphs", "graphs"), [(True, 9), (False, 36 * 9)])
-def test_the_compiler_does_not_give_up_on_images_of_many_sizes(cuda_graphs, graphs):
+def test_the_compiler_does_not_give_up_on_images_of_many_sizes():
     with torch.device("meta"):
         network = build_convnext(find_variant("convnext_base"), num_classes=3)
 
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        compile_network(network, sizes=8, cuda_graphs=cuda_graphs)
+        compile_network(network, sizes=8)
 
-        # of each part, one a size in training and one in evaluation
-        assert torch._dynamo.config.recompile_limit >= graphs
-        assert torch._dynamo.config.accumulated_recompile_limit >= graphs
+        # of each of 36 blocks, one a size in training and one in evaluation
+        assert torch._dynamo.config.recompile_limit >= 36 * 9
+        assert torch._dynamo.config.accumulated_recompile_limit >= 36 * 9
