@@ -226,7 +226,7 @@ def _load_grads(
     return _load_lines(grad, column, wanted, WIDTH, CHANNELS, LINES)
 
 
-@triton.jit(do_not_specialize=["steps"])  # it hangs on the device
+@triton.jit(do_not_specialize=["steps"])  # it depends on the device
 def depthwise_weight_grad_kernel(
     x_ptr, grad_ptr, part_ptr, num_groups, steps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, LINES: tl.constexpr,

@@ -318,7 +318,7 @@ def mlp_hidden_grad_kernel(
     tl.store(db1_ptr + tl.program_id(1) * HIDDEN + unit, tl.sum(dh, axis=0))
 
 
-@triton.jit(do_not_specialize=["steps"])  # it hangs on the device
+@triton.jit(do_not_specialize=["steps"])  # it depends on the device
 def mlp_kept_grad_kernel(
     grad_ptr, xhat_ptr, h_ptr, w2_ptr, keep_ptr, dh_ptr, dw1_ptr, dw2_ptr, db1_ptr,
     num_rows, positions, steps,

@@ -102,7 +102,7 @@ def gelu_kernel(
     tl.store(out_ptr + place, a.to(out_ptr.dtype.element_ty), mask=used)
 
 
-@triton.jit(do_not_specialize=["steps"])  # it hangs on the device
+@triton.jit(do_not_specialize=["steps"])  # it depends on the device
 def gelu_backward_kernel(
     grad_ptr, h_ptr, bias_ptr, keep_ptr, out_ptr, part_ptr, num_rows, positions, steps,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,

@@ -314,7 +314,7 @@ def test_one_gpu_plays_cuda_graphs_where_it_can_unless_it_is_not_asked_to():
     assert plan_of(cluster=one).cuda_graphs
     assert not plan_of().cuda_graphs  # several GPUs send gradients while others are computed
     assert not plan_of("compute.cuda_graphs=false", cluster=one).cuda_graphs
-    assert not plan_of("model.name=resnet18", cluster=one).cuda_graphs
+    assert not plan_of("model.name=resnet50", cluster=one).cuda_graphs
 
 
 def test_what_is_asked_goes_before_what_fits_the_device():
