@@ -216,13 +216,12 @@ def test_kept_gradients_however_they_are_cut(images, positions, dim, gamma, keep
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("once", [True, False])
-def test_hidden_gradient(once, dtype):
+def test_hidden_gradient(dtype):
     weights = make_mlp(96, gamma=True, keep=(0.0, 1.25), dtype=dtype)
     grad = torch.randn(2 * 27, 96).to(dtype)
     h = torch.randn(2 * 27, 4 * 96).to(dtype)
 
-    kernel = mlp.hidden_grad(grad, h, weights, once=once)
+    kernel = mlp.hidden_grad(grad, h, weights)
 
     twin = mlp.hidden_grad_twin(grad, h, weights)
     weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
