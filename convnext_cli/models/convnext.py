@@ -124,9 +124,10 @@ class Block(nn.Module):
         """What is added to each image, by its factor, the half over space and GELU in kernels.
 
         Written for the compiler. A bias is added where the next operator reads its product: as the
-        product's own, it costs up to half of the product's time again. What scales a row of the
-        second product scales its input instead, in the pass that GELU makes anyway, and LayerScale
-        its weights: so the block's gradient is that of the product, and nothing else is kept.
+        product's own, it costs up to two thirds of the product's time again. What scales a row of
+        the second product scales its input instead, in the pass that GELU makes anyway, and
+        LayerScale its weights: so the block's gradient is that of the product, and nothing else is
+        kept.
         """
         xhat_NHWC, _rstd = fused_positions(
             x_NCHW.permute(0, 2, 3, 1), self.dwconv.weight, self.dwconv.bias, self.norm.eps
