@@ -6,9 +6,9 @@ out = x + keep gamma (act(xhat w1' + b1) w2' + b2)
 
 Two ways to the gradients. `kept`: h = xhat w1' + b1 is kept for the backward pass, GELU and its
 derivative are computed again while the next product reads it; with few channels one kernel makes
-it and the output, and one its gradient and those of both matrices. The products that nothing is
-fused into are cuBLAS's. `recomputed`: h never leaves the registers; half as many bytes again and
-1.5 times the arithmetic, which pays where a product is bound by memory (few channels).
+it and the output, and one its gradient and those of the matrices. The products that nothing is
+fused into are cuBLAS's. `recomputed`: h never leaves the registers; a third of what `kept` keeps,
+and 1.5 times the arithmetic.
 
 Each operator has a twin in plain PyTorch, which defines it and runs where Triton does not.
 

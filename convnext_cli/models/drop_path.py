@@ -14,7 +14,7 @@ Shapes: N images, k of them that are kept.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -93,5 +93,22 @@ def add_kept(x_NCHW: Tensor, branch: Callable[[Tensor], Tensor], kept_k: Tensor)
     x_NHWC = x_NCHW.permute(0, 2, 3, 1)
     branch_kCHW = branch(x_NHWC.index_select(0, kept_k).permute(0, 3, 1, 2))
     branch_kHWC = (branch_kCHW.permute(0, 2, 3, 1) * (len(x_NCHW) / len(kept_k))).to(x_NCHW.dtype)
-    # What `index_add` does, which keeps the branch for its backward pass without using it.
-    return x_NHWC.index_put((kept_k,), branch_kHWC, accumulate=True).permute(0, 3, 1, 2)
+    out_NHWC: Tensor = _AddAt.apply(x_NHWC, branch_kHWC, kept_k)
+    return out_NHWC.permute(0, 3, 1, 2)
+
+
+class _AddAt(torch.autograd.Function):
+    """`index_add`, whose own backward pass keeps the branch without using it.
+
+    Not `index_put`, which reads the largest index on the host before it adds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_N: Tensor, branch_k: Tensor, kept_k: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(kept_k)
+        return x_N.index_add(0, kept_k, branch_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        (kept_k,) = ctx.saved_tensors
+        return grad_N, grad_N.index_select(0, kept_k), None

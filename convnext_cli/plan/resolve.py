@@ -518,6 +518,8 @@ def _resolve_cuda_graphs(recipe: Recipe, *, cluster: Cluster, compiled: bool) ->
         why = "only a compiled network is recorded"
     elif recipe.compute.strategy != "ddp":
         why = f"under {recipe.compute.strategy} weights move in memory from step to step"
+    elif recipe.model.drop_path_kind == "skip":
+        why = "what drop_path_kind=skip compiles to may wait for the device, and cannot be recorded"
     elif asked == "auto":
         return cluster.world_size == 1 and find_variant(recipe.model.name).family != "timm"
     else:

@@ -295,6 +295,7 @@ def test_a_gpu_computes_in_bf16_compiled_and_a_cpu_does_neither():
         (("compute.kernels=eager",), FOUR_NODES, "only a compiled network"),
         (("compute.strategy=fsdp",), FOUR_NODES, "under fsdp weights move"),
         (("compute.strategy=zero1",), FOUR_NODES, "under zero1 weights move"),
+        (("model.drop_path_kind=skip",), FOUR_NODES, "what drop_path_kind=skip compiles to"),
     ],
 )
 def test_cuda_graphs_are_refused_where_they_cannot_be_recorded(overrides, cluster, why):
