@@ -75,8 +75,6 @@ class GradCut:
     stages: int
     programs: int = 1
     """For each multiprocessor."""
-    tile: int | None = None
-    """Channels of a product, or `widest_tile`'s."""
     both: bool = True
     """Whether both matrices' gradients are summed, or w1's is left to cuBLAS: half the registers,
     and one more pass over the gradient of h, which has another product anyway."""
@@ -402,7 +400,7 @@ def kept_grads(
         CHANNELS=channels,
         HIDDEN=units,
         ROWS=cut.rows,
-        TILE=cut.tile or widest_tile(channels, most=128),
+        TILE=widest_tile(channels, most=128),
         UNITS=cut.units,
         LIFT=1.0 if mlp.gamma is None else lift,
         HAS_KEEP=mlp.keep is not None,

@@ -185,8 +185,8 @@ def test_gelu_between_two_products(images, positions, units, keep, dtype):
     "cut",
     [
         mlp.GradCut(rows=32, units=32, warps=4, stages=2),
-        mlp.GradCut(rows=16, units=64, warps=4, stages=1, programs=4, tile=32),
-        mlp.GradCut(rows=64, units=128, warps=8, stages=3, tile=16),
+        mlp.GradCut(rows=16, units=64, warps=4, stages=1, programs=4),
+        mlp.GradCut(rows=64, units=128, warps=8, stages=3),
         mlp.GradCut(rows=32, units=64, warps=4, stages=2, both=False),
     ],
 )
