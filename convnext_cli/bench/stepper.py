@@ -291,7 +291,7 @@ class _System:
         if not math.isfinite(loss.item()):
             raise PlanError(f"{self._name}: the loss is not finite", hint="use --precision fp32")
         self._step = step
-        if isinstance(step, OwnStep) and step.recorded:
+        if isinstance(step, OwnStep) and self._plan.cuda_graphs:
             self._recorded_bytes = torch.cuda.max_memory_allocated()
         ways = step.ways if isinstance(step, OwnStep) else []
         return Started(seconds, tuple(ways), again=False)

@@ -125,8 +125,6 @@ class OwnStep:
             model.use_ways(self.ways)
         if plan.compile:
             compile_network(model, cuda_graphs=plan.cuda_graphs)
-        self.recorded = plan.cuda_graphs
-        """Whether the network's memory is taken once, when it is recorded."""
         self.optimizer: Any = self.task.configure_optimizers()
         self._batches = cycle(_make_batches(plan))
         self._precision = _autocast(plan)

@@ -261,7 +261,8 @@ def _backward_grn(
         xhat_MC,
         rstd_M,
         dh_MK=dh_MK,
-        act_MK=act_MK,
+        dw1_KC=dh_MK.t() @ xhat_MC,
+        product_CK=grad_MC.t() @ act_MK,  # act has keep in it
         db1_K=dh_MK.sum(dim=0, dtype=squares.dtype),
         mlp=mlp,
     )

@@ -35,7 +35,7 @@ def gelu(h_MK: Tensor, bias_K: Tensor, keep_N: Tensor | None) -> Tensor:
         bias_K if keep_N is None else keep_N,
         out_MK,
         rows,
-        rows if keep_N is None else rows // len(keep_N),
+        count_positions(rows, keep_N),
         HIDDEN=units,
         ROWS=_ROWS,
         BLOCK=_BLOCK,
@@ -46,7 +46,7 @@ def gelu(h_MK: Tensor, bias_K: Tensor, keep_N: Tensor | None) -> Tensor:
 
 def gelu_twin(h_MK: Tensor, bias_K: Tensor, keep_N: Tensor | None) -> Tensor:
     """Define `gelu`."""
-    return (functional.gelu(h_MK + bias_K) * _factor(h_MK, keep_N)).to(h_MK.dtype)
+    return keep_rows(functional.gelu(h_MK + bias_K), keep_N).to(h_MK.dtype)
 
 
 def gelu_backward(
@@ -70,7 +70,7 @@ def gelu_backward(
         out_MK,
         part,
         rows,
-        rows if keep_N is None else rows // len(keep_N),
+        count_positions(rows, keep_N),
         steps,
         HIDDEN=units,
         ROWS=_ROWS,
@@ -85,12 +85,17 @@ def gelu_backward_twin(
 ) -> tuple[Tensor, Tensor]:
     """Define `gelu_backward`."""
     h = h_MK + bias_K
-    grad = grad_MK.to(h.dtype) * _factor(h_MK, keep_N)
-    dh = torch.ops.aten.gelu_backward(grad, h)
+    dh = torch.ops.aten.gelu_backward(keep_rows(grad_MK.to(h.dtype), keep_N), h)
     return dh.to(h_MK.dtype), dh.sum(dim=0)
 
 
-def _factor(h_MK: Tensor, keep_N: Tensor | None) -> Tensor | int:
+def count_positions(rows: int, keep_N: Tensor | None) -> int:
+    """Rows of an image; without factors, all are taken for one."""
+    return rows if keep_N is None else rows // len(keep_N)
+
+
+def keep_rows(y_MK: Tensor, keep_N: Tensor | None) -> Tensor:
+    """Each row by its image's factor."""
     if keep_N is None:
-        return 1
-    return keep_N.repeat_interleave(len(h_MK) // len(keep_N))[:, None]
+        return y_MK
+    return y_MK * keep_N.repeat_interleave(count_positions(len(y_MK), keep_N))[:, None]

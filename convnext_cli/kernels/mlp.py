@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
+from convnext_cli.kernels.gelu import count_positions, keep_rows
 from convnext_cli.kernels.launch import (
     count_programs,
     dot_precision,
@@ -160,7 +161,12 @@ def _run_forward(
     xhat_MC: Tensor, x_MC: Tensor, h_MK: Tensor | None, mlp: Mlp, cut: ForwardCut
 ) -> Tensor:
     """The output; h is written where there is room for it."""
-    rows = len(x_MC)
+    rows, channels = x_MC.shape
+    constants = _constants(mlp, x_MC, rows=cut.rows, units=cut.units) | {
+        "TILE": cut.tile or widest_tile(channels, most=128),
+        "num_warps": cut.warps,
+        "num_stages": cut.stages,
+    }
     out_MC = torch.empty_like(x_MC)
     mlp_forward_kernel[(triton.cdiv(rows, cut.rows),)](
         xhat_MC,
@@ -173,17 +179,8 @@ def _run_forward(
         out_MC,
         out_MC if h_MK is None else h_MK,
         rows,
-        _positions(mlp, rows),
-        CHANNELS=x_MC.shape[1],
-        HIDDEN=len(mlp.w1),
-        ROWS=cut.rows,
-        TILE=cut.tile or widest_tile(x_MC.shape[1], most=128),
-        UNITS=cut.units,
-        HAS_GAMMA=mlp.gamma is not None,
-        HAS_KEEP=mlp.keep is not None,
-        PRECISION=dot_precision(x_MC.dtype),
-        num_warps=cut.warps,
-        num_stages=cut.stages,
+        count_positions(rows, mlp.keep),
+        **constants,
         STORE_H=h_MK is not None,
     )
     return out_MC
@@ -197,7 +194,7 @@ def backward_recomputed(grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, mlp: M
         return backward_kept(grad_MC, xhat_MC, rstd_M, h_MK, mlp)
     units = len(mlp.w1)
     dz_MC = torch.empty_like(xhat_MC)
-    positions = _positions(mlp, rows)
+    positions = count_positions(rows, mlp.keep)
     block = 128 if channels < 128 else 64
     mlp_input_grad_kernel[(triton.cdiv(rows, block),)](
         grad_MC,
@@ -316,21 +313,23 @@ def project_twin(
     y_MC = functional.linear(a_MK, mlp.w2, mlp.b2.to(h_MK.dtype))
     if mlp.gamma is not None:
         y_MC = y_MC * mlp.gamma
-    return (x_MC + _kept(y_MC, mlp)).to(x_MC.dtype)
+    return (x_MC + keep_rows(y_MC, mlp.keep)).to(x_MC.dtype)
 
 
 def backward_kept(
     grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, h_MK: Tensor, mlp: Mlp
 ) -> MlpGrads:
     """All gradients but that of the residual, where h was kept."""
-    dh_MK, dw1, product_CK, db1_K = kept_grads(grad_MC, xhat_MC, h_MK, mlp)
-    return _collect(
-        normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M),
-        dw1,
-        db1_K,
-        product_CK,
-        _sum_kept(grad_MC, mlp),
-        mlp,
+    dh_MK, dw1_KC, product_CK, db1_K = kept_grads(grad_MC, xhat_MC, h_MK, mlp)
+    return finish_backward(
+        grad_MC,
+        xhat_MC,
+        rstd_M,
+        dh_MK=dh_MK,
+        dw1_KC=dw1_KC,
+        product_CK=product_CK,
+        db1_K=db1_K,
+        mlp=mlp,
     )
 
 
@@ -340,19 +339,17 @@ def finish_backward(
     rstd_M: Tensor,
     *,
     dh_MK: Tensor,
-    act_MK: Tensor,
+    dw1_KC: Tensor,
+    product_CK: Tensor,
     db1_K: Tensor,
     mlp: Mlp,
 ) -> MlpGrads:
-    """The products that are left once the gradient of h is known.
-
-    `act_MK` is keep times w2's input, so that the block's gradient goes into its product as it is.
-    """
+    """What is left once the gradients of h and both matrices are known; w2's is without gamma."""
     return _collect(
         normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M),
-        dh_MK.t() @ xhat_MC,
+        dw1_KC,
         db1_K,
-        grad_MC.t() @ act_MK,
+        product_CK,
         _sum_kept(grad_MC, mlp),
         mlp,
     )
@@ -395,7 +392,7 @@ def kept_grads(
         dw2,
         db1,
         rows,
-        _positions(mlp, rows),
+        count_positions(rows, mlp.keep),
         steps,
         CHANNELS=channels,
         HIDDEN=units,
@@ -441,7 +438,7 @@ def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor
         act_MK,
         parts,
         rows,
-        _positions(mlp, rows),
+        count_positions(rows, mlp.keep),
         CHANNELS=channels,
         HIDDEN=units,
         ROWS=block,
@@ -460,9 +457,13 @@ def hidden_grad_twin(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, T
     """Define `hidden_grad`."""
     dtype = torch.promote_types(h_MK.dtype, torch.float32)
     grad = grad_MC.to(dtype) if mlp.gamma is None else grad_MC * mlp.gamma
-    da = (_kept(grad, mlp).to(h_MK.dtype) @ mlp.w2).to(dtype)
+    da = (keep_rows(grad, mlp.keep).to(h_MK.dtype) @ mlp.w2).to(dtype)
     dh = torch.ops.aten.gelu_backward(da, h_MK.to(dtype))
-    return dh.to(h_MK.dtype), _kept(functional.gelu(h_MK), mlp).to(h_MK.dtype), dh.sum(dim=0)
+    return (
+        dh.to(h_MK.dtype),
+        keep_rows(functional.gelu(h_MK), mlp.keep).to(h_MK.dtype),
+        dh.sum(dim=0),
+    )
 
 
 def put_in(gamma_C: Tensor | None, w2_CK: Tensor, *, lift: float = 1.0) -> Tensor:
@@ -542,22 +543,12 @@ def _factors(mlp: Mlp) -> tuple[Tensor, Tensor]:
     return gamma, mlp.b2 if mlp.keep is None else mlp.keep
 
 
-def _positions(mlp: Mlp, rows: int) -> int:
-    return rows if mlp.keep is None else rows // len(mlp.keep)
-
-
 def _sum_kept(grad_MC: Tensor, mlp: Mlp) -> Tensor:
     """Sum of keep times the block's gradient over the rows."""
     dtype = torch.promote_types(grad_MC.dtype, torch.float32)
     images = 1 if mlp.keep is None else len(mlp.keep)
     total_NC = grad_MC.view(images, -1, grad_MC.shape[1]).sum(dim=1, dtype=dtype)
     return total_NC.sum(dim=0) if mlp.keep is None else mlp.keep @ total_NC
-
-
-def _kept(y_MC: Tensor, mlp: Mlp) -> Tensor:
-    if mlp.keep is None:
-        return y_MC
-    return y_MC * mlp.keep.repeat_interleave(len(y_MC) // len(mlp.keep))[:, None]
 
 
 def _collect(

@@ -20,15 +20,7 @@ of TILE, a power of two that divides it, because 96 and 384 are none.
 import triton
 import triton.language as tl
 
-from convnext_cli.kernels.triton_rows import gelu, gelu_and_slope
-
-
-@triton.jit
-def _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP: tl.constexpr):
-    factor = tl.full((row.shape[0],), 1.0, tl.float32)
-    if HAS_KEEP:
-        factor = tl.load(keep_ptr + row // positions, mask=row < num_rows, other=0.0)
-    return factor
+from convnext_cli.kernels.triton_rows import gelu, gelu_and_slope, load_factor
 
 
 @triton.jit
@@ -110,7 +102,7 @@ def mlp_forward_kernel(
             h = narrow.to(tl.float32)
         a = gelu(h, dtype == tl.float32).to(dtype)
         sums = _add_products(a, sums, w2_ptr, 0, unit, CHANNELS, HIDDEN, TILE, PRECISION)
-    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    factor = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     _store_output(
         sums, b2_ptr, gamma_ptr, factor, x_ptr, out_ptr, 0, row, used,
         CHANNELS, CHANNELS, TILE, HAS_GAMMA,
@@ -131,7 +123,7 @@ def mlp_input_grad_kernel(
     channel = tl.arange(0, TILE)
     used = (row < num_rows)[:, None]
     place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    factor = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     inputs = ()
     grads = ()
     sums = ()
@@ -208,7 +200,7 @@ def mlp_weight_grad_kernel(
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)
         used = (row < num_rows)[:, None]
         place = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
-        factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+        factor = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
         # Units are the rows of these, so that they go into the next products from registers.
         h = tl.zeros((UNITS, ROWS), tl.float32)
         da = tl.zeros((UNITS, ROWS), tl.float32)
@@ -278,7 +270,7 @@ def mlp_project_kernel(
             a = a * scale + tl.load(shift_ptr + unit)[None, :]
         a = a.to(dtype)
         sums = _add_products(a, sums, w2_ptr, first, unit, PIECES * TILE, HIDDEN, TILE, PRECISION)
-    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    factor = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     _store_output(
         sums, b2_ptr, gamma_ptr, factor, x_ptr, out_ptr, first, row, used,
         PIECES * TILE, CHANNELS, TILE, HAS_GAMMA,
@@ -307,7 +299,7 @@ def mlp_hidden_grad_kernel(
         grad = tl.load(grad_ptr + place, mask=used, other=0.0)
         w2 = tl.load(w2_ptr + channel[:, None] * HIDDEN + unit[None, :])
         total = tl.dot(grad, w2, total, input_precision=PRECISION)
-    factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
+    factor = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
     h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32)
     h += total * 0  # it lies as the product does then; else GELU would be computed in both orders
@@ -372,7 +364,7 @@ def mlp_kept_grad_kernel(
         a, slope = gelu_and_slope(h, dtype == tl.float32)
         row = start + tl.arange(0, ROWS)
         if HAS_KEEP:
-            factor = _load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[None, :]
+            factor = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[None, :]
             a = a * factor
             slope = slope * factor
         dh = da * slope * (1 / LIFT)

@@ -40,6 +40,15 @@ def gelu_and_slope(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP: tl.constexpr):
+    """Drop path's factor of each row's image, of `positions` rows; without HAS_KEEP, 1."""
+    factor = tl.full((row.shape[0],), 1.0, tl.float32)
+    if HAS_KEEP:
+        factor = tl.load(keep_ptr + row // positions, mask=row < num_rows, other=0.0)
+    return factor
+
+
+@triton.jit
 def normalise_kernel(
     x_ptr, out_ptr, rstd_ptr, num_rows, eps,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -78,14 +87,6 @@ def normalise_backward_kernel(
 
 
 @triton.jit
-def _load_keep(keep_ptr, row, num_rows, positions, HAS_KEEP: tl.constexpr):
-    keep = tl.full((row.shape[0],), 1.0, tl.float32)
-    if HAS_KEEP:
-        keep = tl.load(keep_ptr + row // positions, mask=row < num_rows, other=0.0)
-    return keep[:, None]
-
-
-@triton.jit
 def gelu_kernel(
     h_ptr, bias_ptr, keep_ptr, out_ptr, num_rows, positions,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
@@ -97,7 +98,7 @@ def gelu_kernel(
     place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
     bias = tl.load(bias_ptr + unit, mask=unit < HIDDEN, other=0.0)[None, :]
     h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32) + bias
-    keep = _load_keep(keep_ptr, row, num_rows, positions, HAS_KEEP)
+    keep = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     a = gelu(h, h_ptr.dtype.element_ty == tl.float32) * keep
     tl.store(out_ptr + place, a.to(out_ptr.dtype.element_ty), mask=used)
 
@@ -117,7 +118,7 @@ def gelu_backward_kernel(
         place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
         grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32) + bias
-        keep = _load_keep(keep_ptr, row, num_rows, positions, HAS_KEEP)
+        keep = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
         _a, slope = gelu_and_slope(h, h_ptr.dtype.element_ty == tl.float32)
         dh = grad * keep * slope
         sums += dh

@@ -113,12 +113,15 @@ class Block(nn.Module):
         weight = (self.pwconv1.weight * self.norm.weight).to(dtype)
         return weight, self.pwconv1.bias + (self.pwconv1.weight * self.norm.bias).sum(dim=1)
 
-    def fold_scale(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Weight (in `dtype`) and bias of `pwconv2` with LayerScale in them."""
+    def fold_scale(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight (in `dtype`) and bias of `pwconv2` with LayerScale in them; what is left of it.
+
+        float16 is too narrow for weights times a young LayerScale, which is left as it is then.
+        """
         weight, bias = self.pwconv2.weight, self.pwconv2.bias
-        if self.gamma is None:
-            return weight.to(dtype), bias
-        return (self.gamma[:, None] * weight).to(dtype), self.gamma * bias
+        if self.gamma is None or dtype == torch.float16:
+            return weight.to(dtype), bias, self.gamma
+        return (self.gamma[:, None] * weight).to(dtype), self.gamma * bias, None
 
     def branch_with_kernels(self, x_NCHW: Tensor, factor_N: Tensor | None) -> Tensor:
         """What is added to each image, by its factor, the half over space and GELU in kernels.
@@ -140,14 +143,10 @@ class Block(nn.Module):
             h_NHWC = fused_activate(h_NHWC, bias, factor_N)
         else:
             h_NHWC = (self.grn(self.act(h_NHWC + bias.to(dtype))) * factor_N111).to(dtype)
-        if dtype == torch.float16:  # too narrow for weights times a young LayerScale
-            out_NHWC = functional.linear(h_NHWC, self.pwconv2.weight.to(dtype))
-            out_NHWC = out_NHWC + (factor_N111 * self.pwconv2.bias).to(dtype)
-            if self.gamma is not None:
-                out_NHWC = self.gamma * out_NHWC
-        else:
-            weight, bias = self.fold_scale(dtype)
-            out_NHWC = functional.linear(h_NHWC, weight) + (factor_N111 * bias).to(dtype)
+        weight, bias, gamma = self.fold_scale(dtype)
+        out_NHWC = functional.linear(h_NHWC, weight) + (factor_N111 * bias).to(dtype)
+        if gamma is not None:
+            out_NHWC = gamma * out_NHWC
         return out_NHWC.permute(0, 3, 1, 2)
 
     def forward_fused(self, x_NCHW: Tensor, drawn: Tensor | None, *, recomputed: bool) -> Tensor:

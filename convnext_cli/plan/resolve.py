@@ -512,6 +512,7 @@ def _resolve_cuda_graphs(recipe: Recipe, *, cluster: Cluster, compiled: bool) ->
     asked = recipe.compute.cuda_graphs
     if asked is False:
         return False
+    why = None
     if cluster.device != "cuda":
         why = "a CPU has none"
     elif not compiled:
@@ -520,13 +521,12 @@ def _resolve_cuda_graphs(recipe: Recipe, *, cluster: Cluster, compiled: bool) ->
         why = f"under {recipe.compute.strategy} weights move in memory from step to step"
     elif recipe.model.drop_path_kind == "skip":
         why = "what drop_path_kind=skip compiles to may wait for the device, and cannot be recorded"
-    elif asked == "auto":
-        return cluster.world_size == 1 and find_variant(recipe.model.name).family != "timm"
-    else:
-        return True
     if asked == "auto":
-        return False
-    raise PlanError(f"compute.cuda_graphs: {why}", hint="set compute.cuda_graphs=false")
+        alone, family = cluster.world_size == 1, find_variant(recipe.model.name).family
+        return why is None and alone and family != "timm"
+    if why is not None:
+        raise PlanError(f"compute.cuda_graphs: {why}", hint="set compute.cuda_graphs=false")
+    return True
 
 
 def _steps(duration: Duration, steps_per_epoch: int) -> int:

@@ -36,16 +36,17 @@ def record_network(network: nn.Module, *, passes: int = 1) -> None:
         nonlocal pool
         if not (network.training and torch.is_grad_enabled()):
             return forward(x_NCHW)
-        weights = [weight for weight in network.parameters() if weight.requires_grad]
         if x_NCHW.shape not in recordings:
             pool = pool or torch.cuda.graph_pool_handle()  # sizes take turns in the same memory
+            weights = [weight for weight in network.parameters() if weight.requires_grad]
             recordings[x_NCHW.shape] = _Recording(forward, x_NCHW, weights, pool)
+        recording = recordings[x_NCHW.shape]
         if passes > 1:
             # Else the first pass's gradients would stay where they are made, and be overwritten.
-            for weight in weights:
+            for weight in recording.weights:
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
-        out_NK: Tensor = _Played.apply(recordings[x_NCHW.shape], x_NCHW, *weights)
+        out_NK: Tensor = _Played.apply(recording, x_NCHW, *recording.weights)
         return out_NK
 
     network.forward = run
@@ -62,6 +63,7 @@ class _Recording:
         pool: Any,  # noqa: ANN401  # torch's handle has no public type
     ) -> None:
         device = x_NCHW.device
+        self.weights = weights
         self.x_NCHW = x_NCHW.detach().clone()
         self.passes = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         drawn = torch.cuda.get_rng_state(device)  # recording draws, too
