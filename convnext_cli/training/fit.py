@@ -127,6 +127,7 @@ def _attempt(
     checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
     recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, show=display.show)
+    watch = HangWatch(run, plan)
     trainer = build_trainer(
         plan,
         # At the end of a step: time, agree, look whether it is good, write, save, stop.
@@ -136,7 +137,7 @@ def _attempt(
             agreement,
             *([SameWeights()] if plan.recipe.compute.strategy in WHOLE_WEIGHTS else []),
             Stragglers(run, agreement, say=display.say),
-            HangWatch(run, plan),
+            watch,
             FiniteGuard(run, plan, writer=writer),
             recorder,
             quarantine,
@@ -160,6 +161,7 @@ def _attempt(
     else:
         lost = max(0, last_step(run) - start.step)
         _record(run, plan, event="resumed", step=start.step, lost_steps=lost)
+    watch.start()
     try:
         _run_trainer(trainer, task, data, start=start, run=run, plan=plan)
     finally:

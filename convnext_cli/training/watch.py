@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TextIO
 
 import lightning.pytorch as pl
@@ -66,13 +65,9 @@ class HangWatch(pl.Callback):
         self._done = threading.Event()
         self._validated = False
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin to watch."""
-        del pl_module, stage
-        path = self.run.stacks(trainer.global_rank)
-        threading.Thread(
-            target=self._watch, args=(path, trainer.global_rank), name="hang-watch", daemon=True
-        ).start()
+    def start(self) -> None:
+        """Begin to watch, before the ranks look for each other: one may never come."""
+        threading.Thread(target=self._watch, name="hang-watch", daemon=True).start()
         self._alive("start")
 
     def on_train_batch_start(
@@ -122,7 +117,9 @@ class HangWatch(pl.Callback):
         # A timer in C, for a rank whose interpreter is held and whose watch cannot run.
         faulthandler.dump_traceback_later(self._allowed + _HELD_SECONDS, exit=True)
 
-    def _watch(self, path: Path, rank: int) -> None:
+    def _watch(self) -> None:
+        rank = self.plan.cluster.rank
+        path = self.run.stacks(rank)
         while not self._done.wait(self._allowed / _LOOKS):
             silent = time.monotonic() - self._alive_at
             if silent < self._allowed:

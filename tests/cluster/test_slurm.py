@@ -33,6 +33,7 @@ schedule: {length: 40st, warmup: 2st}
 ema: {decay: 0.9}
 evaluate: {every: 40st}
 checkpoint: {every: 5st, keep_last: 3}
+guard: {start_minutes: 1, hang_minutes: 1}
 log: {every_steps: 10, trackers: [csv]}
 """
 STEPS = 40

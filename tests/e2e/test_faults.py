@@ -397,6 +397,24 @@ def test_a_hang_prints_where_each_rank_stands_and_ends_with_76(runner, undisturb
     assert_as_undisturbed(runner.run, undisturbed[2])
 
 
+def test_a_rank_that_waits_for_one_that_never_comes_ends_with_76(runner):
+    first_of_two = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+
+    alone = subprocess.run(
+        runner.command(fault="none", world=1, more=("guard.start_minutes=0.05",)),
+        env=runner.environment() | first_of_two | meeting,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+    assert alone.returncode == 76, alone.stderr
+    stacks = (runner.run / "stacks" / "rank=00000.txt").read_text()
+    assert "rank 0 has stood still" in stacks
+    assert "init_process_group" in stacks
+
+
 def test_a_rank_whose_weights_are_not_those_of_the_others_ends_the_run_with_71(runner):
     flipped = runner(fault="flip@r1:s3", world=2)
 

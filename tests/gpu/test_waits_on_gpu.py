@@ -97,7 +97,7 @@ def test_a_wait_in_a_step_is_an_error_of_the_test_above(train, monkeypatch):
         return loss
 
     monkeypatch.setattr(Classifier, "training_step", waiting)
-    monkeypatch.setattr(HangWatch, "setup", lambda *_: None)  # nothing ends it after an error
+    monkeypatch.setattr(HangWatch, "start", lambda _: None)  # nothing ends it after an error
 
     with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         train("compute.kernels=eager")

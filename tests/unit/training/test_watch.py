@@ -6,7 +6,6 @@ import sys
 PROGRAM = """
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
@@ -16,7 +15,7 @@ from convnext_cli.training.watch import HangWatch
 
 recipe = load_recipe("in1k_tiny", ["guard.start_minutes=0.002"])
 watch = HangWatch(RunDir(Path("gone")), make_plan(recipe, Cluster(), name="mine"))
-watch.setup(SimpleNamespace(global_rank=0), None, "fit")
+watch.start()
 time.sleep(10)
 """
 
