@@ -229,9 +229,10 @@ if ((stalls > RESTARTS)); then
     exit "$code"
 fi
 
-# After `scancel`, and where Slurm requeues by itself, the job is not running any more.
+# After `scancel`, and where Slurm requeues by itself, the job is not running any more. SIGNALING is
+# a running one whose nodes have not all told yet that they passed the warning on.
 read -r state why < <(squeue --noheader --jobs="$job" --format='%T %r') || true
-if [[ ${state:-} != RUNNING && ${why:-} != TimeLimit ]]; then
+if [[ ${state:-} != @(RUNNING|SIGNALING) && ${why:-} != TimeLimit ]]; then
     say "exit code $code at step $last_step; the job is ${state:-gone} (${why:-}${told:+, $told}): Slurm decides"
     exit "$code"
 fi

@@ -37,6 +37,7 @@ guard: {start_minutes: 1, hang_minutes: 1}
 log: {every_steps: 10, trackers: [csv]}
 """
 STEPS = 40
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Job:
     def wait_to_end(self) -> str:
         """The job's last state."""
         deadline = time.monotonic() + 200
-        while (state := self.show()["JobState"]) in {"PENDING", "RUNNING", "COMPLETING"}:
+        while (state := self.show()["JobState"]) not in ENDED:
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.5)
         return state

@@ -1,5 +1,6 @@
 """The sbatch file: what is asked in its head, the shipped script below; what sbatch says."""
 
+import os
 import shlex
 import subprocess
 from dataclasses import replace
@@ -23,11 +24,11 @@ JOB = SlurmJob(
 
 
 @pytest.fixture
-def fake_sbatch(tmp_path, monkeypatch):
-    """A sbatch that says what it is told to, for there is no cluster here."""
+def fake(tmp_path, monkeypatch):
+    """Makes a command that does what it is told to, for there is no cluster here."""
 
-    def make(script: str) -> None:
-        path = tmp_path / "bin" / "sbatch"
+    def make(name: str, script: str) -> None:
+        path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
@@ -76,16 +77,16 @@ def test_a_machine_without_sbatch_is_told_in_one_sentence(tmp_path, monkeypatch)
     assert "--dry-run" in str(caught.value.hint)
 
 
-def test_a_job_file_lies_beside_the_run_and_its_number_comes_back(tmp_path, fake_sbatch):
-    fake_sbatch('[ "$1" = --parsable ] && [ -s "$2" ] && echo "4711;north"')
+def test_a_job_file_lies_beside_the_run_and_its_number_comes_back(tmp_path, fake):
+    fake("sbatch", '[ "$1" = --parsable ] && [ -s "$2" ] && echo "4711;north"')
     job = SlurmJob(recipe="in1k_tiny", name="a", folder=tmp_path, runs_dir=tmp_path / "runs")
 
     assert submit(job) == "4711"
     assert (tmp_path / "runs" / "a" / "launch" / "job.sh").read_text() == render_job(job)
 
 
-def test_what_sbatch_refuses_is_told_with_its_reason(tmp_path, fake_sbatch):
-    fake_sbatch('echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
+def test_what_sbatch_refuses_is_told_with_its_reason(tmp_path, fake):
+    fake("sbatch", 'echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
     job = SlurmJob(recipe="in1k_tiny", name="a", folder=tmp_path, runs_dir=tmp_path / "runs")
 
     with pytest.raises(
@@ -108,3 +109,34 @@ def test_what_sbatch_refuses_is_told_with_its_reason(tmp_path, fake_sbatch):
 )
 def test_a_value_that_is_not_plain_is_quoted_for_sbatch(option, line):
     assert f"#SBATCH {line}\n" in render_job(replace(JOB, sbatch_options=(option,)))
+
+
+@pytest.mark.parametrize(
+    ("state", "requeued"),
+    [
+        ("RUNNING None", True),
+        ("SIGNALING None", True),
+        ("COMPLETING TimeLimit", True),
+        ("COMPLETING None", False),  # after scancel
+        ("", False),
+    ],
+)
+def test_a_job_that_was_stopped_is_requeued_as_long_as_nobody_ended_it(
+    tmp_path, fake, state, requeued
+):
+    fake("srun", 'echo 75 >"$CONVNEXT_EXIT_DIR/0"; exit 75')
+    fake("squeue", f"echo {state}")
+    fake("scontrol", f'[ "$1" = show ] && echo node1 || echo "$@" >>{tmp_path}/told')
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    job |= {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "RECIPE": "in1k_tiny"}
+
+    done = subprocess.run(
+        ["bash", slurm_folder() / "multinode.sh"],
+        env=os.environ | job,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 75, done.stderr
+    assert (tmp_path / "told").exists() == requeued, done.stdout
