@@ -63,13 +63,13 @@ class Recorder(pl.Callback):
         self._meter.end_batch()
         if not task.at_step_end or not self._is_due(task.step):
             return
+        own = torch.stack([task.loss_sum, torch.full_like(task.loss_sum, len(task.bad))])
+        loss_sum, replaced = trainer.strategy.reduce(own, reduce_op="sum").unbind()
         # Not a number where no step of the row had a finite gradient.
-        loss = task.loss_sum / (task.loss_steps * self.plan.accumulate_steps)
-        own = torch.stack([loss, torch.full_like(loss, len(task.bad))])
-        loss, replaced = trainer.strategy.reduce(own, reduce_op="sum").unbind()
+        loss = loss_sum / (task.loss_steps * self.plan.accumulate_steps * trainer.world_size)
         norm = task.grad_norm if task.grad_norm is not None else torch.zeros_like(loss)
         # The one wait for the device; it makes the rates below true.
-        values = Later(torch.stack([loss / trainer.world_size, replaced, norm])).read()
+        values = Later(torch.stack([loss, replaced, norm])).read()
         row = {
             "train/loss": float(values[0]),
             "train/lr": task.lr_at(task.step - 1),

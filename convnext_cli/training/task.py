@@ -75,8 +75,9 @@ class Classifier(pl.LightningModule):
         """Optimizer steps taken over all attempts."""
         self.grad_norm: Tensor | None = None
         """Norm of the newest gradient before clipping."""
-        self.loss_sum = torch.zeros(())
-        """Sum of the losses of the passes since the row before; stays on the device."""
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        """Sum of this rank's losses of the passes since the row before; stays on the device. Sums
+        of float32 are exact in float64: where a run was interrupted does not show in its rows."""
         self.step_loss = torch.zeros(())
         """Sum of the losses of the passes of the newest step."""
         self.loss_steps = torch.zeros(())
@@ -276,9 +277,9 @@ class Classifier(pl.LightningModule):
         checkpoint[CHECKPOINT_KEY] = self.card.to_dict() | {
             "step": self.step,
             "validation_due": self.validation_due,
-            # The row that comes next spans the checkpoint.
+            # The row that comes next spans the checkpoint. Of all ranks: their number may change.
             "loss_sum": self.trainer.strategy.reduce(
-                self.loss_sum.to(self.device, copy=True), reduce_op="mean"
+                self.loss_sum.to(self.device, copy=True), reduce_op="sum"
             ),
             "loss_steps": int(self.loss_steps),
         }
@@ -299,7 +300,8 @@ class Classifier(pl.LightningModule):
             )
         self.step = int(saved["step"])
         self.validation_due = bool(saved["validation_due"])
-        self.loss_sum = saved["loss_sum"].to(self.device)
+        total = saved["loss_sum"].to(self.device, torch.float64)
+        self.loss_sum = total if self.global_rank == 0 else torch.zeros_like(total)
         self.loss_steps = torch.tensor(float(saved["loss_steps"]), device=self.device)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,42 @@ def test_a_checkpoint_with_other_classes_is_refused_before_its_weights_are_looke
 
     with pytest.raises(CheckpointError, match=r"with 4 classes, and this run trains .* with 3"):
         task.on_load_checkpoint({CHECKPOINT_KEY: saved})
+
+
+def test_a_row_that_spans_a_checkpoint_is_to_the_bit_that_of_a_run_left_alone():
+    def start_ranks() -> list[Stepper]:
+        ranks = [Stepper(fused=False) for _ in range(2)]
+
+        def reduce(own: Tensor, reduce_op: str) -> Tensor:
+            assert reduce_op == "sum"
+            return sum((rank.task.loss_sum for rank in ranks), torch.zeros_like(own))
+
+        for number, rank in enumerate(ranks):
+            strategy = SimpleNamespace(reduce=reduce)
+            rank.task._trainer = SimpleNamespace(global_rank=number, strategy=strategy)
+        return ranks
+
+    def total(ranks: list[Stepper]) -> float:
+        return sum(rank.task.loss_sum.item() for rank in ranks)
+
+    alone, saved = start_ranks(), []
+    for _ in range(6):
+        for rank in alone:
+            rank()
+        checkpoint: dict = {}
+        alone[0].task.on_save_checkpoint(checkpoint)
+        parts = [(rank.task.state_dict(), rank.optimizer.state_dict()) for rank in alone]
+        saved.append((checkpoint, copy.deepcopy(parts)))
+    for checkpoint, parts in saved:
+        resumed = start_ranks()
+        for rank, (weights, moments) in zip(resumed, parts, strict=True):
+            rank.task.load_state_dict(weights)
+            rank.optimizer.load_state_dict(moments)
+            rank.task.on_load_checkpoint(checkpoint)
+        for _ in range(checkpoint[CHECKPOINT_KEY]["step"], 6):
+            for rank in resumed:
+                rank()
+        assert total(resumed) == total(alone)
 
 
 @pytest.mark.parametrize("fused", [False, True])
