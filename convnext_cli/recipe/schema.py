@@ -422,8 +422,8 @@ class Guard(Section):
     stands, and the run ends with exit code 76."""
 
     start_minutes: Annotated[float, Field(gt=0)] = 30.0
-    """The same for the first step, which compiles and fills caches, and for the first of a new
-    size of images."""
+    """The same for the first step, before which the ranks find each other and which compiles and
+    fills caches, and for the first of a new size of images."""
 
 
 class Log(Section):
