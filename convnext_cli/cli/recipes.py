@@ -18,6 +18,7 @@ from convnext_cli.recipe.files import (
     load_recipe,
     nearest_field,
     render_recipe,
+    render_value,
 )
 from convnext_cli.recipe.schema import Recipe
 
@@ -99,7 +100,7 @@ def _show_fields(key: str | None, *, json_output: bool) -> None:
     table = make_table("key", "default", "meaning")
     defaults = flatten_keys(Recipe(about="").model_dump(mode="json"))
     for name in chosen:
-        default = "" if name == "about" else _word(defaults[name])
+        default = "" if name == "about" else render_value(defaults[name])
         meaning = Text(help_of[name].replace("\n", " "))
         table.add_row(Text(name, style="bold"), Text(default), meaning)
     print_table(table)
@@ -128,22 +129,8 @@ def diff(
         return
     table = make_table("key", first, second)
     for key, (a, b) in differing.items():
-        table.add_row(key, Text(_word(a)), Text(_word(b)))
+        table.add_row(key, Text(render_value(a)), Text(render_value(b)))
     print_table(table)
-
-
-def _word(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:g}"
-        case list():
-            return f"[{', '.join(map(_word, value))}]"
-        case _:
-            return str(value)
 
 
 @app.command("check")

@@ -10,6 +10,7 @@ from rich.text import Text
 from convnext_cli.cli._console import console, print_json, print_rows
 from convnext_cli.cli._inputs import JsonOption, RootOption, RunArgument
 from convnext_cli.errors import RunError, UserError, quote_path
+from convnext_cli.recipe.files import render_value
 from convnext_cli.runs.layout import RunDir, find_run, find_runs
 
 app = typer.Typer(no_args_is_help=True, help="List, show, compare and plot runs.")
@@ -127,7 +128,7 @@ def compare(
     if comparison.recipe:
         print_rows(
             ("recipe", *(f">{label}" for label in labels)),
-            [(row.key, *map(_render_value, row.values)) for row in comparison.recipe],
+            [(row.key, *map(render_value, row.values)) for row in comparison.recipe],
         )
     else:
         console.print("the recipes are the same")
@@ -233,10 +234,6 @@ def _render_best(value: float | None, step: int | None) -> str:
     return "-" if value is None else f"{value:.2f}% at step {step:,}"
 
 
-def _render_value(value: object) -> str:
-    return "-" if value is None else str(value)
-
-
 def _render_result(key: str, value: object) -> str:
     match value:
         case int() | float() if key == "wall_seconds":
@@ -246,7 +243,7 @@ def _render_result(key: str, value: object) -> str:
         case float():
             return f"{value:,.4g}"
         case _:
-            return _render_value(value)
+            return "-" if value is None else str(value)
 
 
 def _render_number(value: float | None, form: str) -> str:

@@ -198,9 +198,10 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
 
 
 def _shards_error(source: Path) -> DataError:
+    folder = source if source.is_dir() else source.parent
     return DataError(
         f"{source} holds WebDataset shards, not class tars",
-        hint="train on them as they are: data.mode=stream data.path=SHARDS",
+        hint=f"index them where they lie: convnext data index {quote_path(folder)} --out OUT",
     )
 
 

@@ -354,13 +354,24 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
     )
 
 
+def render_value(value: object) -> str:
+    """The value of a key as an override would write it: null, true, 0.05, [0.4, 1]."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case tuple() | list():
+            return f"[{', '.join(map(render_value, value))}]"
+        case _:
+            return str(value)
+
+
 def _word(value: object) -> str:
-    """A value as YAML would write it; text is marked as such."""
+    """A value for a message that says why it is not taken; text is marked as such."""
     match value:
         case None:
             return "nothing (null)"
-        case bool():
-            return str(value).lower()
         case str():
             shown = value if len(value) <= 60 else f"{value[:60]}..."
             return f"{shown!r} (text)"
@@ -369,7 +380,7 @@ def _word(value: object) -> str:
         case Mapping():
             return "a section with keys"
         case _:
-            return repr(value)
+            return render_value(value)
 
 
 def _hint_for_value(name: str, found: object) -> str:

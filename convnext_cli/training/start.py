@@ -11,7 +11,7 @@ from typing import Literal
 from convnext_cli.data.order import ORDER_VERSION
 from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.plan.resolve import Plan
-from convnext_cli.recipe.files import flatten_keys
+from convnext_cli.recipe.files import flatten_keys, render_value
 from convnext_cli.recipe.schema import Recipe
 from convnext_cli.runs.compare import read_recipe_keys
 from convnext_cli.runs.copies import RemoteFolder
@@ -31,14 +31,21 @@ CHANGEABLE = (
     "data.cache_dir",
     "data.cache_gb",
     "batch.per_device_images",
-    "compute.",
+    "compute.precision",
+    "compute.kernels",
+    "compute.channels_last",
+    "compute.cuda_graphs",
+    "compute.gradient_checkpointing",
+    "compute.strategy",
+    "compute.shard_group",
     "evaluate.every",
     "evaluate.per_device_images",
     "checkpoint.",
     "guard.",
     "log.",
 )
-"""Keys that may change between two attempts of one run: they do not decide what is learned."""
+"""Keys that may change between two attempts of one run: but for rounding, they do not decide what
+is learned."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,8 @@ def _check_same_run(plan: Plan, run: RunDir) -> None:
         key = differing[0]
         more = f" (and {len(differing) - 1} more keys)" if len(differing) > 1 else ""
         raise RunError(
-            f"{run.root} holds a run with {key}={before.get(key)}, but {asked.get(key)} is asked"
-            f" now{more}",
+            f"{run.root} holds a run with {key}={render_value(before.get(key))}, but"
+            f" {render_value(asked.get(key))} is asked now{more}",
             hint="give the new run its own folder with --name NAME",
         )
     recorded = read_json(run.plan)

@@ -580,8 +580,10 @@ def test_shards_of_others_are_not_taken_for_class_tars(tmp_path):
         (tmp_path / "shards").mkdir(exist_ok=True)
         (tmp_path / "shards" / name).write_bytes(tar_bytes(shard))
 
-    with pytest.raises(DataError, match="holds WebDataset shards, not class tars"):
+    with pytest.raises(DataError, match="holds WebDataset shards, not class tars") as refused:
         pack(tmp_path / "shards", tmp_path / "out")
+
+    assert f"convnext data index {tmp_path / 'shards'} --out OUT" in str(refused.value.hint)
 
 
 # Images

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from convnext_cli.data.order import ORDER_VERSION
-from convnext_cli.errors import CheckpointError
+from convnext_cli.errors import CheckpointError, RunError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import Plan, make_plan
-from convnext_cli.recipe.files import load_recipe
+from convnext_cli.recipe.files import load_recipe, render_recipe
 from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.record import write_json
 from convnext_cli.training.start import find_start
 
 
@@ -52,3 +53,36 @@ def test_a_checkpoint_of_other_images_is_refused_before_a_folder_is_made(
 
     assert f"init.weights={path}" in str(refused.value.hint)
     assert not (tmp_path / "mine").exists()
+
+
+def begin(plan: Plan, folder: Path) -> RunDir:
+    run = RunDir(folder / "mine")
+    run.root.mkdir()
+    run.recipe.write_text(render_recipe(plan.recipe))
+    write_json(run.plan, {"data_fingerprint": plan.data_fingerprint})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.clip_norm=1.0", "holds a run with optim.clip_norm=null, but 1.0 is asked now"),
+        ("compute.fp8=true", "holds a run with compute.fp8=false, but true is asked now"),
+    ],
+)
+def test_a_run_does_not_go_on_as_one_that_learns_otherwise(plan, tmp_path, override, told):
+    run = begin(plan, tmp_path)
+    other = make_plan(load_recipe("in1k_tiny", [override]), Cluster(device="cuda"), name="mine")
+
+    with pytest.raises(RunError, match=told):
+        find_start(other, run, resume="auto")
+
+
+def test_a_run_may_go_on_with_another_strategy_and_other_kernels(plan, tmp_path):
+    run = begin(plan, tmp_path)
+    recipe = load_recipe("in1k_tiny", ["compute.strategy=fsdp", "compute.kernels=compile"])
+    other = replace(
+        make_plan(recipe, Cluster(device="cpu"), name="mine"), data_fingerprint="of photos"
+    )
+
+    assert find_start(other, run, resume="auto").checkpoint is None
