@@ -21,7 +21,7 @@ models=in1k_tiny,in1k_base,in1k_large,v2_in1k_tiny shapes=convnext_tiny,convnext
 size=(--size 224 --device cuda) precision=(--precision bf16) rounds=(--rounds 5 --steps 20)
 batch=128 small=64
 if [[ -n ${TOY:-} ]]; then
-    fast=timm slow='' models=v2_in1k_atto shapes=convnextv2_atto
+    fast=timm-eager slow='' models=v2_in1k_atto shapes=convnextv2_atto
     size=(--size 32 --device cpu) precision=(--precision fp32) rounds=(--rounds 1 --steps 1)
     batch=4 small=2
 fi

@@ -55,75 +55,25 @@ def test_a_peer_that_is_not_installed_is_left_out_with_its_reason(run_process, t
     assert "dali was left out: dali ended: ModuleNotFoundError" in done.stderr
 
 
-def test_what_is_no_peer_is_refused(run_cli, tiny_shards):
-    done = run_cli("bench", "loader", "--data", tiny_shards, "--against", "tmim")
-
-    assert done.exit_code == 2
-    assert "there is no system named tmim" in done.stderr
-    assert "timm-plain" in done.stderr
-
-
-def test_a_loader_is_not_measured_over_a_network(run_cli):
-    done = run_cli("bench", "loader", "--data", "https://127.0.0.1/x")
-
-    assert done.exit_code == 2
-    assert "a loader is measured on local files" in done.stderr
-
-
-def test_a_loader_is_not_measured_over_no_images(run_cli, tiny_shards):
-    done = run_cli("bench", "loader", "--data", tiny_shards, "--images", 0)
-
-    assert done.exit_code == 2
-    assert "--images" in done.stderr
-
-
-def test_the_order_of_a_large_data_set_is_measured_without_it(run_cli):
-    done = run_cli(
-        *("bench", "order", "--images", 200_000, "--shards", 200, "--global-images", 1024),
-        *("--world", 8, "--json"),
-    )
-
-    assert done.exit_code == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["steps_per_epoch"] == 195
-    assert 0.9 < report["same_shard_rate"] < 1.5
-    assert report["node_shards"] < 60
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (("--images", 10, "--shards", 20), "--images 10 is fewer than --shards 20"),
-        (("--world", 7), "world sizes that can: 1, 2, 4"),
-    ],
-)
-def test_an_order_that_cannot_be_is_refused(run_cli, options, told):
-    done = run_cli("bench", "order", *options)
-
-    assert done.exit_code == 2
-    assert told in done.stderr
-
-
 def test_whole_steps_are_measured_beside_their_peers(run_process):
     done = run_process(
         *("bench", "step", "v2_in1k_atto", "--batch", 2, "--size", 32, "--device", "cpu"),
-        *("--steps", 2, "--rounds", 2, "--against", "timm,timm-eager,torchvision", "--json"),
+        *("--steps", 2, "--rounds", 2, "--against", "timm-eager,torchvision", "--json"),
     )
 
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
     rates = {rate["system"]: rate for rate in report["rates"]}
-    assert set(rates) == {"convnext", "timm", "timm-eager"}
+    assert set(rates) == {"convnext", "timm-eager"}
     assert list(report["failed"]) == ["torchvision"]
-    assert [pair["peer"] for pair in report["ratios"]] == ["timm", "timm-eager"]
+    assert [pair["peer"] for pair in report["ratios"]] == ["timm-eager"]
     for rate in rates.values():
         assert 0 < rate["low"] <= rate["images_per_second"] <= rate["high"]
         assert 0 < rate["loss"] < 20
         assert rate["peak_bytes"] is None
     assert report["flops_per_image"] == pytest.approx(6 * 0.55e9 / 49, rel=0.05)
     assert (report["images"], report["precision"], report["compiled"]) == (2, "fp32", False)
-    speeds = {name: rates[name]["images_per_second"] for name in ("timm", "timm-eager")}
-    assert report["best_peer"]["peer"] == max(speeds, key=speeds.__getitem__)
+    assert report["best_peer"]["peer"] == "timm-eager"
     floors = {floor["ops"]: floor["images_per_second"] for floor in report["floors"]}
     assert list(floors) == ["eager", "compiler", "fused", "best per stage"]
     for rate in rates.values():
@@ -157,16 +107,6 @@ def test_several_recipes_are_measured_in_one_command(run_process, tmp_path):
         assert json.loads(written.read_text()) == report
         assert [rate["system"] for rate in report["rates"]] == ["convnext", "timm-eager"]
         assert report["failed"] == {}
-
-
-def test_two_recipes_of_one_model_are_not_written_into_one_file(run_cli):
-    done = run_cli(
-        *("bench", "step", "in1k_tiny,in22k_tiny", "--batch", 2, "--device", "cpu"),
-        *("--out", "results"),
-    )
-
-    assert done.exit_code == 2
-    assert "--out: 2 recipes have the model convnext_tiny" in done.stderr
 
 
 def test_ctrl_c_ends_all_systems(tmp_path):
@@ -278,22 +218,6 @@ def test_a_report_that_cannot_be_written_is_shown_all_the_same(run_process, tmp_
     assert f"cannot write {tmp_path / 'depthwise.json'}: Is a directory" in done.stderr
 
 
-def test_other_models_have_no_depthwise_convolution(run_cli):
-    done = run_cli("bench", "depthwise", "--models", "convnext_tiny,resnet50", "--device", "cpu")
-
-    assert done.exit_code == 2
-    assert "resnet50 has no depthwise convolutions" in done.stderr
-
-
-def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(run_cli, tmp_path):
-    (tmp_path / "file").touch()
-
-    done = run_cli("bench", "step", "in1k_tiny", "--device", "cpu", "--out", "file/results")
-
-    assert done.exit_code == 2
-    assert "--out file/results: Not a directory" in done.stderr
-
-
 def run_script(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """`benchmarks/gpu/step.sh` at toy size."""
     return subprocess.run(
@@ -340,10 +264,3 @@ def test_the_script_begins_nothing_without_time_left(tmp_path):
         "== v2_in1k_atto",
         "== memory of v2_in1k_atto",
     ]
-
-
-def test_a_step_of_several_passes_is_refused(run_cli):
-    done = run_cli("bench", "step", "in1k_tiny", "--batch", "8", "batch.per_device_images=4")
-
-    assert done.exit_code == 2
-    assert "measured as one pass" in done.stderr

@@ -140,10 +140,8 @@ def assert_as_undisturbed(run: Path, whole: Path) -> None:
     ("fault", "world"),
     [
         ("term@r1:s3", 2),  # one rank, and not the one that writes
-        ("usr1@r0:s5", 2),
         ("valterm@r1:s4", 2),
         ("int@r0:s3", 1),
-        ("valterm@r0:s4", 1),
     ],
 )
 def test_a_signal_to_any_rank_saves_ends_with_75_and_the_next_start_ends_alike(
@@ -153,6 +151,7 @@ def test_a_signal_to_any_rank_saves_ends_with_75_and_the_next_start_ends_alike(
 
     if world == 1:
         assert stopped.returncode == 75, stopped.stderr
+        assert f"stopped by SIGINT after step 3 of {STEPS}" in stopped.stderr
     else:  # torchrun ends with 1 and names the code of the ranks
         assert stopped.returncode == 1
         assert "exitcode  : 75" in stopped.stderr, stopped.stderr
@@ -213,19 +212,20 @@ def test_the_time_limit_of_the_job_is_kept(runner, undisturbed):
     assert_as_undisturbed(runner.run, undisturbed[1])
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runner, undisturbed, damage):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tiny_shards) -> Path:
+    """A run that was stopped after step 6; copy it."""
+    runner = make_runner(tmp_path_factory.mktemp("stopped"), tiny_shards)
     assert runner(fault="int@r0:s6").returncode == 75
+    return runner.run
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runner, undisturbed, stopped):
+    shutil.copytree(stopped, runner.run, symlinks=True)
     newest = runner.run / "checkpoints" / "step=00000006.ckpt"
     content = bytearray(newest.read_bytes())
-    match damage:
-        case "flip":
-            content[len(content) // 2] ^= 1
-            newest.write_bytes(content)
-        case "cut":
-            newest.write_bytes(content[: len(content) // 2])
-        case "manifest":
-            newest.with_suffix(".json").unlink()
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
 
     again = runner()
 
@@ -235,8 +235,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runner, undist
     assert_as_undisturbed(runner.run, undisturbed[1])
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew_by_itself(runner):
-    assert runner(fault="int@r0:s3").returncode == 75
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew_by_itself(runner, stopped):
+    shutil.copytree(stopped, runner.run, symlinks=True)
     for path in (runner.run / "checkpoints").glob("step=*.ckpt"):
         path.write_bytes(path.read_bytes()[:-1])
 

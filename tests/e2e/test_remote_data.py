@@ -50,6 +50,16 @@ def losses(recipe: Path, name: str) -> list[float]:
     return [row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row]
 
 
+@pytest.fixture(scope="module")
+def local_losses(tmp_path_factory, tiny_shards) -> list[float]:
+    """Those of the run from a folder."""
+    recipe = tmp_path_factory.mktemp("local") / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    done = train(recipe, tiny_shards, "local")
+    assert done.returncode == 0, done.stderr
+    return losses(recipe, "local")
+
+
 @pytest.fixture
 def remote(faulty_server, tiny_shards):
     """The tiny shards behind a server."""
@@ -57,9 +67,7 @@ def remote(faulty_server, tiny_shards):
     return faulty_server
 
 
-def test_a_server_full_of_faults_changes_nothing(recipe, remote, tiny_shards):
-    local = train(recipe, tiny_shards, "local")
-    assert local.returncode == 0, local.stderr
+def test_a_server_full_of_faults_changes_nothing(recipe, remote, local_losses):
     for number in range(3):
         remote.faults[f"train-00000{number}.tar"] = [["500"], ["half"], ["flipped", "reset"]][
             number
@@ -69,7 +77,7 @@ def test_a_server_full_of_faults_changes_nothing(recipe, remote, tiny_shards):
     far = train(recipe, remote.url, "far")
 
     assert far.returncode == 0, far.stderr
-    assert losses(recipe, "far") == losses(recipe, "local")
+    assert losses(recipe, "far") == local_losses
     whole = {name for name, _ in remote.gets if name.startswith("train") and name.endswith(".tar")}
     assert whole == {f"train-00000{number}.tar" for number in range(3)}
 
@@ -125,19 +133,16 @@ def bucket(tiny_shards, monkeypatch):
     server.stop()
 
 
-def test_an_s3_bucket_is_trained_on_like_a_folder(recipe, bucket, tiny_shards):
-    local = train(recipe, tiny_shards, "local")
+def test_an_s3_bucket_is_trained_on_like_a_folder(recipe, bucket, local_losses):
     far = train(recipe, bucket, "far")
 
     assert far.returncode == 0, far.stderr
-    assert losses(recipe, "far") == losses(recipe, "local")
-    assert local.returncode == 0
+    assert losses(recipe, "far") == local_losses
 
 
 @pytest.mark.usefixtures("bucket")
-def test_what_is_not_in_a_bucket_is_one_sentence(recipe):
-    absent = train(recipe, "s3://nowhere/tiny", "absent")
+def test_what_is_not_in_a_bucket_is_one_sentence(run_cli, recipe):
+    absent = run_cli("train", recipe, "--data", "s3://nowhere/tiny", "--device", "cpu")
 
-    assert absent.returncode == 2
+    assert absent.exit_code == 2
     assert "it is not a packed data set" in absent.stderr
-    assert "Traceback" not in absent.stderr

@@ -230,23 +230,6 @@ def test_a_sharded_run_is_evaluated_as_any_other(lab, run_process):
     assert told["loss"] == pytest.approx(last["val_ema/loss"], abs=1e-5)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
-def test_zero_without_deepspeed_is_told_before_anything_is_written(
-    tmp_path, tiny_shards, run_process
-):
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-
-    done = run_process(
-        *("train", "tiny.yaml", "--data", tiny_shards, "--device", "cpu", "--devices", 2),
-        "compute.strategy=zero2",
-    )
-
-    assert done.exit_code == 2, done.stderr
-    assert "zero2 needs DeepSpeed, which is not installed" in done.stderr
-    assert "hint: install it with pip install 'convnext[deepspeed]'" in done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
 @needs_deepspeed
 def test_deepspeed_learns_what_one_device_learns_and_its_runs_go_on_elsewhere(lab):
     zero1, zero2, zero3 = (f"compute.strategy=zero{stage}" for stage in (1, 2, 3))

@@ -1,13 +1,10 @@
 """The laws of training, over the real command with real processes on a CPU."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,69 +91,6 @@ def test_a_run_leaves_checkpoints_rows_a_plot_and_the_next_command(finished):
     assert done.stdout == ""
 
 
-def test_a_killed_run_ends_with_the_weights_of_one_left_alone(recipe, tiny_shards, finished):
-    whole = finished.root
-    killed = run_dir(recipe, "killed")
-    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data"]
-    command += [str(tiny_shards), "--name", "killed", "--runs-dir", str(recipe.parent / "runs")]
-    process = subprocess.Popen(
-        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (killed / "checkpoints" / "step=00000002.ckpt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    again = train(recipe, tiny_shards, name="killed")
-
-    assert again.returncode == 0, again.stderr
-    assert "going on from" in again.stderr
-    last = "checkpoints/last.ckpt"
-    assert_same_weights(whole / last, killed / last)
-    kept = ("step", "train/loss", "val/loss", "val_ema/top1", "train/lr")
-    assert [{key: row.get(key) for key in kept} for row in rows(killed)] == [
-        {key: row.get(key) for key in kept} for row in rows(whole)
-    ]
-
-
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_75(recipe, tiny_shards):
-    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data"]
-    command += [str(tiny_shards), "--runs-dir", str(recipe.parent / "runs"), "--device", "cpu"]
-    command += ["schedule.length=3000st", "checkpoint.every=5000st", "--name", "run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = run_dir(recipe) / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-
-    assert process.returncode == 75, stderr
-    assert "hint: run the same command again to go on" in stderr
-    last = run_dir(recipe) / "checkpoints" / "last.ckpt"
-    step = torch.load(last, weights_only=True)["convnext"]["step"]
-    assert f"after step {step} of 3000" in stderr
-    assert rows(run_dir(recipe))[-1]["step"] == step
-
-
-def test_two_processes_learn_what_one_learns_with_accumulation(recipe, tiny_shards):
-    plain = ["mix.mixup=null", "mix.cutmix=null", "model.drop_path=0", "augment.erasing=null"]
-    one = train(recipe, tiny_shards, *plain, "batch.per_device_images=4", name="one")
-    two = train(recipe, tiny_shards, *plain, "--devices", "2", name="two")
-
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
-    assert "Warning" not in two.stderr
-    for left, right in zip(rows(run_dir(recipe, "one")), rows(run_dir(recipe, "two")), strict=True):
-        for key in ("train/loss", "val/loss", "val_ema/loss"):
-            if key in left:
-                assert right[key] == pytest.approx(left[key], rel=2e-5)
-    ours = weights(run_dir(recipe, "one") / "checkpoints/last.ckpt")
-    theirs = weights(run_dir(recipe, "two") / "checkpoints/last.ckpt")
-    for key, value in ours.items():
-        assert torch.allclose(value, theirs[key], atol=2e-4), key
-
-
 def test_averaging_does_not_change_the_raw_weights(recipe, tiny_shards, finished):
     assert train(recipe, tiny_shards, "ema.decay=null", name="without").returncode == 0
 
@@ -165,14 +99,6 @@ def test_averaging_does_not_change_the_raw_weights(recipe, tiny_shards, finished
     plain = weights(run_dir(recipe, "without") / "checkpoints/last.ckpt")
     assert raw.keys() == plain.keys()
     assert all(torch.equal(raw[key], plain[key]) for key in raw)
-
-
-@pytest.mark.parametrize("mode", ["selective", "stages", "blocks"])
-def test_gradient_checkpointing_does_not_change_the_weights(recipe, tiny_shards, finished, mode):
-    assert train(recipe, tiny_shards, f"compute.gradient_checkpointing={mode}").returncode == 0
-
-    last = "checkpoints/last.ckpt"
-    assert_same_weights(finished.root / last, run_dir(recipe) / last)
 
 
 def test_a_run_of_growing_images_goes_on_across_a_change_of_size(recipe, tiny_shards):
@@ -200,19 +126,13 @@ def test_a_run_of_growing_images_goes_on_across_a_change_of_size(recipe, tiny_sh
     ]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ["--precision", "bf16"],
-        ["optim.clip_norm=0.5"],
-        ["compute.channels_last=true"],
-        ["--devices", "2", "model.drop_path=0.5", "model.drop_path_kind=skip"],
-    ],
-)
-def test_a_run_works_in_this_setting(recipe, tiny_shards, more):
-    done = train(recipe, tiny_shards, "schedule.length=3st", *more)
+def test_two_devices_that_leave_samples_out_train_without_a_warning(recipe, tiny_shards):
+    skipping = ["model.drop_path=0.5", "model.drop_path_kind=skip"]
+
+    done = train(recipe, tiny_shards, "schedule.length=3st", "--devices", "2", *skipping)
 
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert all(row["train/grad_norm"] > 0 for row in rows(run_dir(recipe)) if "train/loss" in row)
 
 
@@ -370,26 +290,3 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_71(recipe, tiny_shards):
 
     assert done.returncode == 71, done.stderr
     assert "the model gave non-finite outputs for 12 of 12 images" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("more", "sentence"),
-    [
-        (["--device", "cuda"], "a GPU was asked for, but torch finds none"),
-        (["--precision", "fp16"], "fp16 needs a GPU"),
-        (["model.num_classes=10"], "the recipe's head has 10 classes, but"),
-        (["augment.rand_augment=rand-t3a"], "Desaturate is not supported"),
-        (["--resume", "must"], "has no checkpoint to go on from"),
-        (["init.weights=/no/such/file.pth"], "there is no file /no/such/file.pth"),
-        (["--runs-dir", "/dev/null/runs"], "cannot write /dev/null/runs/run"),
-        (["--data", "/no/such/folder"], "there is no folder /no/such/folder"),
-    ],
-)
-def test_a_mistake_gets_one_sentence_and_a_hint(recipe, tiny_shards, more, sentence):
-    done = train(recipe, tiny_shards, *more)
-
-    assert done.returncode == 2, done.stderr
-    assert sentence in done.stderr
-    assert "hint: " in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not run_dir(recipe).exists()

@@ -1,4 +1,4 @@
-"""What `convnext train` says at the end."""
+"""What `convnext train` refuses, and what it says at the end."""
 
 from pathlib import Path
 
@@ -64,3 +64,32 @@ def test_a_recipe_for_fine_tuning_goes_on_from_a_checkpoint_that_is_given(run_cl
 
     assert done.exit_code == 2
     assert "--resume nowhere.ckpt: there is no such file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--device", "cuda"], "a GPU was asked for, but torch finds none"),
+        (["--precision", "fp16"], "fp16 needs a GPU"),
+        (["model.num_classes=10"], "the recipe's head has 10 classes, but"),
+        (["augment.rand_augment=rand-t3a"], "Desaturate is not supported"),
+        (["--resume", "must"], "has no checkpoint to go on from"),
+        (["init.weights=/no/such/file.pth"], "there is no file /no/such/file.pth"),
+        (["--runs-dir", "/dev/null/runs"], "cannot write /dev/null/runs/run"),
+        (["--data", "/no/such/folder"], "there is no folder /no/such/folder"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_a_hint(
+    run_cli, tiny_shards, tmp_path, monkeypatch, more, sentence
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    done = run_cli(
+        *("train", "small_data", "--data", tiny_shards, "--name", "run", "--device", "cpu"),
+        *("batch.global_images=8", "optim.lr_rule=linear", "--runs-dir", "runs", *more),
+    )
+
+    assert done.exit_code == 2, done.stderr
+    assert sentence in done.stderr
+    assert "hint: " in done.stderr
+    assert not (tmp_path / "runs" / "run").exists()
