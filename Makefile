@@ -1,4 +1,4 @@
-# What CI runs, a person can run: `make setup check test e2e`.
+# What CI runs, a person can run: `make setup check test docker e2e cluster`.
 # The tools of .venv come first; without one, those of the active environment are used.
 
 PYTHON ?= python3

@@ -7,9 +7,9 @@ StepProcess.receive    <----------- pipe -------------             take steps, t
                        Started, Taken, kernels; Failure
 ```
 
-All systems start at once, because compilers take minutes on one core each. What is chosen by timing
-while others use the device may be chosen wrongly: kernels that such a start had to measure are kept
-nowhere, and the system asks to be started again, alone. So does one that found no memory.
+All systems start at once, because compilers take minutes on one core each. Kernels that were timed
+while other systems used the device may be chosen wrongly: such a choice is not kept, and the system
+asks to be started again, alone. So does one that ran out of memory.
 
 While one system takes steps the others wait for a request. Memory that they could do without is
 given back to the device, so a system takes one step before its time counts.

@@ -1,1 +1,1 @@
-"""Facts with sources: models, data sets, devices. No logic beyond arithmetic, no torch."""
+"""Facts with sources: models, data sets, ways of a block. No logic beyond arithmetic, no torch."""

@@ -223,7 +223,7 @@ def explain_sharding(memories: tuple[Memory, ...], *, shards: int) -> str:
         return f"{said}, activations not counted"
     if ddp.activations > saved:
         return (
-            f"{said}: activations weigh more, and smaller passes (batch.per_device_images) or"
-            " compute.gradient_checkpointing=selective save those without exchanging weights"
+            f"{said}: most of it is activations, which a smaller batch.per_device_images or"
+            " compute.gradient_checkpointing=selective reduces without exchanging weights"
         )
     return f"{said}: sharding pays where the rest fits and the whole does not"

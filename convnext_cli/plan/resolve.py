@@ -52,8 +52,8 @@ _AMPLE = 2
 take time of the devices, which are dearer, and may be faster than assumed."""
 
 _SMALL_BATCH = 64
-"""Of the recipe `small_data`. Images that fill a smaller batch only are offered as a whole, more of
-them at a twentieth, so that an epoch has many steps."""
+"""Of the recipe `small_data`. A smaller batch that is offered is all images if there are fewer than
+this, else a twentieth of them or this, so that an epoch has many steps."""
 
 _MOST_PASSES_OVER_FEWEST = 4
 """A batch that splits into still smaller passes, as a prime number does, would crawl."""

@@ -446,7 +446,7 @@ class Log(Section):
 
 
 class Recipe(Section):
-    """One experiment: everything that decides its result, and nothing about the machine."""
+    """One experiment: everything that decides its result, and what of the machine it should use."""
 
     about: str
     """One line: what is trained on what, and what comes out."""

@@ -7,7 +7,7 @@ runs/<name>/
 |- environment.json           machine, versions, git state, command line
 |- metrics.jsonl              one row per logging step or validation
 |- metrics.csv                the same rows and keys as a table
-|- events.jsonl               started, resumed, checkpoint, stopped, finished
+|- events.jsonl               started, resumed, checkpoint, skipped, rolled_back, stopped, ...
 |- skips.json                 images that are left out after the run went back to a checkpoint
 |- bad_batch.json             keys of the images whose gradient was not finite, last time
 |- lock.json                  who writes here now; gone when nobody does
@@ -16,7 +16,7 @@ runs/<name>/
 |- checkpoints/
 |  |- step=00000312.ckpt      kept on purpose, one per step
 |  |- step=00000312.json      its size and hash: without it, it does not count
-|  |- last.ckpt               where a resume goes on
+|  |- last.ckpt               link to the newest, for people; a resume looks for itself
 |  |- best.ckpt               best val/top1
 |  `- best_ema.ckpt           best val_ema/top1
 |- launch/                     job file and what each process said, where a launcher started them
@@ -115,7 +115,7 @@ class RunDir:
 
     @property
     def last(self) -> Path:
-        """The newest checkpoint: where a resume goes on."""
+        """Link to the newest checkpoint, for people; a resume takes the newest that is whole."""
         return self.checkpoints / "last.ckpt"
 
     @property

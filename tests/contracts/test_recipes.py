@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from convnext_cli.catalog.models import find_variant
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import Plan, make_plan
 from convnext_cli.recipe.files import list_recipes, load_recipe, recipes_folder
@@ -97,6 +98,17 @@ def test_a_recipe_loads_and_says_what_it_is(name):
 
     assert len(recipe.about) > 10
     assert f"convnext train {name}" in head_of(name) or f" {name} --data" in head_of(name)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_accuracy_of_a_recipe_is_one_that_its_model_reached_at_its_size(name):
+    recipe = load_recipe(name)
+    if recipe.published_top1 is None:
+        return
+
+    accuracies = find_variant(recipe.model.name).accuracies
+    reached = {round(each.top1, 1) for each in accuracies if each.image_px == recipe.data.image_px}
+    assert recipe.published_top1 in reached
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
