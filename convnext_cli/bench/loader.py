@@ -2,7 +2,7 @@
 
 ```
 packed data set --unpack--> class folders          what folder loaders read
-                  one process a system, warm       systems.py
+                  one process a system, warm       loader_systems.py
 round r           each system in turn, random order, loads the same number of images
 ratio             of a round: CPU seconds an image of the peer over ours; the median of all rounds
 ```
@@ -26,8 +26,8 @@ from typing import Self
 import numpy as np
 import torch
 
+from convnext_cli.bench.loader_systems import POLICY, Cost, Setting, SystemName
 from convnext_cli.bench.report import LoaderReport, Rate, Ratio, Stage
-from convnext_cli.bench.systems import POLICY, Cost, Setting, SystemName
 from convnext_cli.data.augment import TrainView
 from convnext_cli.data.card import DatasetCard, read_card
 from convnext_cli.data.decode import decode_region, read_image_size
@@ -50,7 +50,7 @@ class _Process:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
-                    *("-W", "ignore", "-m", "convnext_cli.bench.systems"),
+                    *("-W", "ignore", "-m", "convnext_cli.bench.loader_systems"),
                     *(name, json.dumps(asdict(setting))),
                 ],
                 stdin=subprocess.PIPE,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from convnext_cli.bench.report import StepMemory
-from convnext_cli.bench.steps import build_step
+from convnext_cli.bench.step_systems import build_step
 from convnext_cli.bench.trace import Event, record_events
 from convnext_cli.plan.resolve import Plan
 

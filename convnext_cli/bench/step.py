@@ -2,7 +2,7 @@
 
 ```
 plans             the numbers that all systems share, one plan for each report
-                  every system of every plan in a process of its own: stepper.py, steps.py
+                  every system of every plan, step_systems.py, each alone in a step_process.py
 all are ready     then plan after plan is measured
 round r           each system in turn, random order, takes the same number of steps
 ratio             of a round: seconds of the peer over ours; the median of all rounds
@@ -47,8 +47,8 @@ from convnext_cli.bench.roofline import (
     Widths,
     estimate_floor,
 )
-from convnext_cli.bench.stepper import Start, Started, StepError, StepProcess
-from convnext_cli.bench.steps import StepSystem, find_op_list
+from convnext_cli.bench.step_process import Start, Started, StepError, StepProcess
+from convnext_cli.bench.step_systems import StepSystem, find_op_list
 from convnext_cli.bench.trace import sum_classes
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.plan.resolve import Plan

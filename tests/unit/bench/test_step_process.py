@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from convnext_cli.bench import stepper
-from convnext_cli.bench.stepper import Start, StepError, StepProcess, Take
+from convnext_cli.bench import step_process
+from convnext_cli.bench.step_process import Start, StepError, StepProcess, Take
 from convnext_cli.data.fetch import default_cache_home
 from convnext_cli.errors import PlanError
 from convnext_cli.plan.cluster import Cluster
@@ -18,7 +18,7 @@ CHANGES = ["optim.lr_rule=linear", "batch.global_images=2", "batch.per_device_im
 PLAN = make_plan(
     load_recipe("v2_in1k_atto", CHANGES),
     Cluster(num_nodes=1, devices_per_node=1, device="cpu"),
-    name="stepper",
+    name="step_process",
 )
 
 
@@ -41,8 +41,8 @@ def build_that_chooses(name, plan):
 
 
 def test_kernels_that_were_timed_among_others_are_kept_nowhere(monkeypatch, cache):
-    monkeypatch.setattr(stepper, "build_step", build_that_chooses)
-    system = stepper._System("convnext", PLAN)
+    monkeypatch.setattr(step_process, "build_step", build_that_chooses)
+    system = step_process._System("convnext", PLAN)
 
     assert system.answer(Start(alone=False)).again
     assert list(cache.iterdir()) == []
@@ -51,27 +51,27 @@ def test_kernels_that_were_timed_among_others_are_kept_nowhere(monkeypatch, cach
 
 
 def test_known_kernels_are_found_and_need_no_second_start(monkeypatch, cache):
-    monkeypatch.setattr(stepper, "build_step", build_that_chooses)
+    monkeypatch.setattr(step_process, "build_step", build_that_chooses)
     (cache / "card.json").write_text('{"known": 1}')
 
-    assert not stepper._System("convnext", PLAN).answer(Start(alone=False)).again
+    assert not step_process._System("convnext", PLAN).answer(Start(alone=False)).again
     assert (cache / "card.json").read_text() == '{"known": 1}'
 
 
 def test_a_loss_that_is_not_finite_is_the_users_mistake(monkeypatch, cache):
-    monkeypatch.setattr(stepper, "build_step", lambda *_: lambda: torch.tensor(torch.nan))
+    monkeypatch.setattr(step_process, "build_step", lambda *_: lambda: torch.tensor(torch.nan))
 
     with pytest.raises(PlanError, match="timm: the loss is not finite"):
-        stepper._System("timm", PLAN).answer(Start(alone=False))
+        step_process._System("timm", PLAN).answer(Start(alone=False))
 
 
 def test_failures_are_told_in_a_line_and_kept_whole():
     mistake = PlanError("wrong", hint="mend it")
-    assert stepper._describe(mistake, again=False).cause is mistake
-    told = stepper._describe(RuntimeError("first\nsecond"), again=True)
+    assert step_process._describe(mistake, again=False).cause is mistake
+    told = step_process._describe(RuntimeError("first\nsecond"), again=True)
     assert (told.reason, told.again) == ("first", True)
     assert "second" in str(told.cause)
-    assert stepper._describe(KeyError("x"), again=False).reason == "KeyError: 'x'"
+    assert step_process._describe(KeyError("x"), again=False).reason == "KeyError: 'x'"
 
 
 def test_a_process_that_is_killed_is_told_with_its_exit_code():

@@ -36,7 +36,7 @@ import torch
 
 from convnext_cli.bench.machine import wait
 from convnext_cli.bench.report import KernelTime
-from convnext_cli.bench.steps import OwnStep, StepSystem, TrainingStep, build_step
+from convnext_cli.bench.step_systems import OwnStep, StepSystem, TrainingStep, build_step
 from convnext_cli.bench.trace import trace_step
 from convnext_cli.data.fetch import default_cache_home
 from convnext_cli.data.pool import follow_parent
