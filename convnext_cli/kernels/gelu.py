@@ -29,7 +29,7 @@ def gelu(h_MK: Tensor, bias_K: Tensor, keep_N: Tensor | None) -> Tensor:
         return gelu_twin(h_MK, bias_K, keep_N)
     out_MK = torch.empty_like(h_MK)
     rows, units = h_MK.shape
-    gelu_kernel[(triton.cdiv(units, _BLOCK), triton.cdiv(rows, _ROWS))](
+    gelu_kernel[(triton.cdiv(units, _BLOCK) * triton.cdiv(rows, _ROWS),)](
         h_MK,
         bias_K,
         bias_K if keep_N is None else keep_N,

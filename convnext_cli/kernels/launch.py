@@ -1,4 +1,8 @@
-"""Where Triton kernels run, and what their launches have in common."""
+"""Where Triton kernels run, and what their launches have in common.
+
+A grid may have 65,535 programs on its second and third axis, and a large batch has more blocks of
+rows. So those lie on the first one, and where columns are cut as well, both do, columns fastest.
+"""
 
 import torch
 import triton

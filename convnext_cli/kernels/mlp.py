@@ -269,7 +269,7 @@ def project(
     images = len(scale) if scale is not None else 1 if mlp.keep is None else len(mlp.keep)
     grn = scale is not None
     block, (tile, pieces) = 64, cut_columns(channels, most=128 if grn else 256)
-    mlp_project_kernel[(channels // (tile * pieces), triton.cdiv(rows, block))](
+    mlp_project_kernel[(channels // (tile * pieces) * triton.cdiv(rows, block),)](
         h_MK,
         h_MK if scale is None else scale,
         mlp.b2 if shift is None else shift,
@@ -429,7 +429,7 @@ def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor
     w2_CK = put_in(mlp.gamma, mlp.w2, lift=lift)
     dh_MK, act_MK = torch.empty_like(h_MK), torch.empty_like(h_MK)
     parts = torch.empty((triton.cdiv(rows, block), units), dtype=torch.float32, device=h_MK.device)
-    mlp_hidden_grad_kernel[(units // columns, len(parts))](
+    mlp_hidden_grad_kernel[(units // columns * len(parts),)](
         grad_MC,
         h_MK,
         w2_CK,

@@ -252,9 +252,10 @@ def mlp_project_kernel(
 
     scale (images, HIDDEN) and shift (HIDDEN) are what GRN comes to once its sums are known.
     """
+    COLUMNS: tl.constexpr = CHANNELS // (PIECES * TILE)  # on the axis of the rows: see `launch`
     dtype = h_ptr.dtype.element_ty
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(0) * PIECES * TILE
+    row = tl.program_id(0) // COLUMNS * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % COLUMNS * PIECES * TILE
     used = (row < num_rows)[:, None]
     place = row.to(tl.int64)[:, None] * HIDDEN
     image = (row // positions).to(tl.int64)[:, None] * HIDDEN
@@ -288,9 +289,11 @@ def mlp_hidden_grad_kernel(
     w2 has gamma in it already, and is LIFT times as large: nothing changes an operand of the
     product on its way, which every program of the same rows would do again.
     """
+    COLUMNS: tl.constexpr = HIDDEN // UNITS  # on the axis of the rows: see `launch`
     dtype = h_ptr.dtype.element_ty
-    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(0) // COLUMNS
+    unit = tl.program_id(0) % COLUMNS * UNITS + tl.arange(0, UNITS)
+    row = part * ROWS + tl.arange(0, ROWS)
     used = (row < num_rows)[:, None]
     total = tl.zeros((ROWS, UNITS), tl.float32)
     for start in range(0, CHANNELS, TILE):
@@ -307,7 +310,7 @@ def mlp_hidden_grad_kernel(
     dh = total * (factor / LIFT) * slope
     tl.store(dh_ptr + place, dh.to(dtype), mask=used)
     tl.store(act_ptr + place, (a * factor).to(dtype), mask=used)
-    tl.store(db1_ptr + tl.program_id(1) * HIDDEN + unit, tl.sum(dh, axis=0))
+    tl.store(db1_ptr + part * HIDDEN + unit, tl.sum(dh, axis=0))
 
 
 @triton.jit(do_not_specialize=["steps"])  # it depends on the device

@@ -92,8 +92,9 @@ def gelu_kernel(
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
 ):  # fmt: skip
     """keep gelu(h + bias); keep is of each image, of `positions` rows."""
-    unit = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    COLUMNS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK  # on the axis of the rows: see `launch`
+    unit = tl.program_id(0) % COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) // COLUMNS * ROWS + tl.arange(0, ROWS)
     used = (row < num_rows)[:, None] & (unit < HIDDEN)[None, :]
     place = row.to(tl.int64)[:, None] * HIDDEN + unit[None, :]
     bias = tl.load(bias_ptr + unit, mask=unit < HIDDEN, other=0.0)[None, :]

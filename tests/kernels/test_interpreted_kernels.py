@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
 from convnext_cli.kernels import depthwise, gelu, grn, mlp, norm
 from convnext_cli.kernels.mlp import Mlp, MlpGrads
@@ -242,7 +243,10 @@ def test_kept_forward_however_it_is_cut(cut, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize(("images", "positions", "dim"), [(1, 49, 32), (3, 20, 96)])
+@pytest.mark.parametrize(
+    ("images", "positions", "dim"),
+    [(1, 49, 32), (3, 20, 96), (2, 40, 160)],  # the last in several programs a row
+)
 def test_gelu_and_grn(images, positions, dim, dtype, monkeypatch):
     weights = make_mlp(dim, gamma=False, keep=None, dtype=dtype)
     h, dh = torch.randn(2, images * positions, 4 * dim).to(dtype).unbind()
@@ -327,6 +331,44 @@ def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
         for number, (got, fake) in enumerate(pairs):
             assert got.dtype == fake.dtype, (op, number)
             assert (got.shape, got.stride()) == (fake.shape, fake.stride()), (op, number)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 320])
+def test_a_large_batch_has_room_on_every_axis_of_a_grid(dim, monkeypatch):
+    grids = []
+
+    def run(self, *args, grid, **kwargs):
+        del args, kwargs
+        grids.append((self.fn.__name__, grid))
+
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    images, side = 2048, 384 // 4
+    with torch.device("meta"):
+        x_NHWC = torch.empty(images, side, side, dim, dtype=torch.bfloat16)
+        h = torch.empty(x_NHWC[..., 0].numel(), 4 * dim, dtype=torch.bfloat16)
+        weight, bias = torch.empty(dim, 1, 7, 7), torch.empty(dim)
+        sums = torch.empty(images, 4 * dim)
+        weights = make_mlp(dim, gamma=True, keep=[1.0] * images, dtype=torch.bfloat16)
+    x = x_NHWC.view(-1, dim)
+    rstd = x.new_empty(len(x))
+
+    depthwise.depthwise_norm(x_NHWC, weight, bias, eps=1e-6)
+    depthwise.depthwise_input_grad(x_NHWC, weight)
+    depthwise.depthwise_weight_grad(x_NHWC, x_NHWC)
+    gelu.gelu(h, weights.b1, weights.keep)
+    gelu.gelu_backward(h, h, weights.b1, weights.keep)
+    grn.sum_squares(h, images=images)
+    grn.gelu_grn_backward(h, h, scale=sums, shift=sums, slope=sums)
+    mlp.forward_kept(x, x, weights)
+    mlp.backward_kept(x, x, rstd, h, weights)
+    mlp.forward_recomputed(x, x, weights)
+    mlp.backward_recomputed(x, x, rstd, weights)
+    mlp.project(h, x, weights, scale=sums, shift=weights.b1)
+    mlp.hidden_grad(x, h, weights)
+
+    assert len(grids) >= 16
+    for name, (_, *others) in grids:
+        assert all(programs <= 65_535 for programs in others), name
 
 
 @pytest.mark.parametrize(
