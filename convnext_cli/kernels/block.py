@@ -113,7 +113,7 @@ positions.register_autograd(_positions_grads, setup_context=_keep_positions)
 @_without_autocast
 def activate(h: Tensor, bias: Tensor, keep: Tensor | None) -> Tensor:
     """GELU of h + bias by keep: (N, H, W, K) to the same shape and dtype; bias (K), keep (N)."""
-    return gelu(h.reshape(-1, len(bias)), bias, keep).view(h.shape)
+    return gelu(h.contiguous().view(-1, len(bias)), bias, keep).view(h.shape)
 
 
 @torch.library.custom_op("convnext::activate_backward", mutates_args=())
@@ -122,7 +122,7 @@ def activate_backward(
     grad: Tensor, h: Tensor, bias: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of h and bias."""
-    grad_MK, h_MK = (value.reshape(-1, len(bias)) for value in (grad, h))
+    grad_MK, h_MK = (value.contiguous().view(-1, len(bias)) for value in (grad, h))
     dh_MK, dbias = gelu_backward(grad_MK, h_MK, bias, keep)
     return dh_MK.view(h.shape), dbias
 

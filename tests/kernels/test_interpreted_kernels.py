@@ -406,3 +406,18 @@ def test_a_whole_block_takes_any_strides(grn):
     for other in results[1:]:
         for got, plain in zip(other, results[0], strict=True):
             torch.testing.assert_close(got, plain, rtol=2e-4, atol=2e-4)
+
+
+def test_gelu_between_two_products_takes_any_strides():
+    from convnext_cli.kernels.block import activate
+
+    wide, bias = torch.randn(2, 3, 4, 96), torch.randn(64)
+    results = []
+    for h in (wide[..., :64], wide[..., :64].contiguous()):  # a slice, with space between its rows
+        leaf = h.detach().requires_grad_()
+        out = activate(leaf, bias, None)
+        out.sum().backward()  # one value, expanded
+        results.append((out, leaf.grad))
+
+    assert all(map(torch.equal, *results))
+    torch.testing.assert_close(results[0][0], torch.nn.functional.gelu(wide[..., :64] + bias))
