@@ -127,9 +127,12 @@ def list_usable(block: Block, *, device: torch.device, dtype: torch.dtype) -> tu
     """The ways of a block on a device: whole blocks in fp32 have no room on a GPU.
 
     Compiled for sm_90, they want up to 288 KiB of shared memory, and 34 KiB of local memory for
-    each thread.
+    each thread. With GRN and LayerScale, w2 with the latter in it is an operand of their backward
+    pass, and a young one makes it too small for fp16.
     """
-    if device.type == "cuda" and dtype == torch.float32:
+    too_large = device.type == "cuda" and dtype == torch.float32
+    too_small = block.grn is not None and block.gamma is not None and dtype == torch.float16
+    if too_large or too_small:
         return tuple(way for way in block.ways() if way not in WHOLE)
     return block.ways()
 

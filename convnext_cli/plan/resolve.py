@@ -270,8 +270,10 @@ def make_plan(
         images=per_device_images,
         parameters=parameters,
         precision=precision,
-        # whole blocks in fp32 have no room on a GPU
-        fused=compute.kernels == "fused" and not (on_gpu and precision == "fp32"),
+        fused=compute.kernels == "fused"
+        # whole blocks: in fp32 a GPU has no room for them, in fp16 LayerScale and GRN rule them out
+        and not (on_gpu and precision == "fp32")
+        and not (variant.grn and variant.layer_scale_init is not None and precision == "fp16"),
     )
     computed = None
     skipped_macs = [0.0] * len(sizes)

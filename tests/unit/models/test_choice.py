@@ -117,6 +117,28 @@ def test_whole_blocks_in_fp32_have_no_room_on_a_gpu(device, dtype, last):
     assert list_usable(block, device=torch.device(device), dtype=dtype)[-1] == last
 
 
+@pytest.mark.parametrize("grn", [False, True])
+def test_no_way_loses_the_gradients_of_a_young_layer_scale_in_fp16(grn):
+    torch.manual_seed(0)
+    block = Block(32, layer_scale_init=3e-7, grn=grn).train()
+    x_NCHW, grad_NCHW = torch.randn(2, 2, 32, 8, 8)
+
+    def run(dtype):
+        leaf = x_NCHW.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
+            out = block(leaf)
+        # the residual's gradient would hide that of the branch, a weight has it alone
+        scaled = 2**12 * grad_NCHW  # as a loss scale does
+        (got,) = torch.autograd.grad(out, [block.pwconv1.weight], scaled.to(out.dtype))
+        return got.flatten().float()
+
+    exact = run(torch.float32)
+    for way in list_usable(block, device=torch.device("cpu"), dtype=torch.float16):
+        block.way = way
+        got = run(torch.float16)
+        assert torch.cosine_similarity(got, exact, dim=0) > 0.99, way
+
+
 def test_plain_operators_have_to_work(monkeypatch):
     def mix_positions(self, x_NCHW):
         raise RuntimeError("broken")

@@ -435,6 +435,18 @@ def test_a_model_of_one_size_refuses_a_smaller_one():
         plan_of("model.name=swin_tiny", "progressive.from_px=160")
 
 
+def test_a_v2_with_layer_scale_is_not_planned_as_whole_blocks_in_fp16():
+    def activations(layer_scale: str, precision: str) -> int | None:
+        plan = plan_of(
+            f"model.layer_scale_init={layer_scale}", f"compute.precision={precision}",
+            "model.name=convnextv2_tiny", "compute.kernels=fused",
+        )  # fmt: skip
+        return plan.memory[0].activations
+
+    assert activations("1e-6", "fp16") > 2 * activations("1e-6", "bf16")
+    assert activations("null", "fp16") == activations("null", "bf16")
+
+
 def test_skipping_saves_work_and_activations():
     plan = plan_of("model.drop_path_kind=skip", recipe="in1k_base")
     plain = plan_of(recipe="in1k_base")
