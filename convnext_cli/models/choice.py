@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from convnext_cli import __version__
 from convnext_cli.catalog.ways import WHOLE, Way
@@ -97,6 +99,8 @@ class Choice:
     """Of a forward and a backward pass of one block."""
     left_out: dict[Way, str]
     """Ways that cannot be used here, and why."""
+    lasting: bool = True
+    """Whether the reasons are the kernels' own, and not such as a full memory or disk."""
 
 
 def list_shapes(
@@ -182,7 +186,8 @@ def choose_ways(
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
         for way, why in choice.left_out.items():
-            say(f"blocks of {shape.key} go without {way} kernels: {why}")
+            again = "" if choice.lasting else "; the next run tries again"
+            say(f"blocks of {shape.key} go without {way} kernels: {why}{again}")
         choices.append(choice)
     return choices
 
@@ -213,6 +218,7 @@ def measure_stage(
     plain_errors = _errors(check(dtype=dtype), exact)
     milliseconds: dict[Way, float] = {}
     left_out: dict[Way, str] = {}
+    lasting = True
     for way in ways:
         block.way = way
         torch.compiler.reset()
@@ -234,7 +240,9 @@ def measure_stage(
             if way == "plain":
                 raise
             left_out[way] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-    return Choice(min(milliseconds, key=lambda way: milliseconds[way]), milliseconds, left_out)
+            lasting = lasting and isinstance(error, CompilationError | OutOfResources)
+    fastest = min(milliseconds, key=lambda way: milliseconds[way])
+    return Choice(fastest, milliseconds, left_out, lasting)
 
 
 def _make_block(shape: StageShape, device: torch.device) -> Block:
@@ -298,7 +306,7 @@ def _read(file: Path) -> dict[str, Choice]:
 
 def _write(file: Path, choices: dict[str, Choice]) -> None:
     """Put the file in its place in one step: other processes may read it."""
-    rows = {key: choice.__dict__ for key, choice in sorted(choices.items())}
+    rows = {key: choice.__dict__ for key, choice in sorted(choices.items()) if choice.lasting}
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}.part")
     beside.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from convnext_cli.models import choice
 from convnext_cli.models.choice import StageShape, choose_ways, list_usable, measure_stage
@@ -91,6 +92,31 @@ def test_a_way_that_does_not_run_is_left_out_and_said(monkeypatch, tmp_path, kin
     assert any(
         f"go without kept kernels: {kind.__name__}: out of shared memory" in told for told in said
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "lasting"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (OSError(28, "No space left on device"), False),
+        (OutOfResources(131_072, 101_376, "shared memory"), True),
+    ],
+)
+def test_a_way_that_failed_for_want_of_memory_or_disk_is_tried_by_the_next_run(
+    error, lasting, monkeypatch, tmp_path
+):
+    def forward_fused(self, x_NCHW, drawn, *, recomputed):
+        raise error
+
+    said: list[str] = []
+    with monkeypatch.context() as failing:
+        failing.setattr(choice.Block, "forward_fused", forward_fused)
+        choose(tmp_path, clock=count_down(), say=said.append)
+
+    again = choose(tmp_path, clock=count_down())
+
+    assert any(told.endswith("; the next run tries again") for told in said) is not lasting
+    assert again[0].way == ("positions" if lasting else "recomputed")
 
 
 def test_a_folder_that_cannot_be_written_costs_the_next_run_a_measurement(tmp_path):
