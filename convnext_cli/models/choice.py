@@ -173,6 +173,9 @@ def choose_ways(
         strict=True,
     ):
         ways = list_usable(blocks[-1], device=device, dtype=dtype)
+        if len(ways) == 1:  # as in fp8; the key is that of the same blocks in bf16
+            choices.append(Choice(ways[0], {}, {}))
+            continue
         choice = known.get(shape.key)
         if choice is None or {*choice.milliseconds, *choice.left_out} != set(ways):
             say(f"measuring kernels for blocks of {shape.key}, once on this machine")

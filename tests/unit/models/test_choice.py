@@ -27,10 +27,13 @@ def count_down():
     return clock
 
 
-def choose(folder, *, clock, say=lambda _: None):
-    model = ConvNeXt(depths=(1, 1), dims=(32, 40), num_classes=3, layer_scale_init=1.0)
+def make_model():
+    return ConvNeXt(depths=(1, 1), dims=(32, 40), num_classes=3, layer_scale_init=1.0)
+
+
+def choose(folder, *, clock, say=lambda _: None, model=None):
     return choose_ways(
-        model,
+        model or make_model(),
         images=2,
         image_px=32,
         device=torch.device("cpu"),
@@ -51,6 +54,20 @@ def test_the_fastest_way_of_each_stage_is_taken_and_not_measured_again(tmp_path)
     assert first == second
     assert len(said) == 2
     assert "2x8x8x32-bfloat16-layer_scale" in said[0]
+
+
+def test_blocks_with_a_single_way_are_neither_measured_nor_kept(tmp_path):
+    class InFp8(torch.nn.Linear):
+        pass
+
+    first = choose(tmp_path, clock=count_down())
+    model = make_model()
+    model.stages[0][0].pwconv1 = InFp8(32, 128)
+
+    single = choose(tmp_path, clock=None, model=model)
+
+    assert [one.way for one in single] == ["plain", "positions"]
+    assert choose(tmp_path, clock=None) == first
 
 
 def test_a_damaged_file_is_measured_anew(tmp_path):
