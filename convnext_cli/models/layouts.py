@@ -5,7 +5,7 @@
 | official | facebookresearch/ConvNeXt and -V2; this project | |
 | timm | huggingface/pytorch-image-models >= 0.9 | GRN as vectors; 1x1 convolutions, atto to nano |
 | torchvision | pytorch/vision, V1 T/S/B/L only | LayerScale as (C, 1, 1) |
-| huggingface | transformers ConvNext and ConvNextV2, whole or backbone | |
+| huggingface | transformers ConvNext and ConvNextV2, whole or backbone | no LayerScale in V2 |
 | minkowski | checkpoints of the official V2 pre-training, read only | sparse kernels, see below |
 
 In a pattern `*` stands for the number of a block.
@@ -185,7 +185,9 @@ def from_official(state: State, layout: WritableLayout) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         new = _rename(key, renamers)
-        if new is None:
+        # transformers leaves a key that it does not know behind, and loads the rest
+        lost = layout == "huggingface" and v2 and re.search(r"\.\d+\.gamma$", key)
+        if new is None or lost:
             raise KeyError(key)
         if layout == "huggingface" and not new.startswith("classifier"):
             new = f"convnext{'v2' if v2 else ''}.{new}"

@@ -564,8 +564,8 @@ def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> No
         raise CheckpointError(
             f"{weights.variant.name} has no place in the {layout} layout: no name for"
             f" {error.args[0]}",
-            hint="torchvision has V1 T/S/B/L only, isotropic models are official only; use another"
-            " --to",
+            hint="torchvision has V1 T/S/B/L only, Hugging Face no LayerScale in V2, and isotropic"
+            " models are official only; use another --to",
         ) from error
     state = {key: value.detach().clone().contiguous() for key, value in renamed.items()}
     plain = weights.card.to_dict() if weights.card else None

@@ -389,6 +389,19 @@ def test_an_official_file_with_foreign_keys_is_refused_by_the_first(tmp_path):
         read_weights(tmp_path / "x.pth")
 
 
+def test_a_v2_with_layer_scale_is_not_written_where_it_would_be_lost(tmp_path):
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=3, layer_scale_init=0.5)
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    found = read_weights(tmp_path / "x.pth")
+
+    with pytest.raises(CheckpointError, match=r"no name for stages\.0\.0\.gamma"):
+        write_weights(found, tmp_path / "folder", layout="huggingface")
+    write_weights(found, tmp_path / "timm.pth", layout="timm")
+
+    assert not (tmp_path / "folder").exists()
+    assert torch.all(read_weights(tmp_path / "timm.pth").state["stages.0.0.gamma"] == 0.5)
+
+
 def test_a_head_without_its_bias_is_not_taken_for_whole(tmp_path):
     state = {key: value for key, value in atto().state_dict().items() if key != "head.bias"}
     torch.save({"model": state}, tmp_path / "x.pth")
