@@ -32,6 +32,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -56,6 +57,8 @@ _PASSING_STATUS = frozenset({408, 425, 429})
 _LONGEST_PAUSE_SECONDS = 60.0
 _OLD_SECONDS = 86_400.0
 _IN_USE_SECONDS = 5.0
+_WHOLE = f"{'[0-9a-f]' * 16}-*"
+"""Names of whole files in a cache, as a pattern."""
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Result = TypeVar("Result")
@@ -260,17 +263,19 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _list_files(cache_dir: Path) -> list[tuple[float, int, Path]]:
-    """(time of the last use, bytes, path) of the whole files, those used longest ago first."""
+def _list_files(cache_dir: Path, pattern: str = _WHOLE) -> list[tuple[float, int, Path]]:
+    """(time of the last use, bytes, path) of files of the cache, those used longest ago first.
+
+    A person's files may lie beside them: only a regular file with a name of the cache's is its own.
+    """
     found = []
-    for path in cache_dir.iterdir():
-        if path.name.startswith("."):
-            continue
+    for path in cache_dir.glob(pattern):
         try:
-            status = path.stat()
+            status = path.lstat()
         except FileNotFoundError:  # evicted by another process
             continue
-        found.append((status.st_mtime, status.st_size, path))
+        if S_ISREG(status.st_mode):
+            found.append((status.st_mtime, status.st_size, path))
     return sorted(found)
 
 
@@ -284,12 +289,9 @@ def make_room(cache_dir: Path, *, limit_bytes: int | None, keep: Path) -> None:
         disk = shutil.disk_usage(cache_dir)
         over = int(min(RESERVE_BYTES, RESERVE_FRAC * disk.total)) - disk.free
     evict(cache_dir, num_bytes=over, keep=keep)
-    for part in cache_dir.glob(".*.part"):
-        try:
-            if time.time() - part.stat().st_mtime > _OLD_SECONDS:
-                part.unlink(missing_ok=True)
-        except FileNotFoundError:
-            continue
+    for used_at, _, part in _list_files(cache_dir, f".{_WHOLE}.part"):
+        if time.time() - used_at > _OLD_SECONDS:
+            part.unlink(missing_ok=True)
 
 
 def evict(cache_dir: Path, *, num_bytes: int, keep: Path) -> int:

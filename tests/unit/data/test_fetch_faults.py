@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -208,43 +209,64 @@ def test_processes_that_want_a_shard_at_once_download_it_once(faulty_server, tmp
     assert len(whole_files(tmp_path)) == 1
 
 
-def fill(cache, *names: str, size: int = 1000) -> None:
+def fill(cache, *names: str, size: int = 1000) -> list[Path]:
     """Whole files in the cache, each used an hour after the one before, long ago."""
     cache.mkdir(exist_ok=True)
-    for hour, name in enumerate(names):
-        (cache / name).write_bytes(bytes(size))
+    paths = [cache / f"0123456789abcdef-{name}" for name in names]
+    for hour, path in enumerate(paths):
+        path.write_bytes(bytes(size))
         used = time.time() - 3600 * (len(names) - hour)
-        os.utime(cache / name, (used, used))
+        os.utime(path, (used, used))
+    return paths
 
 
 def test_the_files_used_longest_ago_make_room(tmp_path):
-    fill(tmp_path, "1-a.tar", "2-b.tar", "3-c.tar", "4-d.tar")
+    first, *_, last = fill(tmp_path, "a.tar", "b.tar", "c.tar", "d.tar")
 
-    make_room(tmp_path, limit_bytes=2500, keep=tmp_path / "1-a.tar")
+    make_room(tmp_path, limit_bytes=2500, keep=first)
 
-    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["1-a.tar", "4-d.tar"]
+    assert sorted(tmp_path.glob("*.tar")) == [first, last]
 
 
 def test_a_file_that_was_just_used_is_not_evicted(tmp_path):
-    fill(tmp_path, "1-a.tar", "2-b.tar")
-    os.utime(tmp_path / "1-a.tar")
+    first, _ = fill(tmp_path, "a.tar", "b.tar")
+    os.utime(first)
 
     evict(tmp_path, num_bytes=5000, keep=tmp_path / "none")
 
-    assert [path.name for path in tmp_path.glob("*.tar")] == ["1-a.tar"]
+    assert list(tmp_path.glob("*.tar")) == [first]
+
+
+def test_what_a_person_keeps_in_the_folder_is_neither_counted_nor_removed(tmp_path):
+    cache = tmp_path / "cache"
+    (cached,) = fill(cache, "a.tar")
+    photo, part, folder = cache / "photo.jpg", cache / ".film.part", cache / f"{'0' * 16}-album"
+    for path in (photo, part):
+        path.write_bytes(bytes(5000))
+        os.utime(path, (1, 1))
+    folder.mkdir()
+    link = cache / f"{'1' * 16}-photo.jpg"
+    link.symlink_to(photo)
+
+    make_room(cache, limit_bytes=1000, keep=tmp_path / "none")
+    assert cached.exists()
+    make_room(cache, limit_bytes=0, keep=tmp_path / "none")
+
+    assert sorted(cache.glob("[!.]*")) == sorted([photo, folder, link])
+    assert part.exists()
 
 
 def test_a_cache_stays_under_its_limit_while_shards_come(faulty_server, tmp_path):
     limited = store(faulty_server, tmp_path, cache_bytes=250_000)
-    fill(tmp_path / "cache", "old-1.tar", "old-2.tar", size=120_000)
+    _, newer = fill(tmp_path / "cache", "old-1.tar", "old-2.tar", size=120_000)
 
     path = limited.path("a.tar", expected=WHOLE)
 
-    assert sorted(whole_files(tmp_path)) == sorted(["old-2.tar", path.name])
+    assert sorted(whole_files(tmp_path)) == sorted([newer.name, path.name])
 
 
 def test_parts_that_nobody_went_on_with_are_cleared_away(tmp_path):
-    stale, fresh = tmp_path / ".a.host.part", tmp_path / ".b.host.part"
+    stale, fresh = (tmp_path / f".0123456789abcdef-{name}.tar.host.part" for name in "ab")
     for part in (stale, fresh):
         part.write_bytes(b"x")
     os.utime(stale, (1, 1))
