@@ -522,11 +522,9 @@ def is_lost_worker(error: BaseException) -> bool:
 
 def make_lost_worker_error(error: BaseException, *, when: str, hint: str) -> Hung:
     """What is told of it."""
-    return Hung(
-        f"a loader process ended unasked {when}, as the system kills one where memory runs out"
-        f" ({error})",
-        hint=hint,
-    )
+    crashed = "Segmentation fault" in str(error)
+    cause = "" if crashed else ", as the system kills one where memory runs out"
+    return Hung(f"a loader process ended unasked {when}{cause} ({error})", hint=hint)
 
 
 def build_loader(

@@ -41,6 +41,14 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
 
 
+def damaged_png() -> bytes:
+    """A PNG whose compressed pixels are no zlib stream any more."""
+    data = bytearray(encode(picture("RGB"), "PNG"))
+    at = data.index(b"IDAT") + 100
+    data[at : at + 8] = bytes(8)
+    return bytes(data)
+
+
 IMAGES = {
     "jpeg": encode(picture("RGB"), "JPEG", quality=90),
     "jpeg 4:2:0": encode(picture("RGB"), "JPEG", subsampling=2),
@@ -107,6 +115,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(decoder, monkeypatch):
         (IMAGES["jpeg"][:12], "damaged header"),
         (IMAGES["jpeg"][:-300], "damaged data"),
         (IMAGES["png"][:-300], "damaged data"),
+        (damaged_png(), "damaged data"),
         (png_of_size(9000, 9000), "9000 x 9000 are more than 64,000,000 pixels"),
         (png_of_size(12000, 12000), "more than 64,000,000 pixels"),
         (png_of_size(40000, 40000), "more than 64,000,000 pixels"),

@@ -26,6 +26,7 @@ from convnext_cli.data.reader import (
     ImageReader,
     StepSampler,
     build_loader,
+    make_lost_worker_error,
 )
 from convnext_cli.errors import DataError
 
@@ -410,6 +411,18 @@ def test_workers_outlive_the_signals_of_a_batch_system(dataset):
     time.sleep(0.2)
 
     assert_equal([first, *batches], train_batches(dataset, num_workers=0))
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "memory"), [("Killed", True), ("Segmentation fault", False)]
+)
+def test_memory_is_not_blamed_for_a_loader_process_that_crashed(signal_name, memory):
+    error = RuntimeError(f"DataLoader worker (pid 9) is killed by signal: {signal_name}. ")
+
+    told = str(make_lost_worker_error(error, when="after step 3", hint="again"))
+
+    assert ("memory runs out" in told) is memory
+    assert signal_name in told
 
 
 def test_a_program_that_ends_in_the_middle_of_loading_does_not_hang(tmp_path):
