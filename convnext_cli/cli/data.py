@@ -112,14 +112,12 @@ def check(
     Example: convnext data check packed --deep
     """
     from convnext_cli.data.audit import check_dataset
-    from convnext_cli.data.fetch import default_cache_dir
 
     with Progress(*count_columns("images"), console=console, transient=True) as progress:
         bar = progress.add_task("checking", total=None)
         report = check_dataset(
             directory,
             deep=deep,
-            cache_dir=default_cache_dir(),
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     if json_output:

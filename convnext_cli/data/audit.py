@@ -3,6 +3,8 @@
 Always checked: every byte of every shard against its hash, every tar header, every index row and
 label, the counts of the card, and which images have the same bytes. A deep check decodes every
 image as well, exactly as training does.
+
+What lies behind a URL is fetched anew: a copy in the node's cache tells what lay there once.
 """
 
 import os
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -28,7 +31,7 @@ from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.foreign import class_numbers, label_source
 from convnext_cli.data.index import ShardIndex, read_index, scan_shard
 from convnext_cli.data.report import Damage, DatasetReport, SplitReport, Spread
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, StorageError, quote_path
 
 _EXAMPLES = 10
 
@@ -44,7 +47,6 @@ def check_dataset(
     location: str | Path,
     *,
     deep: bool,
-    cache_dir: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetReport:
     """Read a packed data set from end to end; damage is reported, not raised.
@@ -52,15 +54,13 @@ def check_dataset(
     Args:
         location: Its folder or URL.
         deep: Decode every image as well.
-        cache_dir: Where shards from a URL are kept.
         on_progress: Called with (images done, images in all).
 
     Raises:
         DataError: There is no card to check against.
+        StorageError: The folder for temporary files cannot hold a shard of each CPU.
     """
     card = read_card(location)
-    store = Store(location=str(location), cache_dir=cache_dir)
-    shard_store = replace(store, location=shards_location(card, store.location))
     report = on_progress or (lambda done, total: None)  # noqa: ARG005
     total = sum(split.images for split in card.splits.values())
     done, damage = 0, list(_check_card(card))
@@ -69,7 +69,7 @@ def check_dataset(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for name, split in card.splits.items():
             jobs = [
-                threads.submit(_check_shard, store, shard_store, shard, card=card, deep=deep)
+                threads.submit(_check_shard, str(location), shard, card=card, deep=deep)
                 for shard in split.shards
             ]
             findings[name] = []
@@ -105,10 +105,27 @@ def _check_card(card: DatasetCard) -> list[Damage]:
     return found
 
 
-def _check_shard(
-    store: Store, shard_store: Store, shard: Shard, *, card: DatasetCard, deep: bool
-) -> _ShardFindings:
+def _check_shard(location: str, shard: Shard, *, card: DatasetCard, deep: bool) -> _ShardFindings:
+    with TemporaryDirectory(prefix="convnext-check-") as fetched:
+        store = Store(location=location, cache_dir=Path(fetched))
+        try:
+            return _check_files(store, shard, card=card, deep=deep)
+        except StorageError as error:
+            raise StorageError(
+                str(error),
+                hint="name another folder for downloads:"
+                f" TMPDIR=DIR convnext data check {quote_path(location)}",
+            ) from error
+
+
+def _check_files(store: Store, shard: Shard, *, card: DatasetCard, deep: bool) -> _ShardFindings:
+    shard_store = replace(store, location=shards_location(card, store.location))
     damage: list[Damage] = []
+    index = None
+    try:
+        index = read_index(store.path(index_name(shard.name), expected=Expected()))
+    except DataError as error:
+        damage.append(Damage(index_name(shard.name), str(error)))
     try:
         path = shard_store.path(shard.name, expected=Expected())
         size = path.stat().st_size
@@ -121,21 +138,14 @@ def _check_shard(
     if size == shard.bytes and scan.sha256 != shard.sha256:
         damage.append(Damage(shard.name, "its bytes are not those that were packed (sha256)"))
     scanned = replace(scan.index, labels=class_numbers(scan, card))
-    index = scanned
-    try:
-        index = read_index(
-            store.path(index_name(shard.name), expected=Expected(version=shard.sha256))
-        )
-        if not _is_same(index, scanned):
-            damage.append(Damage(index_name(shard.name), "it does not describe its shard"))
-        elif index.digest.any():
-            changed = np.flatnonzero(index.digest != scanned.digest)
-            damage += [
-                Damage(shard.name, f"{index.key(row)}: its bytes are not those that were indexed")
-                for row in changed.tolist()
-            ]
-    except DataError as error:
-        damage.append(Damage(index_name(shard.name), str(error)))
+    if index is not None and not _is_same(index, scanned):
+        damage.append(Damage(index_name(shard.name), "it does not describe its shard"))
+    elif index is not None and index.digest.any():
+        changed = np.flatnonzero(index.digest != scanned.digest)
+        damage += [
+            Damage(shard.name, f"{index.key(row)}: its bytes are not those that were indexed")
+            for row in changed.tolist()
+        ]
     if len(scanned) != shard.images:
         damage.append(
             Damage(shard.name, f"{len(scanned):,} images, but the card says {shard.images:,}")

@@ -1,5 +1,6 @@
 """A check finds what is wrong, and nothing where all is well."""
 
+import errno
 import json
 import shutil
 
@@ -9,7 +10,7 @@ from convnext_cli.data.audit import check_dataset
 from convnext_cli.data.index import scan_shard
 from convnext_cli.data.pack import PackOptions, pack
 from convnext_cli.data.report import Spread
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, StorageError
 
 
 @pytest.fixture
@@ -84,6 +85,40 @@ def test_a_cut_shard_and_a_missing_one_do_not_hide_each_other(shards):
     assert any("No such file" in what for _, what in found)
     assert any("4,000 bytes, but the card says" in what for _, what in found)
     assert any("is cut" in what for _, what in found)
+
+
+def test_a_url_is_read_anew_by_every_check(shards, faulty_server):
+    files = faulty_server.files
+    files.update({path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()})
+    for name in ("train-000001.tar", "train-000002.index.npz"):
+        sound = files[name]
+
+        assert damage_of(faulty_server.url) == []
+        files[name] = sound[:600] + bytes(8) + sound[608:]
+        assert damage_of(faulty_server.url) != []
+        files[name] = sound
+
+    assert damage_of(faulty_server.url, deep=True) == []
+
+
+def test_a_check_of_a_url_leaves_no_copy_and_says_how_to_use_another_disk(
+    shards, faulty_server, tmp_path, monkeypatch
+):
+    files = faulty_server.files
+    files.update({path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()})
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+
+    check_dataset(faulty_server.url, deep=False)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("convnext_cli.data.fetch.os.fsync", fail)
+    with pytest.raises(StorageError, match="Input/output error") as refused:
+        check_dataset(faulty_server.url, deep=False)
+    assert f"TMPDIR=DIR convnext data check {faulty_server.url}" in (refused.value.hint or "")
 
 
 def test_an_index_of_another_shard_or_none_is_found(shards):
