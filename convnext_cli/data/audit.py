@@ -29,7 +29,7 @@ from convnext_cli.data.card import (
 from convnext_cli.data.decode import BadImage, decode_rgb
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.foreign import class_numbers, label_source
-from convnext_cli.data.index import ShardIndex, read_index, scan_shard
+from convnext_cli.data.index import ShardIndex, read_index, read_index_sha256, scan_shard
 from convnext_cli.data.report import Damage, DatasetReport, SplitReport, Spread
 from convnext_cli.errors import DataError, StorageError, quote_path
 
@@ -121,9 +121,10 @@ def _check_shard(location: str, shard: Shard, *, card: DatasetCard, deep: bool) 
 def _check_files(store: Store, shard: Shard, *, card: DatasetCard, deep: bool) -> _ShardFindings:
     shard_store = replace(store, location=shards_location(card, store.location))
     damage: list[Damage] = []
-    index = None
+    index, index_sha256 = None, None
     try:
-        index = read_index(store.path(index_name(shard.name), expected=Expected()))
+        index_path = store.path(index_name(shard.name), expected=Expected())
+        index, index_sha256 = read_index(index_path), read_index_sha256(index_path)
     except DataError as error:
         damage.append(Damage(index_name(shard.name), str(error)))
     try:
@@ -146,6 +147,8 @@ def _check_files(store: Store, shard: Shard, *, card: DatasetCard, deep: bool) -
             Damage(shard.name, f"{index.key(row)}: its bytes are not those that were indexed")
             for row in changed.tolist()
         ]
+        if shard.index_sha256 not in (None, index_sha256):
+            damage.append(Damage(index_name(shard.name), "it is not the one that the card names"))
     if len(scanned) != shard.images:
         damage.append(
             Damage(shard.name, f"{len(scanned):,} images, but the card says {shard.images:,}")

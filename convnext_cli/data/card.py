@@ -30,6 +30,8 @@ class Shard:
     images: int
     bytes: int
     sha256: str
+    index_sha256: str | None = None
+    """Of its index file; None: not known, in cards of before."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,13 @@ class DatasetCard:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a class or a byte of a shard does."""
+        """Changes when a class or a byte of a shard or its index does."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for name, split in sorted(self.splits.items()):
             for shard in split.shards:
                 digest.update(f"\n{name} {shard.name} {shard.images} {shard.sha256}".encode())
+                if shard.index_sha256 is not None:
+                    digest.update(f" {shard.index_sha256}".encode())
         return digest.hexdigest()
 
 

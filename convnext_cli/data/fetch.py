@@ -92,7 +92,7 @@ class Expected:
     num_bytes: int | None = None
     sha256: str | None = None
     version: str = ""
-    """Tells apart what may lie at the same address at another time, where there is no digest."""
+    """Tells apart what may lie at the same address at another time, where no digest is known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ from convnext_cli.data.index import (
     find_label_source,
     parse_class_number,
     read_index,
+    read_index_sha256,
     scan_shard,
     scan_stream,
     write_index,
@@ -693,7 +694,13 @@ def _write_indexes(
                     (out / CARD_NAME).unlink(missing_ok=True)
                 write_index(replace(index, labels=labels_N), out / index_name(name))
         shards = tuple(
-            Shard(name, records[name].images, records[name].bytes, records[name].sha256)
+            Shard(
+                name,
+                records[name].images,
+                records[name].bytes,
+                records[name].sha256,
+                read_index_sha256(out / index_name(name)),
+            )
             for name in members
             if records[name].images
         )

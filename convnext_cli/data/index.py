@@ -500,6 +500,11 @@ def write_index(index: ShardIndex, path: Path) -> None:
         )
 
 
+def read_index_sha256(path: Path) -> str:
+    """The digest of an index file, which the card keeps: labels change without the shard."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def read_index(path: Path) -> ShardIndex:
     """Read an index file; nothing in it is unpickled.
 

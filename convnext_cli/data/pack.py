@@ -50,7 +50,7 @@ from convnext_cli.data.card import (
     write_card,
 )
 from convnext_cli.data.decode import MAX_PIXELS
-from convnext_cli.data.index import scan_shard, write_index
+from convnext_cli.data.index import read_index_sha256, scan_shard, write_index
 from convnext_cli.data.pool import iter_done
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source
 from convnext_cli.errors import DataError, Stopped, StorageError, quote_path
@@ -698,7 +698,13 @@ def _finish(
         splits[name] = Split(
             name=name,
             shards=tuple(
-                Shard(name=r.name, images=r.images, bytes=r.bytes, sha256=r.sha256)
+                Shard(
+                    name=r.name,
+                    images=r.images,
+                    bytes=r.bytes,
+                    sha256=r.sha256,
+                    index_sha256=read_index_sha256(folder / index_name(r.name)),
+                )
                 for r in own
                 if r.images
             ),

@@ -302,9 +302,8 @@ class ImageReader(Dataset[Sample]):
 
     def _index(self, number: int) -> ShardIndex:
         shard = self.shards[number]
-        index = read_index(
-            self.store.path(index_name(shard.name), expected=Expected(version=shard.sha256))
-        )
+        expected = Expected(sha256=shard.index_sha256, version=shard.sha256)
+        index = read_index(self.store.path(index_name(shard.name), expected=expected))
         if len(index.labels) != shard.images:
             raise DataError(
                 f"{shard.name}: its index has {len(index.labels)} samples, dataset.json says "

@@ -131,6 +131,15 @@ def test_an_index_of_another_shard_or_none_is_found(shards):
     assert second[0] == "train-000002.index.npz"
 
 
+def test_an_index_that_is_not_the_cards_is_found(shards):
+    def rename(plain):
+        plain["splits"]["val"]["shards"][0]["index_sha256"] = "0" * 64
+
+    change_card(shards, rename)
+
+    assert damage_of(shards) == [("val-000000.index.npz", "it is not the one that the card names")]
+
+
 def test_a_card_that_miscounts_is_found(shards):
     def miscount(plain):
         plain["splits"]["train"]["class_images"] = [12, 14, 13]

@@ -1,5 +1,6 @@
 """The card of a packed data set."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -50,6 +51,18 @@ def test_the_fingerprint_changes_with_a_class_and_with_a_byte_of_a_shard():
 
     assert len({CARD.fingerprint, renamed.fingerprint, other.fingerprint}) == 3
     assert repacked.fingerprint == CARD.fingerprint
+
+
+def test_the_fingerprint_changes_with_an_index_and_stays_where_its_digest_is_not_known():
+    def fingerprint(digest: str | None) -> str:
+        shard = replace(SHARD, index_sha256=digest)
+        return replace(CARD, splits={"train": Split("train", (shard,), (1, 2))}).fingerprint
+
+    assert len({CARD.fingerprint, fingerprint("12" * 32), fingerprint("34" * 32)}) == 3
+    assert fingerprint(None) == CARD.fingerprint
+    # of the first cards, by hand
+    plain = f"cat\ndog\ntrain train-000000.tar 3 {'ab' * 32}"
+    assert CARD.fingerprint == hashlib.sha256(plain.encode()).hexdigest()
 
 
 def test_the_index_lies_beside_its_shard():

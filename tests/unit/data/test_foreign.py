@@ -8,6 +8,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -85,8 +86,8 @@ def index_all(shards: list[str], out: Path, *, labels=None, classes=None):
     return index_shards(train, val, out=out, labels=source, classes=classes, workers=1)
 
 
-def reader_of(out: Path, split: str = "train") -> ImageReader:
-    store = Store(location=str(out))
+def reader_of(out: Path | str, split: str = "train", **cache: Path) -> ImageReader:
+    store = Store(location=str(out), **cache)
     view = EvalView(image_px=8)
     return ImageReader(read_card(out), store=store, split=split, view=view, seed=0, on_bad="raise")
 
@@ -255,6 +256,22 @@ def test_other_labels_are_scanned_and_other_classes_only_renamed(timm_shards, tm
     assert check_dataset(tmp_path / "out", deep=False).damage == ()
 
 
+def test_a_node_that_has_an_index_fetches_the_one_of_other_classes(tmp_path):
+    members = [("a.jpg", jpeg(0)), ("a.cls", b"cat"), ("b.jpg", jpeg(1)), ("b.cls", b"dog")]
+    write_shard(tmp_path / "wds" / "train-0000.tar", members)
+    files = fsspec.filesystem("memory")
+    seen = []
+    for classes in (["cat", "dog"], ["dog", "cat"]):
+        index_all([str(tmp_path / "wds")], tmp_path / "out", classes=classes)
+        for path in (tmp_path / "out").glob("*.*"):
+            files.pipe(f"/out/{path.name}", path.read_bytes())
+        reader = reader_of("memory://out", cache_dir=tmp_path / "cache")
+        seen.append([label for _, label in reader.names([0, 1])])
+    files.rm("/out", recursive=True)
+
+    assert seen == [[0, 1], [1, 0]]
+
+
 def test_a_card_never_stands_beside_indexes_that_are_not_its_own(timm_shards, tmp_path):
     index_all([str(timm_shards)], tmp_path / "out")
     shard = timm_shards / "imagenet1k-train-0000.tar"
@@ -335,8 +352,6 @@ def test_a_protocol_that_nobody_knows_is_told(tmp_path):
 
 
 def test_a_shard_behind_a_url_is_scanned_as_a_local_one(timm_shards, tmp_path):
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     for shard in timm_shards.glob("*.tar"):
         memory.pipe(f"/bucket/{shard.name}", shard.read_bytes())
