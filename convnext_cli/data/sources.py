@@ -46,6 +46,8 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation", "test", "testing")
+_LABEL_ENDINGS = frozenset(("cls", "json", "txt"))
+"""Of members that hold the labels of shards; beside an image of the same name they do."""
 _LITTER = frozenset(("thumbs.db", "desktop.ini"))
 _MAX_LABEL = 1_000_000
 _SHOWN_CHARS = 80
@@ -448,13 +450,19 @@ def _list_class_tars(source: Path) -> Source:
 def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | None) -> bool:
     """Add all images of one class tar, which may lie inside another tar; whether it has any."""
     before = len(found.rows)
+    images: set[str] = set()
+    others: set[str] = set()
     with tar.open("rb") as file:
         for member in iter_members(file, where=f"{tar} ({name})", begin=begin, end=end):
             path = f"{name}/{member.name.removeprefix('./')}"
-            if path.lower().endswith(".cls"):
-                raise _shards_error(tar)
+            stem, _, ending = path.rpartition(".")
             if _is_image(path, found):
                 found.add(path, str(tar), name, "train", member.offset, member.size)
+                images.add(stem)
+            elif ending.lower() in _LABEL_ENDINGS:
+                others.add(stem)
+    if images & others:  # in either order: a sample's members lie side by side
+        raise _shards_error(tar)
     return len(found.rows) > before
 
 

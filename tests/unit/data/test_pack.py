@@ -574,9 +574,13 @@ def test_a_folder_of_class_tars_is_read(tmp_path):
     assert packed.card.splits["train"].class_images == (1, 2, 3)
 
 
-def test_shards_of_others_are_not_taken_for_class_tars(tmp_path):
+@pytest.mark.parametrize("label", ["0.cls", "0.json", "0.txt"])
+@pytest.mark.parametrize("first", ["image", "label"])
+def test_shards_of_others_are_not_taken_for_class_tars(tmp_path, label, first):
     for name in ("00000.tar", "00001.tar"):
-        shard = {"0.jpg": jpeg(1), "0.cls": b"3"}
+        shard = {"0.jpg": jpeg(1), label: b"3"}
+        if first == "label":
+            shard = dict(reversed(shard.items()))
         (tmp_path / "shards").mkdir(exist_ok=True)
         (tmp_path / "shards" / name).write_bytes(tar_bytes(shard))
 
@@ -584,6 +588,17 @@ def test_shards_of_others_are_not_taken_for_class_tars(tmp_path):
         pack(tmp_path / "shards", tmp_path / "out")
 
     assert f"convnext data index {tmp_path / 'shards'} --out OUT" in str(refused.value.hint)
+
+
+def test_a_text_about_the_images_makes_no_shard_of_a_class_tar(tmp_path):
+    (tmp_path / "tars").mkdir()
+    for name in ("cat.tar", "dog.tar"):
+        members = {"1.jpg": jpeg(1), "README": b"", "README.txt": b"", "metadata.json": b"{}"}
+        (tmp_path / "tars" / name).write_bytes(tar_bytes(members))
+
+    packed = pack(tmp_path / "tars", tmp_path / "out")
+
+    assert packed.card.splits["train"].class_images == (1, 1)
 
 
 # Images
