@@ -6,11 +6,12 @@ boundary k + 1  the wishes of boundary k are here: every rank acts on the same o
 ```
 
 So agreeing costs a gather of a few numbers over the hosts' network and no wait for the device, and
-no rank waits in a collective for one that has left. A single process acts at once.
+no rank waits in a collective for one that has left. A single process acts at once. A wish to save
+stays agreed until a save is made, and is not raised again before: it is granted once.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -116,20 +117,25 @@ class Agreement(pl.Callback):
         self._settle()
         self._boundary = time.monotonic()
 
+    def grant_save(self) -> None:
+        """A save is made, on every rank: nobody wishes for one any more."""
+        self.wishes = replace(self.wishes, save=False)
+
     def _own(self) -> list[float]:
         needed = 2 * (self._step_seconds + self.clock.cost_seconds)
         self.reason = self.request.reason(needed_seconds=needed)
-        wishes = (self.reason is not None, self.clock.is_due(), self.clock.failed)
+        save = self.clock.is_due() and not self.wishes.save
+        wishes = (self.reason is not None, save, self.clock.failed)
         own = self.timer.own
         return [*(float(wish) for wish in wishes), own.data_seconds, own.forward_seconds]
 
     def _exchange(self) -> None:
         """Act on the gather of the boundary before, and start one of this boundary."""
+        self._settle()  # first, for what is agreed is not wished for again
         own = torch.tensor(self._own(), dtype=torch.float64)
         if self._group is None:
-            self.wishes = _read([own])
+            self._agree([own])
             return
-        self._settle()
         parts = [torch.empty_like(own) for _ in range(distributed.get_world_size(self._group))]
         work = distributed.all_gather(parts, own, group=self._group, async_op=True)
         self._pending = (work, parts)
@@ -139,7 +145,11 @@ class Agreement(pl.Callback):
             work, parts = self._pending
             work.wait()
             self._pending = None
-            self.wishes = _read(parts)
+            self._agree(parts)
+
+    def _agree(self, parts: list[Tensor]) -> None:
+        new = _read(parts)
+        self.wishes = replace(new, save=new.save or self.wishes.save)
 
 
 def _read(parts: list[Tensor]) -> Wishes:

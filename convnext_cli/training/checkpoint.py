@@ -299,6 +299,7 @@ class Checkpoints(pl.Callback):
         """Save now, on every rank together, and point `names` to it when it is written."""
         path = self.run.checkpoint(task.step)
         names = (self.run.last, *names)
+        self.agreement.grant_save()
         if self._saved_step == task.step:
             self.writer.wait()
             if trainer.is_global_zero:
