@@ -134,7 +134,7 @@ class Diagnostics(Metric):
         # one tensor after a synchronisation, else a list of them
         listed: Tensor | list[Tensor] = self.wrong_pairs
         if isinstance(listed, list):
-            listed = torch.cat([torch.zeros(0, dtype=torch.int64), *listed])
+            listed = torch.cat([self.class_images[:0], *listed])
         pairs, images = torch.unique(listed[listed >= 0], return_counts=True)
         return torch.stack([pairs, images], dim=1)
 

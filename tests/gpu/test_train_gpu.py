@@ -3,6 +3,9 @@
 import json
 
 import pytest
+import torch
+
+from convnext_cli.training.diagnosis import MAX_DENSE_CLASSES, ConfusedPair, Diagnostics
 
 RECIPE = """
 about: A few steps of the smallest model on a GPU, for tests.
@@ -69,8 +72,6 @@ def test_blocks_that_skip_and_images_that_grow_learn_on_a_gpu(train, kernels):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_drop_path_waits_for_no_device():
-    import torch
-
     from convnext_cli.models.drop_path import add_kept, draw_paths
 
     x_NCHW = torch.randn(16, 8, 7, 7, device="cuda", requires_grad=True)
@@ -87,8 +88,6 @@ def test_drop_path_waits_for_no_device():
 
 @pytest.mark.parametrize("kernels", ["compile", "eager"])
 def test_fp8_learns_nearly_what_bf16_learns(train, kernels):
-    import torch
-
     pytest.importorskip("torchao", reason="torchao is not installed")
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
@@ -101,3 +100,11 @@ def test_fp8_learns_nearly_what_bf16_learns(train, kernels):
     for left, right in zip(plain, fp8, strict=True):
         if "train/loss" in left:
             assert right["train/loss"] == pytest.approx(left["train/loss"], rel=0.1)
+
+
+def test_confused_pairs_of_many_classes_are_counted_on_a_gpu():
+    metric = Diagnostics(MAX_DENSE_CLASSES + 1).to("cuda")
+
+    metric.update(torch.eye(2, metric.num_classes, device="cuda"), torch.tensor([0, 2]).cuda())
+
+    assert metric.compute_diagnosis().confused == (ConfusedPair(label=2, predicted=1, images=1),)
