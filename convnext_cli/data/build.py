@@ -4,13 +4,15 @@ One iteration of the training loader is the whole run, from the first step of th
 last step of the schedule: epochs are a matter of the order, not of the loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from convnext_cli.catalog.models import find_variant
@@ -341,27 +343,27 @@ class StreamedData(DeviceData):
             num_passes=self.num_passes,
         )
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+    def val_dataloader(self) -> "EvenBatches | list[EvenBatches]":
         """This rank's validation shards, once."""
         plan, data = self.plan, self.plan.recipe.data
         if not plan.val_images or data.val_path is None:
             return []
-        return self._loader(
-            StreamReader(
-                Stream(
-                    urls=data.val_path,
-                    num_classes=plan.num_classes,
-                    batch=plan.eval_per_device_images,
-                    num_batches=None,
-                    seed=plan.recipe.seed,
-                    rank=_rank(self),
-                    world=plan.world_size,
-                    shuffle_images=0,
-                    allow_pipe=data.allow_pipe,
-                ),
-                view=build_eval_view(plan.recipe),
-            )
+        reader = StreamReader(
+            Stream(
+                urls=data.val_path,
+                num_classes=plan.num_classes,
+                batch=plan.eval_per_device_images,
+                num_batches=None,
+                seed=plan.recipe.seed,
+                rank=_rank(self),
+                world=plan.world_size,
+                shuffle_images=0,
+                allow_pipe=data.allow_pipe,
+            ),
+            view=build_eval_view(plan.recipe),
         )
+        is_any = _build_question() if plan.world_size > 1 else bool
+        return EvenBatches(self._loader(reader), padding=reader.make_padding(), is_any=is_any)
 
     def _loader(self, reader: StreamReader) -> DataLoader[Batch]:
         return build_loader(
@@ -401,6 +403,41 @@ class EpochChain:
                 if not left:
                     return
             epoch += 1
+
+
+class EvenBatches:
+    """As many batches on every rank, padded where a rank is through: ranks act together.
+
+    Args:
+        loader: The batches of this rank.
+        padding: A batch without an image.
+        is_any: Whether a rank says yes; every rank asks at the same time.
+    """
+
+    def __init__(
+        self, loader: Iterable[Batch], *, padding: Batch, is_any: Callable[[bool], bool]
+    ) -> None:
+        self.loader = loader
+        self.padding = padding
+        self.is_any = is_any
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in chain(self.loader, repeat(None)):
+            if not self.is_any(batch is not None):
+                return
+            yield self.padding if batch is None else batch
+
+
+def _build_question() -> Callable[[bool], bool]:
+    """Ask all ranks over the hosts' network, so that nobody waits for a device."""
+    group: Any = distributed.new_group(backend="gloo")
+
+    def is_any(own: bool) -> bool:  # noqa: FBT001  # what `bool` is where there is one rank
+        said = torch.tensor(int(own))
+        distributed.all_reduce(said, op=distributed.ReduceOp.MAX, group=group)
+        return bool(said)
+
+    return is_any
 
 
 def _rank(data: pl.LightningDataModule) -> int:

@@ -12,6 +12,7 @@ The promise is weaker than the indexed reader's:
 - a rank that runs out of its shards reads them again, so that all ranks take the same number of
   steps: in an epoch some images may come twice and some not at all;
 - a resume starts at the beginning of an epoch;
+- in evaluation a rank that is through with its shards pads until all are;
 - damage inside a shard is noticed only where the tar format shows it.
 
 What stays: shard order and random choices change every epoch and follow from the seed; nothing is
@@ -131,10 +132,16 @@ class StreamReader(IterableDataset[Batch]):
                 yield collate(waiting)
                 waiting = []
         if waiting:
-            px = self.view.image_px
-            blank_CHW = torch.zeros((3, px, px), dtype=torch.uint8)
-            padding = Sample(blank_CHW, PADDING, PADDING)
-            yield collate(waiting + [padding] * (self.stream.batch - len(waiting)))
+            yield self._pad(waiting)
+
+    def make_padding(self) -> Batch:
+        """A batch without an image, for a rank that is through with its shards."""
+        return self._pad([])
+
+    def _pad(self, samples: list[Sample]) -> Batch:
+        px = self.view.image_px
+        padding = Sample(torch.zeros((3, px, px), dtype=torch.uint8), PADDING, PADDING)
+        return collate(samples + [padding] * (self.stream.batch - len(samples)))
 
     def _samples(self, epoch: int, *, worker: int, num_workers: int) -> Iterator[Sample]:
         """Decoded samples of one worker; endless in training."""

@@ -1,6 +1,8 @@
 import io
 import pickle
 import tarfile
+import threading
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from convnext_cli.data.augment import EvalView, TrainView
+from convnext_cli.data.build import EvenBatches
 from convnext_cli.data.reader import build_loader
 from convnext_cli.data.stream import Stream, StreamReader, list_shards
 from convnext_cli.errors import DataError
@@ -91,6 +94,31 @@ def test_evaluation_reads_each_image_once_in_order_and_pads(shards):
     reader = stream_of(shards, num_batches=None, batch=6, view=EvalView(image_px=16))
 
     assert labels(reader) == [*range(20), -1, -1, -1, -1]
+
+
+def test_a_rank_that_is_through_with_its_shards_pads_until_all_are(shards):
+    readers = [
+        stream_of(shards, num_batches=None, rank=rank, world=3, view=EvalView(image_px=16))
+        for rank in range(3)
+    ]
+    said = threading.Barrier(3)
+    answers: list[list[bool]] = [[], [], []]
+
+    def read(rank: int) -> list[int]:
+        def is_any(own: bool) -> bool:
+            answers[rank].append(own)
+            said.wait(timeout=30)
+            return any(theirs[len(answers[rank]) - 1] for theirs in answers)
+
+        padding = readers[rank].make_padding()
+        batches = EvenBatches(readers[rank], padding=padding, is_any=is_any)
+        return [label for batch in batches for label in batch.label_N.tolist()]
+
+    with futures.ThreadPoolExecutor() as pool:
+        ranks = list(pool.map(read, range(3)))
+
+    assert [len(read) for read in ranks] == [12, 12, 12]  # two shards of five, and one, and one
+    assert sorted(label for read in ranks for label in read if label >= 0) == list(range(20))
 
 
 def test_workers_that_stay_alive_hear_of_the_next_epoch(shards):
