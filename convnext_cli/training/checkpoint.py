@@ -8,6 +8,9 @@ best.ckpt             -> the best val/top1
 best_ema.ckpt         -> the best val_ema/top1
 ```
 
+A start points these names to what the checkpoint that it goes on from knows, for newer ones may be
+damaged or gone.
+
 The training loop waits until the state is copied to the host's memory; a thread writes it. A
 checkpoint holds tensors and plain values only, so it is read with `weights_only=True`.
 """
@@ -33,7 +36,7 @@ from convnext_cli.models.weights import read_content
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.layout import RunDir, checkpoint_step
-from convnext_cli.runs.manifest import HashedFile, Manifest, manifest_path
+from convnext_cli.runs.manifest import HashedFile, Manifest, check_checkpoint, manifest_path
 from convnext_cli.runs.record import utc_now, write_event, writing_to, written_whole
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.task import CHECKPOINT_KEY, Classifier, as_task
@@ -123,6 +126,15 @@ def _save(checkpoint: dict[str, Any], file: HashedFile) -> None:
         if isinstance(cause, OSError):
             raise cause from error
         raise
+
+
+def point_name(name: Path, path: Path) -> None:
+    """Make a name point to a checkpoint beside it, in one step."""
+    beside = name.with_name(f".{name.name}.new")
+    with writing_to(name.parent):
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(path.name)
+        beside.replace(name)
 
 
 def read_step(path: Path) -> int:
@@ -251,11 +263,7 @@ class BackgroundWriter(TorchCheckpointIO):
     def point(self, path: Path, names: tuple[Path, ...]) -> None:
         """Make names point to a checkpoint, each in one step, and remove what nobody needs."""
         for name in names:
-            beside = name.with_name(f".{name.name}.new")
-            with writing_to(name.parent):
-                beside.unlink(missing_ok=True)
-                beside.symlink_to(path.name)
-                beside.replace(name)
+            point_name(name, path)
         pointed = {link.resolve() for link in self.run.links if link.exists()}
         found = [path for path in self.run.list_checkpoints() if checkpoint_step(path) is not None]
         for old in found[: -self.plan.recipe.checkpoint.keep_last]:
@@ -271,8 +279,8 @@ class BackgroundWriter(TorchCheckpointIO):
 class Checkpoints(pl.Callback):
     """Saves at the plan's interval, after validation where both fall together, and at the end.
 
-    The best scores travel in the checkpoint, so that a resumed run never mistakes a worse model
-    for the best one.
+    The best scores travel in the checkpoint with their steps, so that a resumed run never mistakes
+    a worse model for the best one, nor takes the name from it.
     """
 
     def __init__(
@@ -284,16 +292,53 @@ class Checkpoints(pl.Callback):
         self.agreement = agreement
         self.best_top1: float | None = None
         self.best_ema_top1: float | None = None
+        self.best_step: int | None = None
+        self.best_ema_step: int | None = None
         self._saved_step: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The best scores so far."""
-        return {"best_top1": self.best_top1, "best_ema_top1": self.best_ema_top1}
+        """The best scores so far, and the steps that have them."""
+        return {
+            "best_top1": self.best_top1,
+            "best_ema_top1": self.best_ema_top1,
+            "best_step": self.best_step,
+            "best_ema_step": self.best_ema_step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best scores up again."""
         self.best_top1 = state_dict["best_top1"]
         self.best_ema_top1 = state_dict["best_ema_top1"]
+        # earlier versions did not write these: the names say it
+        self.best_step = state_dict.get("best_step", _named_step(self.run.best))
+        self.best_ema_step = state_dict.get("best_ema_step", _named_step(self.run.best_ema))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget a best score whose checkpoint is gone, and point the names to what is there.
+
+        Rank 0 looks, for all ranks have to save at the same steps.
+        """
+        step = as_task(pl_module).step
+        if trainer.is_global_zero:
+            self.best_step = self._mend(self.run.best, self.best_step, newest=step)
+            self.best_ema_step = self._mend(self.run.best_ema, self.best_ema_step, newest=step)
+            if self.run.checkpoint(step).exists():
+                point_name(self.run.last, self.run.checkpoint(step))
+        steps = (self.best_step, self.best_ema_step)
+        self.best_step, self.best_ema_step = trainer.strategy.broadcast(steps)
+        if self.best_step is None:
+            self.best_top1 = None
+        if self.best_ema_step is None:
+            self.best_ema_top1 = None
+
+    def _mend(self, name: Path, step: int | None, *, newest: int) -> int | None:
+        """Point a name to the checkpoint of a step; None, and no name, where it is not whole."""
+        if step is None or step > newest or check_checkpoint(self.run.checkpoint(step)).problem:
+            name.unlink(missing_ok=True)
+            return None
+        if _named_step(name) != step:
+            point_name(name, self.run.checkpoint(step))
+        return step
 
     def save(self, trainer: pl.Trainer, task: Classifier, *, names: tuple[Path, ...] = ()) -> Path:
         """Save now, on every rank together, and point `names` to it when it is written."""
@@ -330,8 +375,10 @@ class Checkpoints(pl.Callback):
         task = as_task(pl_module)
         names = []
         if self._is_better("best_top1", task.validation.get("val/top1")):
+            self.best_step = task.step
             names.append(self.run.best)
         if self._is_better("best_ema_top1", task.validation.get("val_ema/top1")):
+            self.best_ema_step = task.step
             names.append(self.run.best_ema)
         if names or self._is_due(task.step):
             self.save(trainer, task, names=tuple(names))
@@ -353,3 +400,8 @@ class Checkpoints(pl.Callback):
             return False
         setattr(self, name, top1)
         return True
+
+
+def _named_step(name: Path) -> int | None:
+    """The step of the checkpoint that a name points to; None: it points to none."""
+    return checkpoint_step(name.resolve()) if name.exists() else None

@@ -6,11 +6,17 @@ import textwrap
 from argparse import Namespace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from convnext_cli.errors import CheckpointError, StorageError
-from convnext_cli.training.checkpoint import read_step, write_checkpoint
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.files import load_recipe
+from convnext_cli.runs.layout import RunDir, checkpoint_step
+from convnext_cli.training.checkpoint import Checkpoints, read_step, write_checkpoint
+from convnext_cli.training.task import Classifier
 
 
 def content(step: int, size: int = 1000) -> dict[str, object]:
@@ -98,3 +104,70 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_old_or_the_new_one(tmp_path: 
         os.kill(saver.pid, signal.SIGKILL)
 
     assert read_step(path) >= 3
+
+
+class Saved:
+    """A run with checkpoints at some steps and names for some of them, and a start in it."""
+
+    def __init__(self, folder: Path, *, steps: tuple[int, ...], **names: int) -> None:
+        self.run = RunDir(folder)
+        for step in steps:
+            write_checkpoint(content(step), self.run.checkpoint(step), world_size=1)
+        for name, step in names.items():
+            getattr(self.run, name).symlink_to(self.run.checkpoint(step).name)
+
+    def start(self, step: int, **state: object) -> Checkpoints:
+        plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="mine")
+        checkpoints = Checkpoints(self.run, plan, writer=None, agreement=None)
+        checkpoints.load_state_dict({"best_top1": None, "best_ema_top1": None} | state)
+        task = Classifier.__new__(Classifier)
+        pl.LightningModule.__init__(task)
+        task.step = step
+        strategy = Namespace(broadcast=lambda value: value)
+        checkpoints.on_train_start(Namespace(is_global_zero=True, strategy=strategy), task)
+        return checkpoints
+
+    def names(self) -> dict[str, int | None]:
+        links = [link for link in self.run.links if link.exists()]
+        return {link.stem: checkpoint_step(link.resolve()) for link in links}
+
+
+def test_a_start_gives_the_name_of_the_best_back_to_the_checkpoint_that_was_it(tmp_path: Path):
+    # the run went on to step 6, the best one by then, which is removed or damaged
+    saved = Saved(tmp_path, steps=(2, 4, 6), last=6, best=6, best_ema=6)
+    saved.run.checkpoint(6).unlink()
+
+    scores = {"best_top1": 50.0, "best_step": 2, "best_ema_top1": 40.0, "best_ema_step": 4}
+    started = saved.start(4, **scores)
+
+    assert saved.names() == {"last": 4, "best": 2, "best_ema": 4}
+    assert started.state_dict() == scores
+
+
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_best_score_without_its_checkpoint_is_forgotten(tmp_path: Path, damage: str):
+    saved = Saved(tmp_path, steps=(2, 4), last=4, best=2, best_ema=2)
+    path = saved.run.checkpoint(2)
+    changed = bytearray(path.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    path.write_bytes(changed)
+    if damage == "gone":
+        path.unlink()
+
+    started = saved.start(4, best_top1=50.0, best_step=2, best_ema_top1=40.0, best_ema_step=4)
+
+    assert saved.names() == {"last": 4, "best_ema": 4}
+    assert not saved.run.best.is_symlink()
+    assert (started.best_top1, started.best_ema_top1) == (None, 40.0)
+
+
+def test_a_checkpoint_from_before_the_steps_of_the_best_were_written_takes_them_from_the_names(
+    tmp_path: Path,
+):
+    saved = Saved(tmp_path, steps=(2, 4, 6), last=6, best=2, best_ema=6)
+
+    started = saved.start(4, best_top1=50.0, best_ema_top1=40.0)
+
+    assert saved.names() == {"last": 4, "best": 2}  # step 6 is later than the start
+    assert (started.best_top1, started.best_step) == (50.0, 2)
+    assert (started.best_ema_top1, started.best_ema_step) == (None, None)
