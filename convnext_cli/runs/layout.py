@@ -18,7 +18,8 @@ runs/<name>/
 |  |- step=00000312.json      its size and hash: without it, it does not count
 |  |- last.ckpt               link to the newest, for people; a resume looks for itself
 |  |- best.ckpt               best val/top1
-|  `- best_ema.ckpt           best val_ema/top1
+|  |- best_ema.ckpt           best val_ema/top1
+|  `- abandoned/               those that a start from an older one has set aside
 |- launch/                     job file and what each process said, where a launcher started them
 |- plots/curves.png           written by `convnext runs plot`
 `- trackers/                  files of TensorBoard and of other trackers
@@ -129,6 +130,11 @@ class RunDir:
         return self.checkpoints / "best_ema.ckpt"
 
     @property
+    def abandoned(self) -> Path:
+        """The folder of checkpoints that no start finds, because one went on from an older one."""
+        return self.checkpoints / "abandoned"
+
+    @property
     def links(self) -> tuple[Path, ...]:
         """The names that point to a checkpoint, whether they are there or not."""
         return (self.last, self.best, self.best_ema)
@@ -157,6 +163,11 @@ class RunDir:
         """The step of the newest checkpoint that is named by its step; 0 where there is none."""
         steps = (checkpoint_step(path) for path in self.list_checkpoints())
         return max((step for step in steps if step is not None), default=0)
+
+    def list_newer(self, step: int) -> list[Path]:
+        """The checkpoints of later steps, oldest first."""
+        found = [(checkpoint_step(path), path) for path in self.list_checkpoints()]
+        return [path for at, path in found if at is not None and at > step]
 
     def is_run(self) -> bool:
         """Whether a recipe and a plan are on disk here."""

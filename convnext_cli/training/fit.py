@@ -6,7 +6,7 @@ fit    data, model, weights; then the run's folder; then the Trainer; again wher
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -28,6 +28,7 @@ from convnext_cli.runs.compare import last_step
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.manifest import manifest_path
 from convnext_cli.runs.record import record_environment, write_event, write_json, writing_to
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.build import build_loggers, build_trainer
@@ -161,12 +162,27 @@ def _attempt(
     else:
         lost = max(0, last_step(run) - start.step)
         _record(run, plan, event="resumed", step=start.step, lost_steps=lost)
+    if plan.cluster.rank == 0 and start.abandoned:
+        _set_aside(run, start.abandoned)
+        names = [path.name for path in start.abandoned]
+        display.say(f"newer checkpoints are set aside in {run.abandoned}: {', '.join(names)}")
+        _record(run, plan, event="abandoned", step=start.step, files=names)
     watch.start()
     try:
         _run_trainer(trainer, task, data, start=start, run=run, plan=plan)
     finally:
         writer.teardown()  # Lightning's own call may be cut short by a second loader that is lost
     return task.step
+
+
+def _set_aside(run: RunDir, checkpoints: Sequence[Path]) -> None:
+    """Take checkpoints from where a start looks for them; the user asked for an older one."""
+    with writing_to(run.abandoned):
+        run.abandoned.mkdir(exist_ok=True)
+        for path in checkpoints:
+            for file in (manifest_path(path), path):  # without the first, the second does not count
+                if file.exists():
+                    file.replace(run.abandoned / file.name)
 
 
 def _build_copier(run: RunDir, plan: Plan, *, say: Callable[[str], None]) -> Copier | None:

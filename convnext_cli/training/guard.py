@@ -18,8 +18,8 @@ import lightning.pytorch as pl
 from convnext_cli.data.order import Skip
 from convnext_cli.errors import Diverged, RunError
 from convnext_cli.plan.resolve import Plan
-from convnext_cli.runs.layout import RunDir, checkpoint_step
-from convnext_cli.runs.manifest import check_checkpoint, manifest_path
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.manifest import find_newest_whole, manifest_path
 from convnext_cli.runs.record import write_event, write_json
 from convnext_cli.training.checkpoint import BackgroundWriter
 from convnext_cli.training.later import Later
@@ -121,23 +121,13 @@ class FiniteGuard(pl.Callback):
             )
         self.writer.wait()
         if trainer.is_global_zero:
-            start = self._drop_newer_than(self.skipped_steps[0] - 1)
+            for path in self.run.list_newer(self.skipped_steps[0] - 1):
+                path.unlink()  # its steps will be taken again
+                manifest_path(path).unlink(missing_ok=True)
+            newest, _ = find_newest_whole(self.run)
+            start = 0 if newest is None or newest.manifest is None else newest.manifest.step
             skips = (*skips, Skip(start, step - start))
             write_json(self.run.skips, {"skips": [list(skip) for skip in skips]})
             write_event(self.run.events, "rolled_back", step=step, to=start, why=told)
         trainer.strategy.barrier()
         raise RolledBack(told)
-
-    def _drop_newer_than(self, step: int) -> int:
-        """Remove checkpoints of steps that will be taken again; the newest step that is left."""
-        start = 0
-        for path in self.run.list_checkpoints():
-            at = checkpoint_step(path)
-            if at is None:
-                continue
-            if at > step:
-                path.unlink()
-                manifest_path(path).unlink(missing_ok=True)
-            elif check_checkpoint(path).problem is None:
-                start = at
-        return start

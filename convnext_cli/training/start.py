@@ -4,7 +4,7 @@ Lightning is not loaded here, so that what is refused is refused at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,8 @@ class Start:
     step: int
     damaged: Sequence[CheckpointState] = ()
     """Newer checkpoints that are passed over."""
+    abandoned: Sequence[Path] = ()
+    """Newer checkpoints whose steps are taken again, and which no later start may take up."""
 
 
 def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
@@ -81,7 +83,8 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
                 hint="leave --resume out to go on from the newest checkpoint of the run",
             )
         require_whole(resume)
-        return _start_from(resume, plan)
+        start = _start_from(resume, plan)
+        return replace(start, abandoned=run.list_newer(start.step))
     newest, damaged = find_newest_whole(run)
     if newest is not None:
         return _start_from(newest.path, plan, damaged)

@@ -276,6 +276,23 @@ def test_a_run_from_before_a_key_was_known_goes_on_under_its_default(recipe, tin
     assert "going on from step=00000005.ckpt" in again.stderr
 
 
+def test_a_resume_from_an_older_checkpoint_sets_the_newer_ones_aside(recipe, tiny_shards, finished):
+    run = run_dir(recipe)
+    shutil.copytree(finished.root, run, symlinks=True)
+    older = run / "checkpoints" / "step=00000003.ckpt"
+
+    done = train(recipe, tiny_shards, "--resume", str(older))
+
+    assert done.returncode == 0, done.stderr
+    newer = [f"step=0000000{step}.ckpt" for step in (4, 5, 6)]
+    assert f"newer checkpoints are set aside in {older.parent / 'abandoned'}" in done.stderr
+    aside = sorted(path.name for path in (older.parent / "abandoned").iterdir())
+    assert aside == sorted([*newer, *(name.replace("ckpt", "json") for name in newer)])
+    (told,) = [row for row in read_jsonl(run / "events.jsonl") if row["event"] == "abandoned"]
+    assert (told["step"], told["files"]) == (3, newer)
+    assert_same_weights(older.parent / "last.ckpt", finished.root / "checkpoints" / "last.ckpt")
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tiny_shards, finished):
     other = train(finished.recipe, tiny_shards, "optim.lr=5e-4")
 

@@ -36,6 +36,17 @@ def test_a_checkpoint_named_by_path_says_its_step(plan, tmp_path):
         assert (start.checkpoint, start.step) == (path, 3)
 
 
+def test_a_start_from_an_older_checkpoint_of_the_run_abandons_the_newer_ones(plan, tmp_path):
+    run = RunDir(tmp_path / "mine")
+    run.checkpoints.mkdir(parents=True)
+    older, *newer = [write(run.checkpoint(step)) for step in (3, 4, 12)]
+    run.last.symlink_to(newer[-1].name)
+
+    start = find_start(plan, run, resume=older)
+
+    assert (start.step, start.abandoned) == (3, newer)
+
+
 @pytest.mark.parametrize(
     ("fingerprint", "version", "told"),
     [
