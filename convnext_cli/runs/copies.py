@@ -20,7 +20,7 @@ from fsspec.core import url_to_fs
 
 from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
-from convnext_cli.runs.manifest import check_checkpoint, manifest_path
+from convnext_cli.runs.manifest import check_checkpoint, manifest_path, read_manifest
 from convnext_cli.runs.record import write_event, writing_to
 
 _LINKS = "links.json"
@@ -73,7 +73,10 @@ class RemoteFolder:
         for path in wanted:
             manifest = manifest_path(path)
             if path.name in there and manifest.name in there:
-                continue
+                if self._holds(manifest):
+                    continue
+                # a step that was taken again; without its manifest, a half-replaced copy is torn
+                self._files.rm_file(f"{self._root}/checkpoints/{manifest.name}")
             try:
                 for one in (path, manifest):
                     self._files.put_file(str(one), f"{self._root}/checkpoints/{one.name}")
@@ -124,6 +127,15 @@ class RemoteFolder:
             if path.exists() or self._pull_checkpoint(path):
                 link.symlink_to(target)
         return newest
+
+    def _holds(self, manifest: Path) -> bool:
+        """Whether the copy of a manifest is of the same bytes."""
+        copied = self._files.cat_file(f"{self._root}/checkpoints/{manifest.name}")
+        ours = read_manifest(manifest.with_suffix(".ckpt"))
+        try:
+            return ours is not None and json.loads(copied)["sha256"] == ours.sha256
+        except (ValueError, TypeError, KeyError):
+            return False
 
     def _pull_checkpoint(self, path: Path) -> bool:
         for one in (path, manifest_path(path)):

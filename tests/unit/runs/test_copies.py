@@ -2,6 +2,7 @@ import hashlib
 import time
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from convnext_cli.errors import CheckpointError, RunError
 from convnext_cli.runs.copies import Copier, RemoteFolder, fetch_run
@@ -69,6 +70,28 @@ def test_a_copy_follows_what_is_removed_and_sends_nothing_twice(run, url):
     folder.push(run)
 
     assert folder.list_steps() == [4, 6]
+
+
+def test_a_step_that_is_taken_again_is_copied_again_after_its_manifest_is_gone(
+    run, url, monkeypatch
+):
+    folder = RemoteFolder(url)
+    folder.push(run)
+    write(run, 4, content=b"taken again")
+    sent, put = [], LocalFileSystem.put_file
+
+    def put_file(self, source, target, **kwargs):
+        if target.endswith(".ckpt"):
+            sent.append((target.rpartition("/")[2], folder.list_steps()))
+        put(self, source, target, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+
+    folder.push(run)
+
+    assert sent == [("step=00000004.ckpt", [2])]
+    back, step = fetch_run(url, run.root.parent.parent / "back")
+    assert (step, back.checkpoint(4).read_bytes()) == (4, b"taken again")
 
 
 def test_a_torn_copy_does_not_count_and_a_damaged_one_is_passed_over(run, url, tmp_path):
