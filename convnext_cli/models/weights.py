@@ -45,6 +45,9 @@ from convnext_cli.runs.record import writing_to, written_whole
 CARD_KEY = "convnext"
 """Where this project's files keep their model card."""
 
+SOURCE_KEY = "convnext_weights"
+"""Where files of one set of weights say which it is: beside the card, for it may be there alone."""
+
 CARD_FORMAT = 1
 """Grows when a card can no longer be read by what read it before."""
 
@@ -130,13 +133,15 @@ def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
     content, metadata = read_content(path)
     card = _read_card(content, metadata, path)
     raw, raw_key, ema, ema_key = _unpack(content)
+    said = _read_source(content, metadata)
+    said_ema = ema is None and said == "ema"
     # the published files hold one set of weights and say in their names which
-    named_ema = ema is None and card is None and "_ema" in path.stem
-    if prefer == "ema" and ema is None and not named_ema:
+    named_ema = ema is None and card is None and said is None and "_ema" in path.stem
+    if prefer == "ema" and ema is None and not (said_ema or named_ema):
         raise CheckpointError(
             f"{path} holds no averaged weights", hint="use the raw ones: --weights raw"
         )
-    if prefer == "raw" and raw is None and ema is not None:
+    if prefer == "raw" and (said_ema or (raw is None and ema is not None)):
         raise CheckpointError(f"{path} holds averaged weights only", hint="use them: --weights ema")
     use_ema = ema is not None and prefer != "raw"
     chosen, container = (ema, ema_key) if use_ema else (raw, raw_key)
@@ -181,7 +186,7 @@ def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
         state=state,
         layout=layout,
         container=container,
-        source="ema" if use_ema or named_ema else "raw",
+        source="ema" if use_ema or said_ema or named_ema else "raw",
         has_ema=ema is not None,
         variant=variant,
         num_classes=num_classes,
@@ -335,6 +340,12 @@ def _damaged_card(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: its model card is damaged: {reason}", hint="use another checkpoint of the run"
     )
+
+
+def _read_source(content: Mapping[str, Any], metadata: Mapping[str, str]) -> WeightSource | None:
+    sources: dict[object, WeightSource] = {"raw": "raw", "ema": "ema"}
+    said = content.get(SOURCE_KEY, metadata.get(SOURCE_KEY))
+    return sources.get(said) if isinstance(said, str) else None
 
 
 def _unpack(
@@ -552,6 +563,7 @@ def count_non_finite(state: State) -> int:
 def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> None:
     """Write weights in a layout: .safetensors, or .pth/.pt as {'model' or 'state_dict': weights}.
 
+    The file says whether they are raw or averaged; torchvision's .pth has no place for it.
     For huggingface `path` is a folder, which gets a config.json as well.
 
     Raises:
@@ -568,7 +580,9 @@ def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> No
             " models are official only; use another --to",
         ) from error
     state = {key: value.detach().clone().contiguous() for key, value in renamed.items()}
-    plain = weights.card.to_dict() if weights.card else None
+    about: dict[str, Any] = {SOURCE_KEY: weights.source}
+    if weights.card is not None:
+        about[CARD_KEY] = weights.card.to_dict()
     match layout:
         case "huggingface":
             with writing_to(path):
@@ -576,28 +590,27 @@ def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> No
                 config = json.dumps(_hf_config(weights), indent=2) + "\n"
                 with written_whole(path / "config.json") as beside:
                     beside.write_text(config)
-            _write_state(state, path / "model.safetensors", plain, key="")
+            _write_state(state, path / "model.safetensors", about, key="")
         case "timm":
-            _write_state(state, path, plain, key="state_dict")
+            _write_state(state, path, about, key="state_dict")
         case "official":
-            _write_state(state, path, plain, key="model")
+            _write_state(state, path, about, key="model")
         case "torchvision":
-            _write_state(state, path, plain, key="")
+            _write_state(state, path, about, key="")
         case _:
             assert_never(layout)
 
 
-def _write_state(
-    state: dict[str, Tensor], path: Path, card: dict[str, Any] | None, *, key: str
-) -> None:
+def _write_state(state: dict[str, Tensor], path: Path, about: dict[str, Any], *, key: str) -> None:
     if path.suffix == ".safetensors":
-        metadata = {"format": "pt"} | ({CARD_KEY: json.dumps(card)} if card else {})
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+        metadata = {"format": "pt"} | texts
         with writing_to(path), written_whole(path) as beside:
             save_file(state, beside, metadata=metadata)
         return
     content: dict[str, Any] = dict(state)
     if key:
-        content = {key: state} | ({CARD_KEY: card} if card else {})
+        content = {key: state} | about
     with writing_to(path), written_whole(path) as beside:
         torch.save(content, beside)
 

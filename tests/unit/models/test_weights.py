@@ -307,6 +307,36 @@ def test_a_card_travels_into_the_folder_for_transformers(tmp_path):
     assert (config["layer_norm_eps"], config["image_size"]) == (1e-6, 32)
 
 
+@pytest.mark.parametrize("card", [CARD, None])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("official", "x.pth"),
+        ("official", "x.safetensors"),
+        ("timm", "x.pt"),
+        ("timm", "x.safetensors"),
+        ("huggingface", "folder"),
+    ],
+)
+def test_averaged_weights_are_still_known_as_such_in_another_layout(layout, name, card, tmp_path):
+    averaged = dataclasses.replace(weights_of(atto(), card), source="ema")
+    write_weights(averaged, tmp_path / name, layout=layout)
+
+    found = [read_weights(tmp_path / name, prefer=prefer).source for prefer in ("auto", "ema")]
+
+    assert found == ["ema", "ema"]
+    with pytest.raises(CheckpointError, match="holds averaged weights only"):
+        read_weights(tmp_path / name, prefer="raw")
+
+
+def test_raw_weights_that_say_so_are_not_taken_for_averaged_ones_by_their_name(tmp_path):
+    write_weights(weights_of(atto(), None), tmp_path / "no_ema.pth", layout="official")
+
+    assert read_weights(tmp_path / "no_ema.pth").source == "raw"
+    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+        read_weights(tmp_path / "no_ema.pth", prefer="ema")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
