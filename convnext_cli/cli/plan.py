@@ -17,7 +17,7 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.plan.cluster import Cluster, DeviceKind, count_cpus
-from convnext_cli.plan.resolve import SUSTAINED_FLOPS, Plan, make_plan
+from convnext_cli.plan.resolve import FAST_DEVICE, SUSTAINED_FLOPS, Plan, make_plan
 from convnext_cli.recipe.schema import Kernels
 
 
@@ -126,8 +126,10 @@ def _loading(plan: Plan) -> str:
         f"; its {plan.cluster.devices_per_node} devices take {takes:,.0f}{size}"
         f" at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s each"
     )
-    if gives >= takes:
+    if gives >= FAST_DEVICE * takes:
         return f"{told}: enough"
+    if gives >= takes:
+        return f"{told}: enough for these, but an H100 takes 2 to 3 times as many and may wait"
     told += f": they would wait {1 - gives / takes:.0%} of the time"
     if augment and plan.augment_on == "cpu":
         return f"{told}; augment.augment_on=device saves the cores RandAugment"

@@ -79,6 +79,27 @@ def test_what_makes_a_step_cheaper_is_told_with_what_it_saves(run_cli):
     assert "bf16, fp8 in 60 layers (not compiled: " in rows["cluster"]
 
 
+@pytest.mark.parametrize(
+    ("model", "cpus", "verdict"),
+    [
+        ("convnext_tiny", 16, "they would wait 87% of the time; smaller images help: pack them"),
+        ("convnext_tiny", 96, "enough for these, but an H100 takes 2 to 3 times as many and may"),
+        ("convnext_base", 192, "enough"),
+    ],
+)
+def test_cores_are_enough_without_a_but_where_a_fast_device_would_not_wait_either(
+    run_cli, model, cpus, verdict
+):
+    done = run_cli(
+        "plan", "in1k_tiny", "--devices", "8", "--cpus", cpus, f"model.name={model}",
+        "augment.augment_on=device",
+    )  # fmt: skip
+
+    row = next(line.rstrip() for line in done.stderr.splitlines() if line.startswith("loading"))
+    told = row.partition(" TFLOP/s each: ")[2]
+    assert told == verdict if verdict == "enough" else told.startswith(verdict)
+
+
 def test_the_paper_s_way_has_no_such_rows(run_cli):
     done = run_cli(*PUBLISHED)
 
