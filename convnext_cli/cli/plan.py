@@ -202,8 +202,9 @@ def _leave_out(plan: Plan) -> str:
 
 
 def _hours(plan: Plan) -> str:
-    """The cost in hours of one device at a speed that is said, so that it can be scaled."""
+    """The cost in hours, of one device and of all, at a speed that is said: it can be scaled."""
     if plan.cluster.device == "cpu":
         return ""
     hours = plan.train_flops / SUSTAINED_FLOPS / 3600
-    return f" = {hours:,.3g} device-hours at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s"
+    wall = f": {hours / plan.world_size:,.3g} h on {plan.world_size}" if plan.world_size > 1 else ""
+    return f" = {hours:,.3g} device-hours at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s{wall}"

@@ -10,6 +10,7 @@ from rich.text import Text
 from convnext_cli.cli._console import console, print_json, print_rows
 from convnext_cli.cli._inputs import JsonOption, RootOption, RunArgument
 from convnext_cli.errors import RunError, UserError, quote_path
+from convnext_cli.recipe.durations import render_duration
 from convnext_cli.recipe.files import render_value
 from convnext_cli.runs.layout import RunDir, find_run, find_runs
 
@@ -53,7 +54,7 @@ def list_runs(*, root: RootOption = Path("runs"), json_output: JsonOption = Fals
                 _render_number(summary.best_ema_top1, ".2f"),
                 _render_number(summary.last_loss, ".4f"),
                 _render_number(summary.images_per_second, ",.0f"),
-                _render_duration(summary.wall_seconds),
+                render_duration(summary.wall_seconds),
             )
             for summary in summaries
         ],
@@ -84,7 +85,7 @@ def show(
         ("best EMA top-1", _render_best(summary.best_ema_top1, summary.best_ema_top1_step)),
         ("last training loss", _render_number(summary.last_loss, ".4f")),
         ("speed", f"{_render_number(summary.images_per_second, ',.0f')} images/s"),
-        ("time", f"{_render_duration(summary.wall_seconds)} in {summary.attempts} attempt(s)"),
+        ("time", f"{render_duration(summary.wall_seconds)} in {summary.attempts} attempt(s)"),
     ]
     rows += [("checkpoint", str(path)) for path in summary.checkpoints]
     print_rows(("", ""), rows)
@@ -166,7 +167,7 @@ def goodput(
                 str(place),
                 f"{attempt.first_step:,}",
                 f"{attempt.last_step:,}",
-                _render_duration(attempt.seconds),
+                render_duration(attempt.seconds),
                 f"{attempt.start_seconds:.1f} s",
                 f"{attempt.lost_steps:,}",
                 f"{attempt.waited_seconds:.1f} s",
@@ -178,7 +179,7 @@ def goodput(
     console.print(
         f"{measured.kept_steps:,} steps of {measured.step_seconds:.3f} s are kept,"
         f" {measured.lost_steps:,} were taken again; {measured.goodput:.1%} of"
-        f" {_render_duration(measured.wall_seconds)} went into steps that survive",
+        f" {render_duration(measured.wall_seconds)} went into steps that survive",
         soft_wrap=True,
     )
 
@@ -237,7 +238,7 @@ def _render_best(value: float | None, step: int | None) -> str:
 def _render_result(key: str, value: object) -> str:
     match value:
         case int() | float() if key == "wall_seconds":
-            return _render_duration(value)
+            return render_duration(value)
         case int():
             return f"{value:,}"
         case float():
@@ -248,17 +249,3 @@ def _render_result(key: str, value: object) -> str:
 
 def _render_number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _render_duration(seconds: float) -> str:
-    """The two largest units: `1 d 02 h`, `3 h 07 min`, `12 min 05 s` or `9 s`."""
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours:02} h"
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    if minutes:
-        return f"{minutes} min {left:02} s"
-    return f"{left} s"

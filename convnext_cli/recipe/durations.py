@@ -77,3 +77,17 @@ def _parse_steps(text: object) -> Duration:
 
 StepDuration = Annotated[Duration, BeforeValidator(_parse_steps), PlainSerializer(str)]
 """Epochs or steps."""
+
+
+def render_duration(seconds: float) -> str:
+    """Seconds in their two largest units: `1 d 02 h`, `3 h 07 min`, `12 min 05 s` or `9 s`."""
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02} h"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    if minutes:
+        return f"{minutes} min {left:02} s"
+    return f"{left} s"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from convnext_cli.plan.resolve import Plan
+from convnext_cli.recipe.durations import render_duration
 from convnext_cli.runs.record import writing_to
 from convnext_cli.training.task import as_task
 
@@ -36,6 +37,15 @@ def render_row(row: Row, *, plan: Plan) -> str:
     return "  ".join([head, *parts])
 
 
+def render_rest(row: Row, *, plan: Plan) -> str:
+    """How long the steps that are left take at a training row's rate; "" for other rows."""
+    steps = plan.total_steps - row["step"]
+    if not row.get("speed/images_per_second") or not steps:
+        return ""
+    seconds = steps * plan.global_images / row["speed/images_per_second"]
+    return f"  {render_duration(seconds)} left"
+
+
 class ProgressDisplay(pl.Callback):
     """A live bar where stderr is a terminal; a line a row where it is not. Rank 0 only."""
 
@@ -52,11 +62,11 @@ class ProgressDisplay(pl.Callback):
 
     def show(self, row: Row) -> None:
         """Show a new row."""
-        line = render_row(row, plan=self.plan)
+        line, rest = render_row(row, plan=self.plan), render_rest(row, plan=self.plan)
         if self._bar is None or "val/top1" in row:
-            self.say(line)
+            self.say(line + rest)
             return
-        self._log(line)
+        self._log(line + rest)  # the bar tells it by itself
         self._bar.update(self._bar.task_ids[0], text=line.split("  ", 2)[2])
 
     def _log(self, line: str) -> None:

@@ -36,7 +36,8 @@ def test_people_read_a_table_and_stdout_stays_empty(run_cli):
     assert rows["batch"].startswith("4096 images = 128 a device x 32 devices x 1 pass")
     assert rows["steps"].startswith("93,600 (6,240 warm-up) = 300 epochs x 312 steps")
     assert rows["lr"].startswith("0.004 to 1e-06: as the recipe says")
-    assert "383,385,600 images read, 1e+19 FLOP = 28.5 device-hours" in rows["cost"]
+    assert "383,385,600 images read, 1e+19 FLOP = 28.5 device-hours at" in rows["cost"]
+    assert rows["cost"].rstrip().endswith("TFLOP/s: 0.89 h on 32")
     assert rows["state"].startswith("0.57 GB a device")
 
 

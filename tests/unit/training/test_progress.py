@@ -12,6 +12,36 @@ from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.training.progress import ProgressDisplay
 
+TRAINING = {
+    "step": 600, "epoch": 1.9231, "train/loss": 6.1, "train/lr": 1e-4, "memory/gib": 7.3,
+    "speed/images_per_second": 32_768.0, "speed/data_wait_frac": 0.0,
+}  # fmt: skip
+
+
+def show(row: dict, *, log: Path) -> tuple[str, str]:
+    """(what a person sees, what is in the log)"""
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(), name="in1k_tiny")
+    console = Console(file=io.StringIO())
+    ProgressDisplay(plan, console=console, log=log).show(row)
+    return console.file.getvalue(), log.read_text()
+
+
+def test_a_line_of_training_says_how_long_the_rest_takes(tmp_path):
+    seen, logged = show(TRAINING, log=tmp_path / "train.log")
+
+    assert seen == logged
+    assert seen.endswith("  32,768 img/s  7.3 GiB  3 h 13 min left\n")
+
+
+def test_the_last_line_and_a_validation_say_nothing_of_a_rest(tmp_path):
+    validation = {"step": 312, "epoch": 1.0, "val/top1": 5.0, "val/loss": 6.0}
+
+    last, _ = show(TRAINING | {"step": 93_600}, log=tmp_path / "train.log")
+    validated, _ = show(validation, log=tmp_path / "train.log")
+
+    assert last.endswith("7.3 GiB\n")
+    assert validated.endswith("loss 6.0000\n")
+
 
 def test_a_line_for_people_is_in_the_log_too_and_a_full_disk_is_told(tmp_path):
     plan = make_plan(load_recipe("in1k_tiny"), Cluster(), name="in1k_tiny")
