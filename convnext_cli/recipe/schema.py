@@ -256,7 +256,7 @@ class Mix(Section):
 
     group_images: Annotated[int, Field(ge=2, multiple_of=2)] = 128
     """Images of the global batch that share a draw (mixup or cutmix, its lambda and box), whatever
-    the number of devices. Paper: those of a device, 128 (T/S/B), 64 (L)."""
+    the number of devices. Paper: those of a device, 128 (T/S/B), 64 (L), 32 (22K and V2)."""
 
     label_smoothing: BelowOne = 0.1
     """Share of the target that is spread over all classes."""

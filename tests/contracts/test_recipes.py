@@ -238,6 +238,17 @@ def test_fine_tuning_starts_from_the_published_weights_and_heads():
     assert {load_recipe(name).init.weights for name in PUBLISHED} == {None}
 
 
+def test_a_draw_of_mixup_is_for_as_many_images_as_a_device_had_in_the_official_command():
+    published = {
+        "in1k_tiny": 128, "in1k_small": 128, "in1k_base": 128, "in1k_large": 64,
+        "in1k_isotropic_small": 128, "in1k_isotropic_base": 128, "in1k_isotropic_large": 64,
+        "in22k_base": 32, "in22k_large": 32, "in22k_xlarge": 32,
+        "v2_in1k_tiny": 32, "v2_in1k_base": 32,
+    }  # fmt: skip
+
+    assert {name: load_recipe(name).mix.group_images for name in published} == published
+
+
 def test_a_comparison_trains_by_the_recipe_of_convnext_tiny():
     ours = load_recipe("in1k_tiny")
     for name in list_recipes():
