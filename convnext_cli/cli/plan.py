@@ -40,7 +40,7 @@ def plan(
     Nothing is started and no device is needed. Without --data the published sizes of the
     recipe's data set are used.
 
-    Example: convnext plan in1k_tiny --devices 8 --nodes 4
+    Example: convnext plan in1k_tiny --devices 8 --nodes 4 --cpus 96
     """
     asked = load_asked_recipe(recipe, overrides, data=data, precision=precision)
     cluster = Cluster(
@@ -53,11 +53,16 @@ def plan(
     if json_output:
         print_json(resolved.to_json())
     else:
-        show_plan(resolved)
+        show_plan(resolved, cpus_assumed=cpus is None and device == "cuda")
 
 
-def show_plan(plan: Plan) -> None:
-    """Write a plan for people, on stderr."""
+def show_plan(plan: Plan, *, cpus_assumed: bool = False) -> None:
+    """Write a plan for people, on stderr.
+
+    Args:
+        plan: What is shown.
+        cpus_assumed: Whether its cores are those of this machine, which may be none of its nodes.
+    """
     recipe = plan.recipe
     warmup = f"{plan.warmup_steps:,} warm-up" if plan.warmup_steps else "no warm-up"
     rows = [
@@ -78,7 +83,7 @@ def show_plan(plan: Plan) -> None:
             f" {plan.precision}{_fp8(plan)}, {_KERNELS[plan.kernels]}"
             f"{', recorded as CUDA graphs' if plan.cuda_graphs else ''}",
         ),
-        ("loading", _loading(plan)),
+        ("loading", _loading(plan, cpus_assumed=cpus_assumed)),
         ("batch", plan.batch_equation),
         (
             "steps",
@@ -109,14 +114,15 @@ _KERNELS: dict[Kernels | Literal["auto"], str] = {
 }
 
 
-def _loading(plan: Plan) -> str:
+def _loading(plan: Plan, *, cpus_assumed: bool) -> str:
     """Whether the cores of a node can feed its devices."""
     gives = plan.loader_images_per_second
     place = {"cpu": "the loader", "device": "the device"}[plan.augment_on]
     augment = "" if plan.recipe.augment.rand_augment is None else f", RandAugment on {place}"
+    assumed = " (as on this machine; --cpus N says a node's)" if cpus_assumed else ""
     told = (
         f"{plan.workers} processes a device{augment}: {plan.cluster.cpus_per_node} cores a node"
-        f" load about {gives:,.0f} images/s"
+        f"{assumed} load about {gives:,.0f} images/s"
     )
     takes = plan.device_images_per_second
     if takes is None:
@@ -131,6 +137,8 @@ def _loading(plan: Plan) -> str:
     if gives >= takes:
         return f"{told}: enough for these, but an H100 takes 2 to 3 times as many and may wait"
     told += f": they would wait {1 - gives / takes:.0%} of the time"
+    if cpus_assumed:
+        return told
     if augment and plan.augment_on == "cpu":
         return f"{told}; augment.augment_on=device saves the cores RandAugment"
     return f"{told}; smaller images help: pack them with a short side of 256 px"

@@ -101,6 +101,18 @@ def test_cores_are_enough_without_a_but_where_a_fast_device_would_not_wait_eithe
     assert told == verdict if verdict == "enough" else told.startswith(verdict)
 
 
+def test_cores_of_this_machine_are_called_so_and_give_no_advice(run_cli):
+    guessed = run_cli(*PUBLISHED, "data.workers=1")
+    given = run_cli(*PUBLISHED, "data.workers=1", "--cpus", "1")
+
+    told = "cores a node (as on this machine; --cpus N says a node's) load about"
+    assert told in guessed.stderr
+    assert "would wait" in guessed.stderr
+    assert "smaller images help" not in guessed.stderr
+    assert "as on this machine" not in given.stderr
+    assert "smaller images help" in given.stderr
+
+
 def test_the_paper_s_way_has_no_such_rows(run_cli):
     done = run_cli(*PUBLISHED)
 
