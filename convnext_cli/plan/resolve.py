@@ -580,12 +580,10 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
     limit, unit = recipe.batch.per_device_images, _unit(recipe)
     per_step, rest = divmod(global_images, world)
     if rest:
-        whole = max(1, global_images // unit)
-        fewer = next(count for count in range(min(world, whole), 0, -1) if whole % count == 0)
         raise PlanError(
             f"batch.global_images: {global_images} images per step do not split over"
             f" {world} devices",
-            hint=f"use a number of devices that divides {global_images}, such as {fewer}",
+            hint=_hint_for_devices(recipe, cluster, unit=unit),
         )
     if limit < unit or per_step % unit:
         few = limit < unit
@@ -633,6 +631,18 @@ def _hint_for_few_images(recipe: Recipe, cluster: Cluster, *, train_images: int)
 def _unit(recipe: Recipe) -> int:
     """What the images of a pass are a multiple of: mixing pairs neighbours within a pass."""
     return 1 if recipe.mix.mixup is None and recipe.mix.cutmix is None else 2
+
+
+def _hint_for_devices(recipe: Recipe, cluster: Cluster, *, unit: int) -> str:
+    """Devices of each node over which the batch splits, or a batch that splits over all of them."""
+    images, nodes = recipe.batch.global_images, cluster.num_nodes
+    counts = range(min(cluster.devices_per_node - 1, images), 0, -1)
+    fewer = next((count for count in counts if images % (nodes * count * unit) == 0), None)
+    hints = [] if fewer is None else [f"use {fewer} devices on each node"]
+    if images >= cluster.world_size * unit:
+        other = _even_batch(images, recipe, cluster, unit=unit)
+        hints.append(_hint_for_batch(recipe, other))
+    return ", or ".join(hints) or f"use {max(1, images // unit)} devices at most"
 
 
 def _hint_for_batch(recipe: Recipe, global_images: int) -> str:

@@ -185,7 +185,7 @@ def test_an_empty_name_of_a_data_set_is_refused(run_cli):
         ("in1k_tiny optim.rl=1e-3", "no key optim.rl", "did you mean optim.lr?"),
         ("in1k_tiny optim.lr=fast", "optim.lr: should be a valid number", "--fields optim.lr"),
         ("in1k_tiny optim.lr", "section.key=value is wanted", "optim.lr=2e-3"),
-        ("in1k_tiny --devices 24", "do not split over 24 devices", "such as 16"),
+        ("in1k_tiny --devices 24", "do not split over 24 devices", "use 16 devices"),
         ("in1k_tiny batch.global_images=64", "meant for 4096 images", "optim.lr_rule=linear"),
         ("in1k_tiny model.num_classes=10", "head has 10 classes", "model.num_classes=1000"),
         ("in1k_tiny schedule.length=10ep", "6240 warm-up steps", "schedule.warmup=312st"),

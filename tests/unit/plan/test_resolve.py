@@ -85,15 +85,37 @@ def test_the_batch_equation_holds_or_the_batch_is_refused(world, images, limit):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "devices", "fewer"), [(3, 8, 16), (1, 5, 4), (1, 7, 4), (10**9, 8, 2048)]
+    ("images", "nodes", "devices", "fewer"),
+    [(4096, 1, 5, 4), (4096, 1, 24, 16), (4096, 2, 7, 4), (4096, 3, 8, None), (1000, 8, 8, None)],
 )
-def test_a_batch_that_does_not_split_names_a_number_of_devices_that_works(nodes, devices, fewer):
+def test_a_batch_that_does_not_split_names_one_that_does_and_devices_of_each_node(
+    images, nodes, devices, fewer
+):
+    settings = (f"batch.global_images={images}", "optim.lr_rule=none")
+    cluster = Cluster(num_nodes=nodes, devices_per_node=devices)
     with pytest.raises(PlanError, match=f"do not split over {nodes * devices} devices") as caught:
+        plan_of(*settings, cluster=cluster)
+
+    hint = caught.value.hint or ""
+    assert follow(hint, *settings, cluster=cluster).global_images <= images
+    if fewer is not None:
+        assert hint.startswith(f"use {fewer} devices on each node, or use another batch: ")
+        few = Cluster(num_nodes=nodes, devices_per_node=fewer)
+        assert plan_of(*settings, cluster=few).global_images == images
+
+
+@pytest.mark.parametrize(
+    ("nodes", "devices", "hint"),
+    [
+        (1, 5000, "use 2048 devices on each node"),
+        (10**9, 8, "use 2048 devices at most"),
+    ],
+)
+def test_more_devices_than_pairs_of_images_are_refused(nodes, devices, hint):
+    with pytest.raises(PlanError, match="do not split over") as caught:
         plan_of(cluster=Cluster(num_nodes=nodes, devices_per_node=devices))
 
-    assert caught.value.hint is not None
-    assert caught.value.hint.endswith(f"such as {fewer}")
-    assert plan_of(cluster=Cluster(devices_per_node=fewer)).world_size == fewer
+    assert caught.value.hint == hint
 
 
 @pytest.mark.parametrize("rule", ["null", "none"])
