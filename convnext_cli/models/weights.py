@@ -130,34 +130,8 @@ def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
     Raises:
         CheckpointError: No such file, not a checkpoint, code in it, or no ConvNeXt.
     """
-    content, metadata = read_content(path)
-    card = _read_card(content, metadata, path)
-    raw, raw_key, ema, ema_key = _unpack(content)
-    said = _read_source(content, metadata)
-    said_ema = ema is None and said == "ema"
-    # the published files hold one set of weights and say in their names which
-    named_ema = ema is None and card is None and said is None and "_ema" in path.stem
-    if prefer == "ema" and ema is None and not (said_ema or named_ema):
-        raise CheckpointError(
-            f"{path} holds no averaged weights", hint="use the raw ones: --weights raw"
-        )
-    if prefer == "raw" and (said_ema or (raw is None and ema is not None)):
-        raise CheckpointError(f"{path} holds averaged weights only", hint="use them: --weights ema")
-    use_ema = ema is not None and prefer != "raw"
-    chosen, container = (ema, ema_key) if use_ema else (raw, raw_key)
-    tensors = {
-        key: value
-        for key, value in (chosen or {}).items()
-        if isinstance(key, str) and isinstance(value, Tensor)
-    }
-    if not tensors:
-        found = ", ".join(list(map(str, content))[:5]) or "nothing"
-        raise CheckpointError(
-            f"{path} holds no weights: its keys are {found}",
-            hint="name a file with a state dict, such as one that torch.save(model.state_dict())"
-            " wrote",
-        )
-    tensors = strip_prefixes(tensors)
+    found = read_state(path, prefer=prefer)
+    card, tensors = found.card, found.state
     if card is not None and find_variant(card.variant).family == "timm":
         layout: Layout = "official"  # a comparison model's names are its own
         state, variant = tensors, find_variant(card.variant)
@@ -185,11 +159,64 @@ def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
         path=path,
         state=state,
         layout=layout,
+        container=found.container,
+        source=found.source,
+        has_ema=found.has_ema,
+        variant=variant,
+        num_classes=num_classes,
+        card=card,
+    )
+
+
+@dataclass(frozen=True)
+class FoundState:
+    """One of the state dicts of a file, under the file's own names."""
+
+    state: dict[str, Tensor]
+    container: str
+    source: WeightSource
+    has_ema: bool
+    card: ModelCard | None
+
+
+def read_state(path: Path, *, prefer: WeightChoice = "auto") -> FoundState:
+    """The weights of a file of any model, out of their container and without wrappers' prefixes.
+
+    Raises:
+        CheckpointError: No such file, not a checkpoint, code in it, or no such weights.
+    """
+    content, metadata = read_content(path)
+    card = _read_card(content, metadata, path)
+    raw, raw_key, ema, ema_key = _unpack(content)
+    said = _read_source(content, metadata)
+    said_ema = ema is None and said == "ema"
+    # the published files hold one set of weights and say in their names which
+    named_ema = ema is None and card is None and said is None and "_ema" in path.stem
+    if prefer == "ema" and ema is None and not (said_ema or named_ema):
+        raise CheckpointError(
+            f"{path} holds no averaged weights", hint="use the raw ones: --weights raw"
+        )
+    if prefer == "raw" and (said_ema or (raw is None and ema is not None)):
+        raise CheckpointError(f"{path} holds averaged weights only", hint="use them: --weights ema")
+    use_ema = ema is not None and prefer != "raw"
+    chosen, container = (ema, ema_key) if use_ema else (raw, raw_key)
+    tensors = {
+        key: value
+        for key, value in (chosen or {}).items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if not tensors:
+        found = ", ".join(list(map(str, content))[:5]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds no weights: its keys are {found}",
+            hint="name a file with a state dict, such as one that torch.save(model.state_dict())"
+            " wrote",
+        )
+    return FoundState(
+        state=strip_prefixes(tensors),
         container=container,
         source="ema" if use_ema or said_ema or named_ema else "raw",
         has_ema=ema is not None,
-        variant=variant,
-        num_classes=num_classes,
         card=card,
     )
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from convnext_cli.models.weights import (
     Weights,
     WeightSource,
     load_into,
-    read_content,
+    read_state,
     read_weights,
 )
 from convnext_cli.runs.layout import RunDir
@@ -335,7 +335,8 @@ def _load_timm_file(
 ) -> tuple[nn.Module, WeightSource]:
     import timm  # noqa: PLC0415
 
-    state, source = _read_timm_state(path, prefer=prefer)
+    found = read_state(path, prefer=prefer)
+    state = found.state
     network: nn.Module = timm.create_model(
         architecture, pretrained=False, **_head_size(architecture, state)
     )
@@ -354,7 +355,7 @@ def _load_timm_file(
             hint=f"name the architecture of the file; a ConvNeXt is read without timm too: {path}",
         )
     network.load_state_dict(state)
-    return network, source
+    return network, found.source
 
 
 def _head_size(architecture: str, state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -366,22 +367,6 @@ def _head_size(architecture: str, state: Mapping[str, Tensor]) -> dict[str, int]
         head = head[0]
     bias = state.get(f"{head}.bias")
     return {} if bias is None else {"num_classes": len(bias)}
-
-
-def _read_timm_state(path: Path, *, prefer: WeightChoice) -> tuple[dict[str, Tensor], WeightSource]:
-    from timm.models import clean_state_dict  # noqa: PLC0415
-
-    content, _ = read_content(path)
-    averaged = _first(content, "state_dict_ema", "model_ema")
-    raw = _first(content, "state_dict", "model") or content
-    if averaged is None and prefer == "ema":
-        raise CheckpointError(f"{path} holds no averaged weights", hint="use --weights raw")
-    state = raw if averaged is None or prefer == "raw" else averaged
-    return clean_state_dict(state), "raw" if state is raw else "ema"
-
-
-def _first(content: Mapping[str, Any], *keys: str) -> dict[str, Tensor] | None:
-    return next((content[key] for key in keys if isinstance(content.get(key), dict)), None)
 
 
 def _timm_preprocessing(network: nn.Module, architecture: str, asked: AskedView) -> Preprocessing:
