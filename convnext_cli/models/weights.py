@@ -11,9 +11,11 @@ file or folder --read--> plain dict --container, prefixes--> state --layouts--> 
 | a state dict itself (.pth, .bin, .safetensors; whole or in shards) | raw |
 
 A pickle may run code when it is read, so torch reads with `weights_only=True`: tensors and plain
-values. A file that needs more is refused.
+values, and the argparse.Namespace of them that the official code and timm save beside the weights.
+A file that needs more is refused.
 """
 
+import argparse
 import json
 import pickle
 import re
@@ -289,7 +291,7 @@ def _parse_file(path: Path) -> tuple[object, Mapping[str, str]]:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
             return load_file(path), metadata
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # an unusual pickle either reads or raises; the warnings say no more
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path)), {}

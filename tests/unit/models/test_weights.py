@@ -4,7 +4,8 @@ import io
 import json
 import pickle
 import random
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,10 +122,25 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict"])  # the official code's, timm's
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_with_the_arguments_of_its_program_is_read(key, zipped, tmp_path):
+    state = atto().state_dict()
+    arguments = argparse.Namespace(lr=4e-3, model="convnextv2_atto", betas=[0.9, 0.999], resume="")
+    content = {key: state, "args": arguments, "epoch": 299}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+
+    found = read_weights(tmp_path / "x.pth")
+
+    assert found.container == key
+    assert all(torch.equal(found.state[name], value) for name, value in state.items())
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ({"args": argparse.Namespace(lr=4e-3)}, "argparse.Namespace"),
+        ({"args": SimpleNamespace(lr=4e-3)}, "types.SimpleNamespace"),
+        ({"args": argparse.Namespace(output=PurePosixPath("x"))}, "pathlib.PurePosixPath"),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
     ],
 )
