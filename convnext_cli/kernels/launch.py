@@ -4,6 +4,8 @@ A grid may have 65,535 programs on its second and third axis, and a large batch 
 rows. So those lie on the first one, and where columns are cut as well, both do, columns fastest.
 """
 
+import sys
+
 import torch
 import triton
 from torch import Tensor
@@ -22,6 +24,13 @@ def count_programs(device: torch.device, *, each: int = SUMMING_PROGRAMS) -> int
     if device.type != "cuda":
         return each
     return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def count_shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have; on a CPU there is no end to it."""
+    if device.type != "cuda":
+        return sys.maxsize
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def power_of_two_in(number: int, *, most: int) -> int:

@@ -28,6 +28,7 @@ from torch.nn import functional
 from convnext_cli.kernels.gelu import count_positions, keep_rows
 from convnext_cli.kernels.launch import (
     count_programs,
+    count_shared_bytes,
     dot_precision,
     power_of_two_in,
     uses_triton,
@@ -79,6 +80,8 @@ class GradCut:
     both: bool = True
     """Whether both matrices' gradients are summed, or w1's is left to cuBLAS: half the registers,
     and one more pass over the gradient of h, which has another product anyway."""
+    shared_bytes: int = 0
+    """Without which the next wider cut is taken."""
 
 
 FORWARD_KEPT: dict[int, ForwardCut] = {
@@ -88,7 +91,7 @@ FORWARD_KEPT: dict[int, ForwardCut] = {
 
 KEPT_GRADS: dict[int, GradCut] = {
     128: GradCut(rows=32, units=64, warps=4, stages=3, programs=2),
-    192: GradCut(rows=32, units=128, warps=8, stages=3, both=False),
+    192: GradCut(rows=32, units=128, warps=8, stages=3, both=False, shared_bytes=131_328),
     256: GradCut(rows=32, units=64, warps=4, stages=2, programs=2, both=False),
 }
 """By the most channels each is for: the fastest of eight to ten on an H100. Above, a program has no
@@ -366,7 +369,9 @@ def kept_grads(
     if not uses_triton(h_MK):
         return kept_grads_twin(grad_MC, xhat_MC, h_MK, mlp)
     rows, channels = grad_MC.shape
-    cut = cut or _choose(KEPT_GRADS, channels)
+    room = count_shared_bytes(h_MK.device)
+    fitting = {most: one for most, one in KEPT_GRADS.items() if one.shared_bytes <= room}
+    cut = cut or _choose(fitting, channels)
     if cut is None:
         dh_MK, act_MK, db1_K = hidden_grad(grad_MC, h_MK, mlp)
         return dh_MK, dh_MK.t() @ xhat_MC, grad_MC.t() @ act_MK, db1_K

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from triton.runtime.errors import OutOfResources
 
 from convnext_cli import __version__
 from convnext_cli.catalog.ways import WHOLE, Way
+from convnext_cli.kernels.launch import count_shared_bytes
 from convnext_cli.models.convnext import Block, ConvNeXt
 
 Clock = Callable[[Callable[[], object]], float]
@@ -128,17 +130,31 @@ def list_shapes(
 
 
 def list_usable(block: Block, *, device: torch.device, dtype: torch.dtype) -> tuple[Way, ...]:
-    """The ways of a block on a device: whole blocks in fp32 have no room on a GPU.
+    """The ways of a block that a device has room for.
 
-    Compiled for sm_90, they want up to 288 KiB of shared memory, and 34 KiB of local memory for
-    each thread. With GRN and LayerScale, w2 with the latter in it is an operand of their backward
-    pass, and a young one makes it too small for fp16.
+    A GPU has none for whole blocks in fp32: compiled for sm_90, they want up to 288 KiB of shared
+    memory, and 34 KiB of local memory for each thread. With GRN and LayerScale, w2 with the latter
+    in it is an operand of their backward pass, and a young one makes it too small for fp16.
     """
     too_large = device.type == "cuda" and dtype == torch.float32
     too_small = block.grn is not None and block.gamma is not None and dtype == torch.float16
     if too_large or too_small:
         return tuple(way for way in block.ways() if way not in WHOLE)
-    return block.ways()
+    room, dim = count_shared_bytes(device), block.pwconv1.in_features
+    return tuple(way for way in block.ways() if _shared_bytes(way, dim) <= room)
+
+
+def _shared_bytes(way: Way, dim: int) -> int:
+    """Shared memory that a program of a way wants at most, compiled for sm_86 and bfloat16."""
+    match way:
+        case "plain" | "positions":
+            return 0
+        case "kept":
+            return 81_920
+        case "recomputed":
+            return 98_560 if dim <= 192 else 131_328
+        case _:
+            assert_never(way)
 
 
 def choose_ways(

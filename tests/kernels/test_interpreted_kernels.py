@@ -333,6 +333,20 @@ def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
             assert (got.shape, got.stride()) == (fake.shape, fake.stride()), (op, number)
 
 
+@pytest.mark.parametrize(("shared_bytes", "units"), [(101_376, 64), (232_448, 128)])
+def test_a_card_with_little_shared_memory_gets_smaller_programs(shared_bytes, units, monkeypatch):
+    told = []
+    monkeypatch.setattr(mlp, "count_shared_bytes", lambda _: shared_bytes)
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **named: told.append(named))
+    with torch.device("meta"):
+        weights = make_mlp(192, gamma=True, keep=None, dtype=torch.bfloat16)
+        grad, h = torch.empty(64, 192), torch.empty(64, 4 * 192)
+
+    mlp.kept_grads(grad, grad, h, weights)
+
+    assert [one["UNITS"] for one in told] == [units]
+
+
 @pytest.mark.parametrize("dim", [64, 128, 320])
 def test_a_large_batch_has_room_on_every_axis_of_a_grid(dim, monkeypatch):
     grids = []

@@ -1,6 +1,7 @@
 """The fastest way that is right is taken, and measured once."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,15 +148,23 @@ def test_a_folder_that_cannot_be_written_costs_the_next_run_a_measurement(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "last"),
+    ("device", "dtype", "dim", "shared_bytes", "last"),
     [
-        ("cuda", torch.float32, "positions"),
-        ("cuda", torch.bfloat16, "recomputed"),
-        ("cpu", torch.float32, "recomputed"),
+        ("cuda", torch.float32, 96, 232_448, "positions"),
+        ("cuda", torch.bfloat16, 96, 232_448, "recomputed"),
+        ("cuda", torch.bfloat16, 256, 232_448, "recomputed"),
+        ("cuda", torch.bfloat16, 192, 101_376, "recomputed"),  # sm_86, 89 and 120
+        ("cuda", torch.bfloat16, 256, 101_376, "kept"),
+        ("cuda", torch.float16, 96, 65_536, "positions"),  # sm_75
+        ("cpu", torch.float32, 96, 0, "recomputed"),
     ],
 )
-def test_whole_blocks_in_fp32_have_no_room_on_a_gpu(device, dtype, last):
-    block = Block(96, layer_scale_init=1.0, grn=False)
+def test_whole_blocks_are_left_out_where_a_card_has_no_room(
+    device, dtype, dim, shared_bytes, last, monkeypatch
+):
+    card = SimpleNamespace(shared_memory_per_block_optin=shared_bytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    block = Block(dim, layer_scale_init=1.0, grn=False)
 
     assert list_usable(block, device=torch.device(device), dtype=dtype)[-1] == last
 
