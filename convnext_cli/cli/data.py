@@ -94,6 +94,13 @@ def pack(
             soft_wrap=True,
             style="yellow",
         )
+    if "val" not in card.splits:
+        console.print(
+            "no validation images: accuracy will not be measured; to set some aside, pack into"
+            " another folder with --val-fraction 0.1",
+            soft_wrap=True,
+            style="yellow",
+        )
     console.print(f"\nwritten to {out}; next:", soft_wrap=True)
     console.print(f"  convnext data check {quote_path(out)}", soft_wrap=True)
     console.print(f"  convnext data show {quote_path(out)}", soft_wrap=True)

@@ -75,7 +75,11 @@ def show_plan(plan: Plan, *, cpus_assumed: bool = False) -> None:
         (
             "data",
             f"{plan.data_source}: {plan.train_images:,} training,"
-            f" {plan.val_images:,} validation images",
+            + (
+                f" {plan.val_images:,} validation images"
+                if plan.val_images
+                else " no validation images: accuracy will not be measured"
+            ),
         ),
         (
             "cluster",

@@ -54,6 +54,18 @@ def test_pack_writes_json_to_stdout_alone(run_cli, image_folder, tmp_path):
             assert packed.size == (20, 16)
 
 
+def test_pack_says_when_nothing_is_there_to_measure_accuracy_on(run_cli, image_folder):
+    without = run_cli("data", "pack", image_folder / "train", "without", "--workers", 1)
+    with_some = run_cli("data", "pack", image_folder, "with", "--workers", 1)
+    plan = run_cli(
+        "plan", "small_data", "--data", "without", "batch.global_images=48", "optim.lr_rule=none"
+    )
+
+    assert "no validation images: accuracy will not be measured; to set some" in without.stderr
+    assert "no validation images" not in with_some.stderr
+    assert "without: 48 training, no validation images: accuracy will not" in plan.stderr
+
+
 def test_pack_points_to_what_was_left_out(run_cli, image_folder):
     (image_folder / "train" / "disc" / "empty.jpg").touch()
 
