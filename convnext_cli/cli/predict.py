@@ -1,5 +1,6 @@
 """`convnext predict`: what a checkpoint sees in image files."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -118,7 +119,15 @@ def _explain(unread: Sequence[Unread], *, num_files: int) -> DataError:
     named = "; ".join(f"{bad.image}: {bad.reason}" for bad in unread[:_NAMED])
     more = f"; and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
     many = f"{len(unread)} of {num_files} images cannot be read: " if len(unread) > 1 else ""
-    return DataError(f"{many}{named}{more}", hint="name JPEG, PNG, WEBP, BMP, GIF or TIFF files")
+    return DataError(f"{many}{named}{more}", hint=_hint_for(Path(unread[0].image)))
+
+
+def _hint_for(path: Path) -> str:
+    if not path.exists():
+        return "check the path"
+    if path.is_file() and os.access(path, os.R_OK):
+        return "save it again as JPEG or PNG, or leave it out"
+    return "name JPEG, PNG, WEBP, BMP, GIF or TIFF files that may be read"
 
 
 def _show(predictions: Sequence[Prediction]) -> None:

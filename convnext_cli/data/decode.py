@@ -233,4 +233,4 @@ def _not_an_image(data: bytes | bytearray) -> str:
         return "PostScript, not JPEG, PNG or WEBP"
     if head.startswith((b"<", b"{")):
         return "text, not JPEG, PNG or WEBP"
-    return "not a JPEG, PNG or WEBP"
+    return "damaged, or not a JPEG, PNG or WEBP"

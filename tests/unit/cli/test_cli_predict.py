@@ -4,9 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from convnext_cli.catalog.models import find_variant
 from convnext_cli.cli.predict import find_images, predict
 from convnext_cli.errors import DataError
+from convnext_cli.models.convnext import build_convnext
 
 
 @pytest.fixture
@@ -98,6 +101,29 @@ def test_what_matches_nothing_is_named(album: Path):
         ("*.gif", "no file matches"),
         ("empty", "a folder without images"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason", "hint"),
+    [
+        ("gone.jpg", "gone.jpg: No such file or directory", "check the path"),
+        ("*.gif", "*.gif: no file matches", "check the path"),
+        ("b.JPG", "b.JPG: damaged, or not a JPEG", "save it again as JPEG or PNG, or leave it out"),
+        ("empty", "empty: a folder without images", "name JPEG, PNG, WEBP, BMP, GIF or TIFF files"),
+    ],
+)
+def test_the_hint_is_about_what_is_wrong_with_the_image(run_cli, album, asked, reason, hint):
+    torch.manual_seed(0)
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    torch.save({"model": model.state_dict()}, album / "x.pth")
+    (album / "empty").mkdir()
+
+    done = run_cli("predict", "x.pth", asked, "--device", "cpu")
+
+    error, _, told = done.stderr.splitlines()[-3:]
+    assert done.exit_code == 2
+    assert error.startswith(f"error: {reason}")
+    assert told.startswith(f"hint: {hint}")
 
 
 @pytest.mark.usefixtures("album")

@@ -180,7 +180,7 @@ def test_a_deep_check_names_the_images_that_cannot_be_decoded(shards):
     assert found[0][1] == "its bytes are not those that were packed (sha256)"
     assert found[1:] == [
         ("val-000000.tar", f"{index.key(3)}: its bytes are not those that were indexed"),
-        ("val-000000.tar", f"{index.key(3)}: not a JPEG, PNG or WEBP"),
+        ("val-000000.tar", f"{index.key(3)}: damaged, or not a JPEG, PNG or WEBP"),
     ]
 
 
