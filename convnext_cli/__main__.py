@@ -10,6 +10,9 @@ from convnext_cli.cli._console import console
 from convnext_cli.errors import UserError
 from convnext_cli.runs.exit_code import leave_exit_code
 
+_READER_LEFT = 141
+"""128 + SIGPIPE: what a shell says of a command whose reader, such as `head`, has seen enough."""
+
 
 def main() -> None:
     """Run the command line; the only place that ends the process."""
@@ -25,6 +28,8 @@ def _run() -> int:
     try:
         app()
     except SystemExit as end:  # typer's own way
+        if isinstance(end.__context__, BrokenPipeError):
+            return _READER_LEFT
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         # Text, not markup: a message may hold brackets, which rich would take for tags.

@@ -42,7 +42,10 @@ def print_table(table: Table) -> None:
         return
     wide = Console(stderr=True, width=10_000)
     wide.width = max(1, wide.measure(table).maximum)
-    wide.print(table)
+    with wide.capture() as captured:
+        wide.print(table)
+    for line in captured.get().removesuffix("\n").split("\n"):  # rich fills up to the widest
+        console.print(line.rstrip(), soft_wrap=True)
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,5 +1,9 @@
 """How `convnext` shows a mistake, and that a bug keeps its traceback."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from convnext_cli import __version__
@@ -46,6 +50,23 @@ def test_the_version_is_data_and_goes_to_stdout(run_cli):
     done = run_cli("--version")
 
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"convnext {__version__}\n", "")
+
+
+@pytest.mark.parametrize(("stream", "command"), [("stdout", "recipes show"), ("stderr", "plan")])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(stream, command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "convnext_cli", *command.split(), "in1k_tiny"],
+        **streams, check=False,
+    )  # fmt: skip
+    os.close(writer)
+
+    assert done.returncode == 141
+    assert not done.stdout
+    assert not done.stderr
 
 
 def test_a_bug_is_not_dressed_up_as_a_mistake(run_cli, monkeypatch):

@@ -41,11 +41,13 @@ def test_people_read_a_table_and_stdout_stays_empty(run_cli):
     assert rows["state"].startswith("0.57 GB a device")
 
 
-def test_a_piped_table_is_not_cut(run_cli):
+def test_a_piped_table_is_neither_cut_nor_filled_up(run_cli):
     done = run_cli(*PUBLISHED)
 
+    lines = done.stderr.splitlines()
     assert "other ones every time" in done.stderr
-    assert len(done.stderr.splitlines()) == 17
+    assert len(lines) == 17
+    assert [line for line in lines if line != line.rstrip()] == []
 
 
 def test_several_devices_are_shown_the_memory_of_every_strategy(run_cli):
