@@ -196,10 +196,14 @@ def read_state(path: Path, *, prefer: WeightChoice = "auto") -> FoundState:
     named_ema = ema is None and card is None and said is None and "_ema" in path.stem
     if prefer == "ema" and ema is None and not (said_ema or named_ema):
         raise CheckpointError(
-            f"{path} holds no averaged weights", hint="use the raw ones: --weights raw"
+            f"{path} holds no averaged weights",
+            hint="use the raw ones: --weights raw, in a recipe init.source=raw",
         )
     if prefer == "raw" and (said_ema or (raw is None and ema is not None)):
-        raise CheckpointError(f"{path} holds averaged weights only", hint="use them: --weights ema")
+        raise CheckpointError(
+            f"{path} holds averaged weights only",
+            hint="use them: --weights ema, in a recipe init.source=ema",
+        )
     use_ema = ema is not None and prefer != "raw"
     chosen, container = (ema, ema_key) if use_ema else (raw, raw_key)
     tensors = {

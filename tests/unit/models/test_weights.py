@@ -341,8 +341,9 @@ def test_averaged_weights_are_still_known_as_such_in_another_layout(layout, name
     found = [read_weights(tmp_path / name, prefer=prefer).source for prefer in ("auto", "ema")]
 
     assert found == ["ema", "ema"]
-    with pytest.raises(CheckpointError, match="holds averaged weights only"):
+    with pytest.raises(CheckpointError, match="holds averaged weights only") as refused:
         read_weights(tmp_path / name, prefer="raw")
+    assert refused.value.hint == "use them: --weights ema, in a recipe init.source=ema"
 
 
 def test_raw_weights_that_say_so_are_not_taken_for_averaged_ones_by_their_name(tmp_path):
