@@ -24,7 +24,7 @@ def index(
     out: Annotated[Path, typer.Option(help="Folder for dataset.json and the indexes.")],
     val: Annotated[
         list[str] | None,
-        typer.Option(help="Shards for validation (default: those named val, valid or test)."),
+        typer.Option(help="Shards for validation (default: those named val or valid, else test)."),
     ] = None,
     label: Annotated[
         str | None,
@@ -43,21 +43,15 @@ def index(
     Example: convnext data index hf://datasets/timm/imagenet-1k-wds --out imagenet1k
     """
     from convnext_cli.data.foreign import (
-        choose_split,
-        common_root,
+        choose_splits,
         index_shards,
         list_shards,
         parse_label_source,
     )
 
-    val_shards = list_shards(val or ())
-    asked_val = frozenset(val_shards)
-    others = [url for url in list_shards(shards) if url not in asked_val]
-    train_shards = others
-    if not val:
-        root = common_root(others)
-        train_shards = [url for url in others if choose_split(url, root=root) == "train"]
-        val_shards = [url for url in others if choose_split(url, root=root) == "val"]
+    train_shards, val_shards, left_out = choose_splits(
+        list_shards(shards), val=list_shards(val or ())
+    )
     names = None if classes is None else _read_classes(classes)
     with Progress(*count_columns("shards"), console=console, transient=True) as progress:
         bar = progress.add_task("indexing", total=None)
@@ -70,7 +64,7 @@ def index(
             workers=workers or count_cpus(),
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    card = made.card
+    card, notes = made.card, (*left_out, *made.notes)
     if json_output:
         print_json(
             {
@@ -82,13 +76,13 @@ def index(
                 "skipped_members": dict(made.skipped),
                 "unreadable": made.unreadable,
                 "reused_shards": made.reused_shards,
-                "notes": list(made.notes),
+                "notes": list(notes),
                 "fingerprint": card.fingerprint,
             }
         )
         return
     print_splits(card)
-    for note in made.notes:
+    for note in notes:
         console.print(note, soft_wrap=True)
     if made.skipped:
         kinds = [f"{times:,} {kind}" for kind, times in made.skipped.items()]

@@ -61,7 +61,8 @@ from convnext_cli.runs.record import write_json, writing_to
 
 STATE_NAME = "index-state"
 INFO_NAMES = ("_info.json", "info.json")
-_VALIDATION = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
+_VALIDATION = re.compile(r"(^|[^a-z])(val|valid|validation)([^a-z]|$)")
+_TEST = re.compile(r"(^|[^a-z])test([^a-z]|$)")
 _TRAINING = re.compile(r"(^|[^a-z])(train|training)([^a-z]|$)")
 _WNID = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?![0-9])")
 _COMPRESSED_TAR = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
@@ -162,17 +163,42 @@ def class_numbers(scan: Scan, card: DatasetCard) -> NDArray[np.int32]:
     return np.array([number.get(text, NO_NUMBER) for text in scan.label_texts], dtype=np.int32)
 
 
-def choose_split(url: str, *, root: str) -> Literal["train", "val"]:
-    """Val for a shard whose name says validation or test, else train.
+def choose_split(url: str, *, root: str) -> Literal["train", "val", "test"]:
+    """Val or test for a shard whose name says so, else train.
 
     Where its name says neither, the folders that it lies in below the root of all shards do.
     """
     for part in reversed(PurePosixPath(url.removeprefix(root).lower()).parts):
         if _VALIDATION.search(part):
             return "val"
+        if _TEST.search(part):
+            return "test"
         if _TRAINING.search(part):
             return "train"
     return "train"
+
+
+def choose_splits(
+    shards: Sequence[str], *, val: Sequence[str]
+) -> tuple[list[str], list[str], tuple[str, ...]]:
+    """The shards of train and of val, and what to tell of the others.
+
+    Where val is asked for, the rest is for train; else val is what is named so, or else test.
+    """
+    asked = frozenset(val)
+    others = [url for url in shards if url not in asked]
+    root = common_root([*others, *val])
+    named: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for url in others:
+        named[choose_split(url, root=root)].append(url)
+    if val:
+        held_out = len(named["val"]) + len(named["test"])
+        told = f"trained on: {held_out:,} shards named val or test (name the others, no folder)"
+        return others, list(val), (told,) if held_out and named["train"] else ()
+    if named["val"] and named["test"]:
+        told = f"not indexed: {len(named['test']):,} test shards (name them with --val)"
+        return named["train"], named["val"], (told,)
+    return named["train"], named["val"] or named["test"], ()
 
 
 def list_shards(urls: Sequence[str]) -> list[str]:

@@ -4,6 +4,8 @@ import shutil
 import fsspec
 import pytest
 
+from convnext_cli.data.card import read_card
+
 
 @pytest.fixture
 def foreign(tiny_shards, tmp_path):
@@ -58,6 +60,17 @@ def test_folders_named_train_and_val_are_the_splits(run_cli, foreign, tmp_path):
     )
 
     assert json.loads(done.stdout)["images"] == {"train": 16, "val": 12}
+
+
+def test_test_shards_beside_validation_shards_are_left_out_and_told(run_cli, foreign, tmp_path):
+    shutil.copy(foreign / "train-000002.tar", foreign / "test-000000.tar")
+
+    done = run_cli("data", "index", foreign, "--out", tmp_path / "out", "--workers", 1)
+
+    assert "not indexed: 1 test shards (name them with --val)" in done.stderr
+    assert {shard.name for shard in read_card(tmp_path / "out").splits["val"].shards} == {
+        "val-000000.tar"
+    }
 
 
 def test_what_is_refused_leaves_no_folder(run_cli, tmp_path):

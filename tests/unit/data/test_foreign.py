@@ -19,6 +19,7 @@ from convnext_cli.data.card import index_name, read_card
 from convnext_cli.data.fetch import Store
 from convnext_cli.data.foreign import (
     choose_split,
+    choose_splits,
     common_root,
     index_shards,
     list_shards,
@@ -78,10 +79,7 @@ def timm_shards(tmp_path: Path) -> Path:
 
 
 def index_all(shards: list[str], out: Path, *, labels=None, classes=None):
-    found = list_shards(shards)
-    root = common_root(found)
-    train = [url for url in found if choose_split(url, root=root) == "train"]
-    val = [url for url in found if choose_split(url, root=root) == "val"]
+    train, val, _ = choose_splits(list_shards(shards), val=[])
     source = None if labels is None else parse_label_source(labels)
     return index_shards(train, val, out=out, labels=source, classes=classes, workers=1)
 
@@ -432,11 +430,11 @@ def test_shards_without_a_folder_in_common_are_refused():
         ("imagenet1k-train-0001.tar", "train"),
         ("imagenet1k-validation-00.tar", "val"),
         ("val_000.tar", "val"),
-        ("test-3.tar", "val"),
+        ("test-3.tar", "test"),
         ("carnivals-01.tar", "train"),
         ("shard-0001.tar", "train"),
         ("val/0001.tar", "val"),
-        ("test/a/0001.tar", "val"),
+        ("test/a/0001.tar", "test"),
         ("test/train/0001.tar", "train"),
         ("test/train-0001.tar", "train"),
         ("training/val-0001.tar", "val"),
@@ -446,6 +444,27 @@ def test_the_split_is_read_from_the_name_of_a_shard_or_of_its_folder(name, split
     root = "https://host/valid"
 
     assert choose_split(f"{root}/{name}", root=root) == split
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "train", "val", "told"),
+    [
+        ("train a test", "", "train a", "test", ""),
+        ("train val test", "", "train", "val", "not indexed: 1 test shards"),
+        ("val-1 valid-2", "", "", "val-1 valid-2", ""),
+        ("train val a", "a", "train val", "a", "trained on: 1 shards named val or test"),
+        ("test-1 test-2", "test-2", "test-1", "test-2", ""),
+        ("a", "a", "", "a", ""),
+    ],
+)
+def test_test_shards_are_for_validation_only_where_no_others_are(names, asked, train, val, told):
+    def urls(words: str) -> list[str]:
+        return [f"/data/{word}.tar" for word in words.split()]
+
+    *chosen, notes = choose_splits(urls(names), val=urls(asked))
+
+    assert chosen == [urls(train), urls(val)]
+    assert [note.partition(" (")[0] for note in notes] == ([told] if told else [])
 
 
 @pytest.mark.parametrize(
