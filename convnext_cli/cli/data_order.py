@@ -26,7 +26,7 @@ def order(
         ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option(help="Take seed, batch, order and devices of this run.")
+        str | None, typer.Option(help="Take seed, batch, order, devices and skips of this run.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The run's seed.", min=0, max=LARGEST)] = 0,
     global_images: Annotated[int, typer.Option(help="Images a step.", min=1)] = 4096,
@@ -47,18 +47,29 @@ def order(
     from convnext_cli.data.augment import EvalView
     from convnext_cli.data.card import read_card
     from convnext_cli.data.fetch import Store, default_cache_dir
-    from convnext_cli.data.order import ORDER_VERSION, Order, same_shard_rate
+    from convnext_cli.data.order import ORDER_VERSION, Order, Skip, same_shard_rate
     from convnext_cli.data.reader import ImageReader
 
+    card = read_card(directory)
+    skips: tuple[Skip, ...] = ()
     if run is not None:
+        from convnext_cli.training.guard import read_skips
+
         found = find_run(run, Path("runs"))
         recipe = load_recipe(str(found.recipe))
         seed, global_images = recipe.seed, recipe.batch.global_images
         kind, lanes = recipe.data.order, recipe.data.lanes
-        used = read_json(found.plan).get("world_size")
+        skips = read_skips(found)
+        plan = read_json(found.plan)
+        used = plan.get("world_size")
         world = world or (used if isinstance(used, int) else None)
+        if plan.get("data_fingerprint") != card.fingerprint:
+            raise DataError(
+                f"{found.root} holds a run on the data set {plan.get('data_source')}, and that is"
+                f" not what {directory} holds now",
+                hint="name that data set, or leave out --run",
+            )
     world = world or 1
-    card = read_card(directory)
     reader = ImageReader(
         card,
         store=Store(location=directory, cache_dir=default_cache_dir()),
@@ -74,6 +85,7 @@ def order(
             global_images=global_images,
             lanes=lanes,
             kind=kind,
+            skips=skips,
         )
         planned.check_world(world)
         if epoch is None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from convnext_cli.data.card import read_card
+
 
 def test_pack_says_what_it_wrote_and_what_to_do_next(run_cli, image_folder, tmp_path):
     done = run_cli("data", "pack", image_folder, "packed", "--workers", 1)
@@ -188,6 +190,29 @@ def test_show_makes_the_folder_of_its_sheet(run_cli, tiny_shards, tmp_path):
 
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "new" / "deep" / "sheet.png").is_file()
+
+
+def test_the_order_of_a_run_leaves_out_what_the_run_left_out(run_cli, tiny_shards, tmp_path):
+    def samples(*options) -> list:
+        return json.loads(run_cli("data", "order", tiny_shards, *options, "--json").stdout)[
+            "samples"
+        ]
+
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("about: a test\nbatch: {global_images: 8}\n")
+    plan = {"data_fingerprint": read_card(tiny_shards).fingerprint, "data_source": "packed"}
+    (run / "plan.json").write_text(json.dumps(plan))
+    (run / "skips.json").write_text('{"skips": [[1, 2]]}')
+
+    of_run = [samples("--run", "a", "--step", step) for step in (0, 1)]
+    plain = [samples("--global-images", 8, "--step", step) for step in (0, 3)]
+    assert of_run == plain
+
+    (run / "plan.json").write_text(json.dumps(plan | {"data_fingerprint": "0" * 64}))
+    refused = run_cli("data", "order", tiny_shards, "--run", "a")
+    assert refused.exit_code == 2
+    assert f"the data set packed, and that is not what {tiny_shards} holds" in refused.stderr
 
 
 @pytest.mark.parametrize("option", ["--seed", "--epoch", "--step"])
