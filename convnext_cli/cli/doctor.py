@@ -41,7 +41,7 @@ def doctor(
     shape = read_shape()
     ranks = 1 if shape is None else shape[0] * shape[1]
     local_rank = read_local_rank()
-    cache = cache_dir or default_cache_dir()
+    cache = (cache_dir or default_cache_dir()).expanduser()
     own: list[Finding] = []
     if local_rank == 0:
         own = look_at_machine(runs_dir=runs_dir, cache_dir=cache, workers=workers)

@@ -103,7 +103,7 @@ class Store:
     """Local folder or URL that the files' names are appended to."""
 
     cache_dir: Path | None = None
-    """Node-local folder for what comes from a URL; needed only for one."""
+    """Node-local folder for what comes from a URL, with `~` for home; needed only for one."""
 
     cache_bytes: int | None = None
     """Largest size of that folder; None: the disk, but for a reserve."""
@@ -165,15 +165,16 @@ class Store:
                 hint="set data.cache_dir",
             )
         address = hashlib.sha256(f"{url}\n{expected.version}".encode()).hexdigest()
-        path = self.cache_dir / f"{(expected.sha256 or address)[:16]}-{Path(name).name}"
+        cache_dir = self.cache_dir.expanduser()
+        path = cache_dir / f"{(expected.sha256 or address)[:16]}-{Path(name).name}"
         try:
             if not _is_complete(path, expected):
-                self.cache_dir.mkdir(parents=True, exist_ok=True)
+                cache_dir.mkdir(parents=True, exist_ok=True)
                 with _locked(path.with_name(f".{path.name}.lock")):
                     # Another process may have fetched it while this one waited for the lock.
                     if not _is_complete(path, expected):
                         self._download(url, path, expected=expected)
-                        make_room(self.cache_dir, limit_bytes=self.cache_bytes, keep=path)
+                        make_room(cache_dir, limit_bytes=self.cache_bytes, keep=path)
         except OSError as error:
             raise StorageError(
                 f"{path}: {error.strerror or error}; shards from {without_secrets(self.location)}"

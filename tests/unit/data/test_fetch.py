@@ -1,5 +1,6 @@
 import hashlib
 import multiprocessing
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -45,6 +46,16 @@ def test_a_url_is_downloaded_once(tmp_path, remote):
 
     assert path.read_bytes() == DATA
     assert store(tmp_path).path("a.tar", expected=WHOLE) == path
+
+
+@pytest.mark.usefixtures("remote")
+def test_a_cache_may_lie_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    path = store(tmp_path, cache_dir=Path("~/cache")).path("a.tar", expected=WHOLE)
+
+    assert path.parent == tmp_path / "cache"
 
 
 def test_shards_of_one_name_and_other_contents_do_not_meet_in_the_cache(tmp_path, remote):
