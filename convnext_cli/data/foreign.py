@@ -68,7 +68,10 @@ _WNID = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?![0-9])")
 _COMPRESSED_TAR = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 _LIKE_A_NUMBER = re.compile(r"[+-]?[\d.]+")
 _MAX_CLASSES = 1_000_000
-_VERSION_FIELDS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime", "created")
+_VERSION_FIELDS = (
+    *("ETag", "etag", "blob_id", "md5Hash"),
+    *("LastModified", "Last-Modified", "mtime", "created"),
+)
 """What fsspec's back ends call that which changes with a file."""
 _ATTEMPTS = 3
 _BLOCK_BYTES = 8 << 20

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import threading
 from functools import partial
@@ -239,6 +240,15 @@ def test_a_shard_that_changed_is_scanned_again(timm_shards, tmp_path):
     assert made.reused_shards == 2
     assert made.card.splits["val"].images == 9
     assert check_dataset(tmp_path / "out", deep=False).damage == ()
+
+
+def test_a_shard_on_the_web_that_changed_is_scanned_again(web_address, timm_shards, tmp_path):
+    shard = timm_shards / "imagenet1k-train-0001.tar"
+    urls = [f"{web_address}/imagenet1k-train-{{0000..0001}}.tar"]
+    index_all(urls, tmp_path / "out")
+    os.utime(shard, (1, 1))
+
+    assert index_all(urls, tmp_path / "out").reused_shards == 1
 
 
 def test_other_labels_are_scanned_and_other_classes_only_renamed(timm_shards, tmp_path):
