@@ -451,7 +451,8 @@ def _make_keys(samples: Iterable[Sample]) -> list[_Entry]:
     taken: set[str] = set()
     entries = []
     for sample in samples:
-        stem = str(PurePosixPath(sample.path).with_suffix("")).strip("/")
+        path = PurePosixPath(sample.path)
+        stem = str(path.with_suffix("") if path.name else path).strip("/")
         key = "/".join(re.sub(r"[^A-Za-z0-9_-]", "_", part) for part in stem.split("/"))
         repeat = 0
         base = key if len(key) <= _KEY_CHARS else key[:_KEY_CHARS].rstrip("/")

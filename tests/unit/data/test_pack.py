@@ -403,6 +403,15 @@ def test_a_word_among_numbers_makes_all_labels_names_and_is_said(folders, tmp_pa
     assert packed.notes == ("labels are names in the order of text, because 'nan' is no number",)
 
 
+def test_a_folder_among_the_paths_of_a_table_is_left_out(folders, tmp_path):
+    rows = ["train/a/000.jpg,a", "train/b/000.jpg,b", ".,a", "/,a"]
+
+    packed = pack(write_table(folders / "t.csv", rows), tmp_path / "out")
+
+    assert packed.unreadable == 2
+    assert "is a directory" in (tmp_path / "out" / "unreadable.csv").read_text()
+
+
 def test_images_with_several_labels_are_said(folders, tmp_path):
     rows = ["train/a/000.jpg,a", "train/b/000.jpg,b", "train/a/000.jpg,b"]
 
