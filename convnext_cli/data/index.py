@@ -434,7 +434,14 @@ def _label_fields(data: bytes) -> list[str]:
     except (ValueError, RecursionError):
         return []
     pairs = content.items() if isinstance(content, dict) else ()
-    return [name for name, value in pairs if isinstance(value, (int, str))]
+    return [name for name, value in pairs if _field_text(value) is not None]
+
+
+def _field_text(value: object) -> str | None:
+    """A field as a label, a whole number without its point; None: it is neither number nor text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() if isinstance(value, (int, str)) else None
 
 
 def _ending(labels: LabelSource) -> str:
@@ -450,7 +457,7 @@ def _label_text(data: bytes, labels: LabelSource) -> str:
     except (ValueError, RecursionError):
         return ""
     value = content.get(labels[1]) if isinstance(content, dict) else None
-    return str(value).strip() if isinstance(value, (int, str)) else ""
+    return _field_text(value) or ""
 
 
 def _iter_samples(

@@ -298,6 +298,16 @@ def test_where_labels_are_is_seen_in_the_first_sample(tmp_path, members, source)
         assert find_label_source(file, where="s.tar") == source
 
 
+def test_a_whole_number_with_a_point_is_a_class_number(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", [("a.jpg", b""), ("a.json", b'{"x": 0.5, "label": 2.0}')])
+
+    with shard.open("rb") as file:
+        source = find_label_source(file, where="s.tar")
+
+    assert source == ("json", "label")
+    assert scan_shard(shard, labels=source).index.labels.tolist() == [2]
+
+
 def test_a_json_without_a_label_is_told_with_the_fields_it_has(tmp_path):
     shard = write_tar(tmp_path / "s.tar", [("a.jpg", b""), ("a.json", b'{"species": "cat"}')])
 
