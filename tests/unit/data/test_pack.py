@@ -696,6 +696,7 @@ BOMB = encode(Image.new("1", (9000, 9000)), "PNG")
         (encode(picture(1, size=(64, 64)), "PNG")[:3000], "damaged"),
         (BOMB, "9000 x 9000 are more than 64,000,000 pixels"),
         (encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "not whole numbers"),
+        (encode(Image.fromarray(np.full((4, 4), 255, np.int32)), "TIFF"), "what is white"),
     ],
 )
 def test_what_is_no_image_is_told_apart(data, reason):
