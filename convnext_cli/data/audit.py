@@ -141,7 +141,7 @@ def _check_files(store: Store, shard: Shard, *, card: DatasetCard, deep: bool) -
     scanned = replace(scan.index, labels=class_numbers(scan, card))
     if index is not None and not _is_same(index, scanned):
         damage.append(Damage(index_name(shard.name), "it does not describe its shard"))
-    elif index is not None and index.digest.any():
+    elif index is not None:
         changed = np.flatnonzero(index.digest != scanned.digest)
         damage += [
             Damage(shard.name, f"{index.key(row)}: its bytes are not those that were indexed")

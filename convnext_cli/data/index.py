@@ -68,7 +68,7 @@ class ShardIndex:
     """Where the image's bytes begin in the shard."""
     image_bytes: NDArray[np.int64]
     digest: NDArray[np.uint64]
-    """xxh3 of the image's bytes; 0: not known, in indexes of before."""
+    """xxh3 of the image's bytes."""
     width: NDArray[np.int32]
     """Of the image in pixels; 0 where it was not measured."""
     height: NDArray[np.int32]
@@ -520,16 +520,13 @@ def read_index(path: Path) -> ShardIndex:
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as columns:
-            labels = columns["labels"]
             index = ShardIndex(
                 key_text=columns["key_text"].tobytes(),
                 key_end=columns["key_end"],
-                labels=labels,
+                labels=columns["labels"],
                 image_offset=columns["image_offset"],
                 image_bytes=columns["image_bytes"],
-                digest=columns["digest"]
-                if "digest" in columns
-                else np.zeros(len(labels), dtype=np.uint64),
+                digest=columns["digest"],
                 width=columns["width"],
                 height=columns["height"],
             )

@@ -272,8 +272,7 @@ class ImageReader(Dataset[Sample]):
             ) from error
         if len(data) != size:
             raise BadImage("", "the shard ends inside it")
-        digest = int(columns.digests[row])
-        if digest and xxh3_64_intdigest(data) != digest:
+        if xxh3_64_intdigest(data) != int(columns.digests[row]):
             raise BadImage("", "its bytes are not those that were indexed (xxh3)")
         return data, label
 
@@ -313,11 +312,11 @@ class ImageReader(Dataset[Sample]):
         return index
 
     def _known_size(self, sample: int) -> tuple[int, int] | None:
-        """Width and height of an image whose bytes are those that were indexed."""
+        """Width and height of an image, where its header could be read."""
         number, row = self._locate(sample)
         columns = self._columns(number)
         width, height = int(columns.widths[row]), int(columns.heights[row])
-        return (width, height) if width and columns.digests[row] else None
+        return (width, height) if width else None
 
     def _columns(self, number: int) -> _Columns:
         if number in self._read:

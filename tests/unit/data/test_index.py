@@ -248,17 +248,6 @@ def test_a_member_that_says_it_is_larger_than_the_shard_is_refused(shard):
         scan_shard(shard)
 
 
-def test_an_index_without_digests_reads_as_one_that_knows_none(shard, tmp_path):
-    index = scan_shard(shard).index
-    write_index(index, tmp_path / "a.npz")
-    with np.load(tmp_path / "a.npz") as columns:
-        older = {name: columns[name] for name in columns.files if name != "digest"}
-    np.savez(tmp_path / "b.npz", **older)
-
-    assert read_index(tmp_path / "b.npz").digest.tolist() == [0, 0, 0]
-    assert index.digest.all()
-
-
 def test_links_in_a_shard_are_counted_and_never_followed(tmp_path):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w") as tar:
