@@ -158,7 +158,7 @@ class StreamReader(IterableDataset[Batch]):
         for lap in range(1 << 62 if training else 1):
             address = (lap << 48) | (stream.rank << 24) | (worker + 1)
             raw = philox(stream.seed, purpose="stream", major=epoch, minor=address)
-            members = iter_members(own)
+            members = iter_samples(own)
             if stream.shuffle_images and training:
                 rng = random.Random(int(raw.random_raw()))
                 initial = min(stream.shuffle_images, 1000)
@@ -217,7 +217,7 @@ def list_shards(urls: str | Sequence[str], *, allow_pipe: bool) -> list[str]:
     return shards
 
 
-def iter_members(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
+def iter_samples(urls: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Samples of shards as {extension: bytes}, images and class numbers only.
 
     Raises:
