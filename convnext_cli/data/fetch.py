@@ -20,6 +20,7 @@ readable until it is closed.
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -237,6 +238,10 @@ class _Passing(Exception):  # noqa: N818  # a kind of failure, never shown
         super().__init__(message)
         self.pause_seconds = pause_seconds
         """What the server asks for."""
+
+
+class _NoRanges(_Passing):
+    """A server gives a file only as a whole."""
 
 
 class _WrongBytes(Exception):  # noqa: N818  # as above
@@ -489,7 +494,7 @@ def _classify(error: Exception, shown: str) -> _Passing:
             f"{shown}: this protocol cannot be read ({error})",
             hint="install its fsspec package: pip install 'convnext[s3]' or 'convnext[gcs]'",
         ) from error
-    error = unmask(error)
+    error = _unmask(error)
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         raise DataError(
@@ -513,7 +518,7 @@ def _classify(error: Exception, shown: str) -> _Passing:
     return _Passing(told, pause_seconds=_retry_after(error))
 
 
-def unmask(error: Exception) -> Exception:
+def _unmask(error: Exception) -> Exception:
     """What was met, where fsspec's HTTP back end says of any failure that there is no such file."""
     cause = error.__cause__
     http = isinstance(error, FileNotFoundError) and type(cause).__module__.startswith("aiohttp")
@@ -578,3 +583,73 @@ def read_file(
         attempts=attempts,
         backoff_seconds=backoff_seconds,
     )
+
+
+def read_stream(
+    url: str,
+    work: Callable[[BinaryIO, int | None], Result],
+    *,
+    attempts: int = 5,
+    backoff_seconds: float = 0.5,
+    stall_seconds: float = STALL_SECONDS,
+) -> Result:
+    """What some work makes of a file at a URL, which it reads once and forward.
+
+    Args:
+        url: Where the file is.
+        work: Called with the file and its size, None where that is not known; each try anew.
+        attempts: Tries before it is given up.
+        backoff_seconds: As of a `Store`.
+        stall_seconds: As of a `Store`.
+
+    Raises:
+        DataError: The file is not there or cannot be fetched; or the work's own, twice.
+    """
+    whole = False
+    damaged: list[DataError] = []
+
+    def read() -> Result:
+        nonlocal whole
+        files, path = _within(stall_seconds, lambda: url_to_fs(url))
+        form = {"block_size": 0} if whole else {"block_size": BLOCK_BYTES, "cache_type": "none"}
+        with closing(_within(stall_seconds, lambda: files.open(path, "rb", **form))) as source:
+            size = getattr(source, "size", None)
+            forward = _Remote(source, size=size, stall_seconds=stall_seconds)
+            try:
+                return work(io.BufferedReader(forward, BLOCK_BYTES), size)
+            except _NoRanges:
+                whole = True
+                raise
+            except DataError as error:  # perhaps only on its way here
+                if damaged:
+                    raise
+                damaged.append(error)
+                raise _Passing(str(error)) from error
+
+    return _retry(read, what=url, attempts=attempts, backoff_seconds=backoff_seconds)
+
+
+class _Remote(io.RawIOBase):
+    """A file over a network; a read that stalls, or ends before the file does, may pass."""
+
+    def __init__(self, source: Any, *, size: int | None, stall_seconds: float) -> None:  # noqa: ANN401
+        self._source = source
+        self._left = size
+        self._stall_seconds = stall_seconds
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401  # memory of any kind
+        """Read what comes next."""
+        try:
+            block = _within(self._stall_seconds, partial(self._source.read, len(buffer)))
+        except ValueError as error:  # as in `_iter_blocks`
+            raise _NoRanges("no ranges are given") from error
+        if self._left is not None:
+            self._left -= len(block)
+            if not block and self._left:
+                raise _Passing(f"{self._left:,} bytes did not come")
+        buffer[: len(block)] = block
+        return len(block)

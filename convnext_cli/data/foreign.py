@@ -18,14 +18,12 @@ name: KEY.cls, a field of KEY.json (label, cls or class), or KEY.txt.
 
 import json
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -42,7 +40,7 @@ from convnext_cli.data.card import (
     read_card,
     write_card,
 )
-from convnext_cli.data.fetch import is_url, read_file, unmask, without_secrets
+from convnext_cli.data.fetch import is_url, read_file, read_stream, without_secrets
 from convnext_cli.data.index import (
     NO_NUMBER,
     LabelSource,
@@ -73,14 +71,9 @@ _VERSION_FIELDS = (
     *("LastModified", "Last-Modified", "mtime", "created"),
 )
 """What fsspec's back ends call that which changes with a file."""
-_ATTEMPTS = 3
-_BLOCK_BYTES = 8 << 20
-_FINAL = (FileNotFoundError, PermissionError, ImportError, ValueError)
-"""Causes of errors of ours that another try does not mend."""
 _ASKING_AT_ONCE = 16
 
 Progress = Callable[[int, int], None]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -438,77 +431,26 @@ def _scan_shard(task: _Task) -> tuple[str, _Record]:
     return task.name, record
 
 
-@contextmanager
-def _opened(url: str, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[BinaryIO, int | None]]:
-    """A shard and its size, None where that is not known.
-
-    Args:
-        url: Where it is.
-        block_bytes: Bytes that are asked for at once; 0: all of it, as one stream.
-
-    Raises:
-        DataError: It is not there, or access is denied.
-    """
-    shown = without_secrets(url) if is_url(url) else url
-    try:
-        files, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(
-            f"{shown}: this protocol cannot be read ({error})",
-            hint="install its fsspec package, such as s3fs, gcsfs or huggingface_hub",
-        ) from error
-    try:
-        with files.open(path, "rb", block_size=block_bytes) as file:
-            size = getattr(file, "size", None)
-            yield file, size if is_url(url) else Path(url).stat().st_size
-    except FileNotFoundError as error:
-        if unmask(error) is not error:
-            raise unmask(error) from None
-        raise DataError(f"{shown}: there is no such file", hint="check the address") from error
-    except PermissionError as error:
-        raise DataError(
-            f"{shown}: access denied", hint="check the credentials of this machine"
-        ) from error
-
-
 def _scan(url: str, *, labels: LabelSource) -> Scan:
     if not is_url(url):
         return scan_shard(Path(url), labels=labels, names=True)
-    return _try_reading(
+    return read_stream(
         url,
         lambda file, size: scan_stream(file, where=url, num_bytes=size, labels=labels, names=True),
     )
 
 
 def _find_labels(url: str) -> LabelSource:
-    return _try_reading(url, lambda file, _: find_label_source(file, where=url))
-
-
-def _try_reading(url: str, work: Callable[[BinaryIO, int | None], Result]) -> Result:
-    """What some work on a shard gives; over a network it is tried several times if need be.
-
-    Raises:
-        DataError: The shard cannot be read, or is damaged.
-    """
-    attempts = _ATTEMPTS if is_url(url) else 1
-    for attempt in range(1, attempts + 1):
-        try:
-            # Some web servers give no ranges, but the file as a whole.
-            whole = attempt > 1 and url.startswith("http")
-            with _opened(url, block_bytes=0 if whole else _BLOCK_BYTES) as (file, size):
-                return work(file, size)
-        except Exception as error:  # every fsspec back end raises classes of its own
-            # A body that was cut on its way looks like a shard that is cut.
-            if attempt < attempts and not isinstance(error.__cause__, _FINAL):
-                time.sleep(2**attempt / 4)
-                continue
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"{url}: {type(error).__name__}: {error} ({attempt} tries)",
-                hint="try again later; the same command goes on where it stopped",
-            ) from error
-    raise AssertionError
+    if is_url(url):
+        return read_stream(url, lambda file, _: find_label_source(file, where=url))
+    try:
+        with Path(url).open("rb") as file:
+            return find_label_source(file, where=url)
+    except OSError as error:
+        raise DataError(
+            f"{url} cannot be read: {error.strerror or error}",
+            hint=f"look: ls -l {quote_path(url)}",
+        ) from error
 
 
 def _read_version(url: str) -> str:

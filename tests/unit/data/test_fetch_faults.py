@@ -18,6 +18,7 @@ from convnext_cli.data.fetch import (
     evict,
     make_room,
     read_file,
+    read_stream,
     without_secrets,
 )
 from convnext_cli.errors import DataError, StorageError
@@ -359,6 +360,39 @@ def test_a_small_file_is_read_through_the_same_troubles(faulty_server):
     content = read_file(f"{faulty_server.url}/dataset.json", backoff_seconds=0.01)
 
     assert content == b"{}"
+
+
+@pytest.mark.parametrize("fault", ["stall", "503", "half", "reset", "half without length"])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_file_that_is_read_on_its_way_is_read_through_the_same_troubles(
+    faulty_server, fault, ranges
+):
+    faulty_server.ranges = ranges
+    faulty_server.files["a.tar"] = DATA
+    faulty_server.faults["a.tar"] = ["", fault]
+
+    def work(file, size) -> bytes:
+        assert size in (len(DATA), None)
+        content = file.read(10) + file.read()
+        if len(content) != len(DATA):
+            raise DataError("cut")
+        return content
+
+    content = read_stream(
+        f"{faulty_server.url}/a.tar", work, backoff_seconds=0.01, stall_seconds=0.4
+    )
+
+    assert content == DATA
+
+
+def test_a_file_that_its_reader_refuses_twice_is_refused_in_its_words(faulty_server):
+    faulty_server.files["a.tar"] = DATA
+
+    def refuse(file, size):
+        raise DataError("damaged", hint="copy it again")
+
+    with pytest.raises(DataError, match=r"^damaged$"):
+        read_stream(f"{faulty_server.url}/a.tar", refuse, backoff_seconds=0.01)
 
 
 def test_a_server_that_is_away_is_not_a_file_that_is_absent():
