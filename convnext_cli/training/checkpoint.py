@@ -241,6 +241,9 @@ class BackgroundWriter(TorchCheckpointIO):
             # by an exception, as torch's handler raises for a loader process that is lost.
             futures.wait([self._write])
         self._pool.shutdown(wait=False)
+
+    def finish_copies(self) -> None:
+        """Let copies that are under way come to their end, which may take long."""
         if self.copier is not None:
             self.copier.finish()
 

@@ -24,7 +24,7 @@ from convnext_cli.models.weights import ModelCard, count_non_finite, load_into, 
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import render_recipe
-from convnext_cli.runs.compare import last_step
+from convnext_cli.runs.compare import last_step, summarise_run
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
@@ -83,7 +83,20 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
             start, told = find_start(plan, run, resume="auto"), str(back)
             if plan.cluster.rank == 0:
                 display.say(f"going back to step {start.step}: {told}")
+    if plan.cluster.rank == 0:
+        _make_up_for_end(plan, run, step=start.step, say=display.say)
     return start.step
+
+
+def _make_up_for_end(plan: Plan, run: RunDir, *, step: int, say: Callable[[str], None]) -> None:
+    """Do what an attempt that was killed after the last save left undone: its end, and copies."""
+    if summarise_run(run).state != "finished":
+        _record(run, plan, event="resumed", step=step, lost_steps=0)
+        _record(run, plan, event="finished", step=step)
+    copier = _build_copier(run, plan, say=say)
+    if copier is not None:
+        copier.start()
+        copier.finish()
 
 
 def _attempt(
@@ -172,6 +185,8 @@ def _attempt(
         _run_trainer(trainer, task, data, start=start, run=run, plan=plan)
     finally:
         writer.teardown()  # Lightning's own call may be cut short by a second loader that is lost
+        watch.stop()  # no step is waited for any more, and copies may take longer than one
+        writer.finish_copies()
     return task.step
 
 

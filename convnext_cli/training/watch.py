@@ -70,6 +70,11 @@ class HangWatch(pl.Callback):
         threading.Thread(target=self._watch, name="hang-watch", daemon=True).start()
         self._alive("start")
 
+    def stop(self) -> None:
+        """Watch no more."""
+        self._done.set()
+        faulthandler.cancel_dump_traceback_later()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object
     ) -> None:
@@ -108,8 +113,7 @@ class HangWatch(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Watch no more."""
         del trainer, pl_module, stage
-        self._done.set()
-        faulthandler.cancel_dump_traceback_later()
+        self.stop()
 
     def _alive(self, doing: str) -> None:
         self.doing = doing

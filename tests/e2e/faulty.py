@@ -13,6 +13,7 @@
 | `evalworker` | it kills them in that step of `evaluate` |
 | `flip` | the tenth bit of one of its weights is flipped: rounding may swallow the lowest |
 | `slow` | from that step on, each step takes 50 ms longer |
+| `slowcopy` | copies to `checkpoint.copy_to` take 10 s each; whatever rank and step |
 | `late` | all ranks learn two steps later what was left out, as on a GPU; whatever rank and step |
 """
 
@@ -40,6 +41,7 @@ def parse(text: str) -> list[tuple[str, int, int]]:
 def inject(faults: list[tuple[str, int, int]]) -> None:
     import torch
 
+    from convnext_cli.runs.copies import RemoteFolder
     from convnext_cli.training import later
     from convnext_cli.training.evaluation import Evaluator
     from convnext_cli.training.task import Classifier
@@ -52,6 +54,15 @@ def inject(faults: list[tuple[str, int, int]]) -> None:
             self.lag_steps = later.LAG_STEPS
 
         later.Later.__init__ = init
+
+    if any(fault == "slowcopy" for fault, _, _ in faults):
+        real_push = RemoteFolder.push
+
+        def push(folder, run):
+            time.sleep(10)
+            real_push(folder, run)
+
+        RemoteFolder.push = push
 
     real_step, real_validation = Classifier.training_step, Classifier.validation_step
     real_test = Evaluator.test_step

@@ -291,6 +291,27 @@ def test_a_run_whose_disk_is_gone_comes_back_from_its_copies(runner, undisturbed
     assert_as_undisturbed(runner.run, undisturbed[1])
 
 
+def test_copies_are_waited_for_however_long_and_made_up_for_by_the_next_start(runner, tmp_path):
+    more = (f"checkpoint.copy_to=file://{tmp_path}/elsewhere", "checkpoint.every=8st")
+    patient = ("guard.hang_minutes=0.1", "evaluate.every=8st")
+
+    done = runner(*more, *patient, fault="slowcopy@r0:s1")
+
+    assert done.returncode == 0, done.stderr
+    copied = tmp_path / "elsewhere" / "run" / "checkpoints" / f"step={STEPS:08d}.json"
+    assert copied.is_file()
+
+    # as if it had been killed in that wait
+    shutil.rmtree(tmp_path / "elsewhere")
+    kept = [event for event in events(runner.run) if event["event"] != "finished"]
+    (runner.run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    for _ in range(2):
+        assert runner(*more, *patient).returncode == 0
+
+    assert copied.is_file()
+    assert [event["event"] for event in events(runner.run)[len(kept) :]] == ["resumed", "finished"]
+
+
 def test_a_second_start_in_the_same_folder_is_refused_and_says_who_holds_it(runner):
     first = runner.start(fault="stop@r0:s3")
     try:
