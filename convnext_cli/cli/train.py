@@ -23,7 +23,7 @@ from convnext_cli.cli._inputs import (
 )
 from convnext_cli.cli.plan import show_plan
 from convnext_cli.errors import CheckpointError, RecipeError, quote_path
-from convnext_cli.plan.cluster import Cluster, read_deadline, read_job
+from convnext_cli.plan.cluster import Cluster, read_attempt, read_deadline, read_job
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.schema import Init, Recipe
 from convnext_cli.runs.compare import summarise_run
@@ -138,8 +138,8 @@ def run_training(
     mode = resume if resume in {"auto", "never", "must"} else Path(resume)
     if not run.is_run() and not isinstance(mode, Path):
         check_start_weights(recipe)
-    lock = RunLock(run.lock, job=read_job(), say=console.print) if cluster.rank == 0 else None
-    with lock or nullcontext():
+    lock = RunLock(run.lock, job=read_job(), attempt=read_attempt(), say=console.print)
+    with lock if cluster.rank == 0 else nullcontext():
         start = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
         # what could be refused is refused by now: this takes seconds to load
         from convnext_cli.training.fit import fit

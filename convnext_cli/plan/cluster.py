@@ -56,6 +56,11 @@ def read_job(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ.get("SLURM_JOB_ID")
 
 
+def read_attempt(environ: Mapping[str, str] = os.environ) -> str | None:
+    """How often Slurm has requeued this job; None: never, or outside of one."""
+    return environ.get("SLURM_RESTART_COUNT")
+
+
 def read_deadline(environ: Mapping[str, str] = os.environ) -> float | None:
     """When Slurm will end this job, Unix time; None where it does not say."""
     end = environ.get("SLURM_JOB_END_TIME")

@@ -1,8 +1,9 @@
 """One writer for a run's folder: a file that says who, refreshed while that process lives.
 
-A second start is refused while the first lives. A holder that is gone is recognised at once on its
-own machine, or when it belonged to the same Slurm job; on another one when its signs of life have
-stopped, for which a start waits. File locks are not used: cluster file systems differ in them.
+A second start is refused while the first lives. A holder that is gone is recognised at once where
+its process would be seen, or when it was an earlier attempt of the same Slurm job; on another
+machine, or in another container, when its signs of life have stopped, for which a start waits. File
+locks are not used: cluster file systems differ in them.
 """
 
 import json
@@ -11,6 +12,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -36,6 +38,10 @@ class Holder:
     """Slurm's job, where there is one."""
     since: str
     """When it took the lock, ISO 8601 in UTC."""
+    pid_space: str | None = None
+    """Where the number means that process: containers of one host have their own numbers."""
+    attempt: str | None = None
+    """How often Slurm had requeued the job; None: never."""
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job}" if self.job else ""
@@ -48,6 +54,7 @@ class RunLock:
     Args:
         path: The file.
         job: Slurm's job id; None: there is none.
+        attempt: How often Slurm has requeued the job; None: never.
         say: Called with a line for people when the start has to wait.
 
     Raises:
@@ -55,10 +62,20 @@ class RunLock:
         StorageError: The folder cannot be made.
     """
 
-    def __init__(self, path: Path, *, job: str | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, *, job: str | None, attempt: str | None, say: Callable[[str], None]
+    ) -> None:
         own = psutil.Process()
         self.path = path
-        self.holder = Holder(platform.node(), own.pid, own.create_time(), job, utc_now())
+        self.holder = Holder(
+            platform.node(),
+            own.pid,
+            own.create_time(),
+            job,
+            utc_now(),
+            pid_space=_read_pid_space(),
+            attempt=attempt,
+        )
         self._say = say
         self._done = threading.Event()
 
@@ -80,8 +97,8 @@ class RunLock:
         self._done.set()
         if self._read() == self.holder:
             self.path.unlink(missing_ok=True)
-        if not any(self.path.parent.iterdir()):  # a start that was refused leaves no trace
-            self.path.parent.rmdir()
+        with suppress(OSError):  # it is not empty, or another start that was refused was faster
+            self.path.parent.rmdir()  # a start that was refused leaves no trace
 
     def _take(self) -> bool:
         """Make the file if there is none, in one step: it is whole as soon as it has its name."""
@@ -108,10 +125,14 @@ class RunLock:
             RunError: It lives.
         """
         holder = self._read()
-        told = False
+        told, before = False, 0.0
         while holder is not None and not self._is_gone(holder):
             silent = self._silent_seconds()
-            if holder.host == self.holder.host or silent < 2 * REFRESH_SECONDS:
+            elsewhere = holder.host != self.holder.host
+            # A container that is started again at once may meet the lock of the one before: only a
+            # new sign of life says that it is not.
+            lives = silent < before or (elsewhere and silent < 2 * REFRESH_SECONDS)
+            if lives or self._sees(holder):
                 raise RunError(
                     f"{self.path.parent} is being written by {holder}",
                     hint="wait for it or stop it, or give this run its own folder with --name NAME",
@@ -122,6 +143,7 @@ class RunLock:
                     f" {silent:.0f} s, waiting until {STALE_SECONDS:.0f} s"
                 )
                 told = True
+            before = silent
             time.sleep(1.0)
             holder = self._read()
         # Renamed first: of two that find the holder gone, one takes its lock away.
@@ -138,8 +160,13 @@ class RunLock:
         except FileNotFoundError:
             return STALE_SECONDS
 
+    def _sees(self, holder: Holder) -> bool:
+        """Whether a process of that number here is the holder's."""
+        own = self.holder
+        return (holder.host, holder.pid_space) == (own.host, own.pid_space)
+
     def _is_gone(self, holder: Holder) -> bool:
-        if holder.host == self.holder.host:
+        if self._sees(holder):
             try:
                 alive = psutil.Process(holder.pid)
                 return (
@@ -148,8 +175,9 @@ class RunLock:
                 )
             except psutil.NoSuchProcess:
                 return True
-        if holder.job is not None and holder.job == self.holder.job:
-            return True  # requeued: Slurm runs a job once at a time
+        own = self.holder
+        if holder.job is not None and holder.job == own.job and holder.attempt != own.attempt:
+            return True  # requeued: Slurm ends an attempt before the next; steps of one may overlap
         return self._silent_seconds() >= STALE_SECONDS
 
     def _refresh(self) -> None:
@@ -158,3 +186,14 @@ class RunLock:
                 os.utime(self.path)
             except OSError:  # the disk is gone or full: whoever writes data there tells it
                 continue
+
+
+def _read_pid_space() -> str | None:
+    """The namespace of this process's number; None where the system has none.
+
+    Source: Linux man-pages, pid_namespaces(7).
+    """
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None

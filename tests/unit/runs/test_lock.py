@@ -3,8 +3,10 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,13 +15,16 @@ from convnext_cli.errors import RunError
 from convnext_cli.runs.lock import STALE_SECONDS, Holder, RunLock
 
 
-def lock(path, job=None, told=None):
-    return RunLock(path, job=job, say=(told if told is not None else []).append)
+def lock(path, job=None, attempt=None, told=None):
+    say = (told if told is not None else []).append
+    return RunLock(path, job=job, attempt=attempt, say=say)
 
 
 def write_holder(path, *, silent=0.0, **changes):
     own = psutil.Process()
-    fields = asdict(Holder(platform.node(), own.pid, own.create_time(), None, "now")) | changes
+    space = str(Path("/proc/self/ns/pid").readlink())
+    here = Holder(platform.node(), own.pid, own.create_time(), None, "now", pid_space=space)
+    fields = asdict(here) | changes
     path.write_text(json.dumps(fields))
     os.utime(path, (time.time() - silent, time.time() - silent))
 
@@ -89,8 +94,39 @@ def test_a_requeued_job_takes_its_own_lock_back_on_any_machine(tmp_path):
 
     with pytest.raises(RunError, match="Slurm job 17"), lock(path, job="18"):
         pass
-    with lock(path, job="17"):
+    with lock(path, job="17", attempt="1"):
         pass
+
+
+def test_two_steps_of_one_job_on_two_machines_do_not_take_the_lock_from_each_other(tmp_path):
+    path = tmp_path / "lock.json"
+    write_holder(path, host="elsewhere", job="17", attempt="1")
+
+    with pytest.raises(RunError, match="Slurm job 17"), lock(path, job="17", attempt="1"):
+        pass
+
+
+def test_a_holder_in_another_container_of_this_host_holds_while_it_gives_signs_of_life(tmp_path):
+    path = tmp_path / "lock.json"
+    write_holder(path, pid=2**22 + 1, pid_space="pid:[1]", silent=5.0)  # no such number here
+    refreshed = threading.Timer(1.5, os.utime, [path])
+    refreshed.start()
+
+    with pytest.raises(RunError, match="is being written by"), lock(path):
+        pass
+
+    refreshed.join()
+    write_holder(path, pid_space="pid:[1]", silent=STALE_SECONDS - 1.5)  # our own number
+    with lock(path):
+        pass
+
+
+def test_two_refused_starts_that_end_at_once_leave_no_trace(tmp_path):
+    path = tmp_path / "run" / "lock.json"
+
+    with lock(path):
+        path.unlink()
+        path.parent.rmdir()  # as the other one does
 
 
 def test_a_damaged_lock_is_taken(tmp_path):
