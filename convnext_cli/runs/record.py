@@ -86,11 +86,15 @@ class JsonLines:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
 
-    def truncate_after(self, step: int) -> int:
+    def truncate_after(self, step: int, *, key: str | None = None) -> int:
         """Drop the rows of later steps, and return how many were dropped.
 
         A resume from `step` calls it, so that the steps taken again do not appear twice. Rows
         without a step stay. The file is replaced at once: a kill leaves the old or the new one.
+
+        Args:
+            step: The last one that stays.
+            key: Its rows with this key are dropped too.
 
         Raises:
             RunError: A line is not a JSON object.
@@ -99,7 +103,8 @@ class JsonLines:
         kept, dropped = [], 0
         for row, line in _iter_lines(self.path):
             row_step = row.get("step")
-            if isinstance(row_step, int) and row_step > step:
+            again = row_step == step and key is not None and key in row
+            if isinstance(row_step, int) and (row_step > step or again):
                 dropped += 1
             else:
                 kept.append(line)

@@ -51,7 +51,7 @@ class Recorder(pl.Callback):
         task = as_task(pl_module)
         if trainer.is_global_zero:
             self._file = JsonLines(self.run.metrics)
-            self._file.truncate_after(task.step)
+            self._file.truncate_after(task.step, key="val/loss" if task.validation_due else None)
             write_event(self.run.events, "ready", step=task.step)
         self._meter = Meter(self._meter.images_per_pass, self._meter.clock)
 
