@@ -82,6 +82,11 @@ class Variant:
         """Whether one resolution and one width run through all blocks."""
         return self.family == "isotropic"
 
+    @property
+    def smallest_px(self) -> int:
+        """The smallest image of which something is left after all halvings."""
+        return 16 if self.isotropic else 32
+
 
 def count_parameters(variant: Variant, *, num_classes: int) -> int:
     """Exact number of parameters with a head of `num_classes`.

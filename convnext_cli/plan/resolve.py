@@ -385,7 +385,7 @@ def make_plan(
 def _find_built_variant(recipe: Recipe) -> Variant:
     """The variant as the recipe builds it, after checks of what it cannot do."""
     model, variant = recipe.model, find_variant(recipe.model.name)
-    smallest_px = 16 if variant.isotropic else 32
+    smallest_px = variant.smallest_px
     if recipe.data.image_px < smallest_px:
         raise PlanError(
             f"data.image_px: {model.name} halves an image down to nothing at"

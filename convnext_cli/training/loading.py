@@ -206,8 +206,18 @@ def guess_image_px(file_name: str) -> int | None:
 
 
 def choose_preprocessing(weights: Weights, asked: AskedView, *, file_name: str) -> Preprocessing:
-    """What is asked; where nothing is, what the card says, else as published for the size."""
-    card = weights.card
+    """What is asked; where nothing is, what the card says, else as published for the size.
+
+    Raises:
+        CheckpointError: The network does not take images that small, or a share is asked of a warp.
+    """
+    variant, card = weights.variant, weights.card
+    if asked.image_px is not None and asked.image_px < variant.smallest_px:
+        raise CheckpointError(
+            f"--image-px {asked.image_px}: {variant.name} halves an image down to nothing at"
+            f" {asked.image_px} px",
+            hint=f"use at least {variant.smallest_px} px: --image-px {variant.smallest_px}",
+        )
     if card is None:
         named_px = guess_image_px(file_name)
         crop, crop_frac = published_crop(asked.image_px or named_px or 224)

@@ -4,6 +4,7 @@ import io
 import shlex
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, write_card
 from convnext_cli.data.index import scan_shard, write_index
-from convnext_cli.errors import DataError, DeviceError, UserError
+from convnext_cli.errors import CheckpointError, DataError, DeviceError, UserError
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.training.evaluation import (
@@ -32,6 +33,7 @@ from convnext_cli.training.loading import (
     LoadedModel,
     Preprocessing,
     apply_asked,
+    choose_preprocessing,
     guess_image_px,
     published_crop,
 )
@@ -288,6 +290,21 @@ def test_what_is_asked_replaces_what_the_model_says(asked: AskedView, expected: 
 
     assert (view.image_px, view.crop, view.crop_frac) == expected
     assert view.interpolation == "bilinear"
+
+
+@pytest.mark.parametrize(
+    ("name", "image_px", "smallest_px"),
+    [("convnext_tiny", 31, 32), ("convnext_isotropic_small", 15, 16)],
+)
+def test_images_of_which_nothing_would_be_left_are_refused(name, image_px, smallest_px):
+    weights = SimpleNamespace(variant=find_variant(name), card=None)
+
+    with pytest.raises(CheckpointError, match=f"--image-px {image_px}: {name} halves") as refused:
+        choose_preprocessing(weights, AskedView(image_px=image_px), file_name="model.pth")
+
+    assert f"--image-px {smallest_px}" in str(refused.value.hint)
+    smallest = AskedView(image_px=smallest_px)
+    assert choose_preprocessing(weights, smallest, file_name="model.pth").image_px == smallest_px
 
 
 def test_a_share_of_a_warp_makes_no_sense():
