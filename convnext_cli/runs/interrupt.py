@@ -5,9 +5,11 @@ two optimizer steps. They are installed at the start of the command, before anyt
 loaded, so that a signal in the first seconds is kept as well.
 """
 
+import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -26,6 +28,7 @@ class StopRequest:
     def __init__(self, *, deadline: float | None = None) -> None:
         self.deadline = deadline
         self.received: signal.Signals | None = None
+        self._arrivals: int | None = None
 
     def listen(self) -> None:
         """Install the handlers; does nothing outside the main thread, where Python has none."""
@@ -33,6 +36,22 @@ class StopRequest:
             return
         for number in SIGNALS:
             signal.signal(number, self._receive)
+        self._arrivals, told = os.pipe()
+        for end in (self._arrivals, told):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def read_arrived(self) -> signal.Signals | None:
+        """The signal that came, also while the main thread is not in Python; for another thread.
+
+        A handler in Python does not run as long as a library waits in its own code; the number of
+        the signal is written to a pipe at once.
+        """
+        if self.received is None and self._arrivals is not None:
+            with suppress(BlockingIOError):
+                numbers = [n for n in os.read(self._arrivals, 4096) if n in SIGNALS]
+                return signal.Signals(numbers[-1]) if numbers else None
+        return self.received
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -141,7 +141,7 @@ def _attempt(
     checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
     recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, show=display.show)
-    watch = HangWatch(run, plan)
+    watch = HangWatch(run, plan, request=request)
     trainer = build_trainer(
         plan,
         # At the end of a step: time, agree, look whether it is good, write, save, stop.

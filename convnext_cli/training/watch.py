@@ -5,6 +5,9 @@ Each rank watches itself: without an optimizer step or a validation batch for
 all its threads to `stacks/rank=00000.txt` and to stderr, with what it was doing, and ends with
 exit code 76. A rank that waits in a collective for another one writes that. When the interpreter
 itself is held, a timer of the C library writes the stacks a minute later; the exit code is 1 then.
+
+A rank that is asked to stop while it still looks for the others is ended with 75: torch waits for
+them in C++, where no signal handler of Python runs.
 """
 
 import faulthandler
@@ -15,10 +18,12 @@ import time
 from typing import TextIO
 
 import lightning.pytorch as pl
+from torch import distributed
 
-from convnext_cli.errors import Hung
+from convnext_cli.errors import Hung, Stopped
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.exit_code import leave_exit_code
+from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import utc_now
 from convnext_cli.training.task import as_task
@@ -26,6 +31,9 @@ from convnext_cli.training.task import as_task
 _LOOKS = 20
 """Within the time that is allowed."""
 _HELD_SECONDS = 60.0
+
+_MEETING_SECONDS = 3.0
+"""For the ranks to find each other after a stop was asked: then they agree on it."""
 
 _LOST_PEER = (
     "Connection closed by peer",
@@ -55,9 +63,10 @@ def make_lost_peer_error(error: BaseException, *, step: int) -> Hung:
 class HangWatch(pl.Callback):
     """The watch of one rank."""
 
-    def __init__(self, run: RunDir, plan: Plan) -> None:
+    def __init__(self, run: RunDir, plan: Plan, *, request: StopRequest) -> None:
         self.run = run
         self.plan = plan
+        self.request = request
         self.doing = "start"
         """What the rank does now, for the message."""
         self._allowed = plan.recipe.guard.start_minutes * 60
@@ -68,6 +77,8 @@ class HangWatch(pl.Callback):
     def start(self) -> None:
         """Begin to watch, before the ranks look for each other: one may never come."""
         threading.Thread(target=self._watch, name="hang-watch", daemon=True).start()
+        if self.plan.world_size > 1 and not distributed.is_initialized():
+            threading.Thread(target=self._watch_meeting, name="meeting", daemon=True).start()
         self._alive("start")
 
     def stop(self) -> None:
@@ -120,6 +131,19 @@ class HangWatch(pl.Callback):
         self._alive_at = time.monotonic()
         # A timer in C, for a rank whose interpreter is held and whose watch cannot run.
         faulthandler.dump_traceback_later(self._allowed + _HELD_SECONDS, exit=True)
+
+    def _watch_meeting(self) -> None:
+        asked = None
+        while asked is None and not self._done.wait(0.5) and not distributed.is_initialized():
+            asked = self.request.read_arrived()
+        if asked is None or self._done.wait(_MEETING_SECONDS) or distributed.is_initialized():
+            return
+        sys.stderr.write(
+            f"stopped by {asked.name} before the first step, while rank {self.plan.cluster.rank}"
+            " looked for the others; nothing was lost: run the same command again to go on\n"
+        )
+        leave_exit_code(Stopped.exit_code, os.environ, wait_seconds=0)
+        os._exit(Stopped.exit_code)
 
     def _watch(self) -> None:
         rank = self.plan.cluster.rank

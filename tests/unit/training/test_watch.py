@@ -1,7 +1,10 @@
 """A rank that stands still ends, whatever else does not work."""
 
+import signal
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import time
@@ -10,11 +13,13 @@ from pathlib import Path
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
+from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.watch import HangWatch
 
 recipe = load_recipe("in1k_tiny", ["guard.start_minutes=0.002"])
-watch = HangWatch(RunDir(Path("gone")), make_plan(recipe, Cluster(), name="mine"))
+plan = make_plan(recipe, Cluster(), name="mine")
+watch = HangWatch(RunDir(Path("gone")), plan, request=StopRequest())
 watch.start()
 time.sleep(10)
 """
@@ -33,3 +38,41 @@ def test_a_hang_ends_with_76_where_its_stacks_cannot_be_written(tmp_path):
     assert done.returncode == 76, done.stderr
     assert "rank 0 has stood still" in done.stderr
     assert "cannot write gone/stacks/rank=00000.txt: Not a directory" in done.stderr
+
+
+LONELY = """
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.files import load_recipe
+from convnext_cli.runs.interrupt import StopRequest
+from convnext_cli.runs.layout import RunDir
+from convnext_cli.training.watch import HangWatch
+
+plan = make_plan(load_recipe("in1k_tiny"), Cluster(num_nodes=2), name="mine")
+request = StopRequest()
+request.listen()
+HangWatch(RunDir(Path("mine")), plan, request=request).start()
+print("waits", flush=True)
+TCPStore("127.0.0.1", 0, world_size=2, is_master=True)  # as torch's process group does
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_rank_that_still_looks_for_the_others_with_75(tmp_path, number):
+    command = [sys.executable, "-W", "ignore", "-c", LONELY]
+    lonely = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert lonely.stdout is not None
+    with lonely:
+        while lonely.stdout.readline().strip() != "waits":
+            assert lonely.poll() is None
+        lonely.send_signal(number)
+        _, told = lonely.communicate(timeout=30)
+
+    assert lonely.returncode == 75, told
+    assert f"stopped by {number.name} before the first step" in told
