@@ -210,7 +210,7 @@ def _memory(plan: Plan) -> str:
 def _leave_out(plan: Plan) -> str:
     if not plan.dropped_images:
         return ""
-    return f"; each leaves out {plan.dropped_images:,} images, other ones every time"
+    return f"; each leaves out {plan.dropped_images:,} images that fill no step, others every time"
 
 
 def _hours(plan: Plan) -> str:

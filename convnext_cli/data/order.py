@@ -58,7 +58,7 @@ _PIECE = 1 << 20
 
 OrderKind = Literal["full", "window"]
 Purpose = Literal[
-    "chunks", "window", "permutation", "image", "batch", "stream", "init", "shards", "mix", "noise"
+    "chunks", "window", "permutation", "image", "batch", "stream", "shards", "mix", "noise"
 ]
 _PURPOSES: dict[Purpose, int] = {
     "chunks": 1,
@@ -67,8 +67,7 @@ _PURPOSES: dict[Purpose, int] = {
     "image": 4,
     "batch": 5,
     "stream": 6,
-    "init": 7,
-    "shards": 8,
+    "shards": 8,  # 7 was another purpose once
     "mix": 9,
     "noise": 10,
 }

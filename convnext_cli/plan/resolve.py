@@ -610,7 +610,8 @@ def _split_batch(recipe: Recipe, cluster: Cluster) -> tuple[int, int]:
 def _even_batch(images: int, recipe: Recipe, cluster: Cluster, *, unit: int) -> int:
     """At most so many images per step, in even passes; the fewest a pass can have at least."""
     per_step = max(1, images // cluster.world_size // unit) * unit
-    passes = -(-per_step // (recipe.batch.per_device_images // unit * unit)) * unit
+    limit = max(unit, recipe.batch.per_device_images // unit * unit)
+    passes = -(-per_step // limit) * unit
     return per_step // passes * passes * cluster.world_size
 
 

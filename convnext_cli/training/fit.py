@@ -1,7 +1,8 @@
 """`fit`: one attempt of a run, from the run directory to the last validation.
 
 ```
-fit    data, model, weights; then the run's folder; then the Trainer; again where it goes back
+fit    builds data and model and loads weights; then makes the run's folder; then trains, from an
+       older checkpoint again where the run goes back
 ```
 """
 

@@ -76,8 +76,8 @@ class Classifier(pl.LightningModule):
         self.grad_norm: Tensor | None = None
         """Norm of the newest gradient before clipping."""
         self.loss_sum = torch.zeros((), dtype=torch.float64)
-        """Sum of this rank's losses of the passes since the row before; stays on the device. Sums
-        of float32 are exact in float64: where a run was interrupted does not show in its rows."""
+        """Sum of this rank's losses of the passes since the row before; stays on the device. Kept
+        in float64, so that adding up losses in two attempts gives the same bits as in one."""
         self.step_loss = torch.zeros(())
         """Sum of the losses of the passes of the newest step."""
         self.loss_steps = torch.zeros(())

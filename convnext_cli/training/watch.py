@@ -3,7 +3,7 @@
 Each rank watches itself: without an optimizer step or a validation batch for
 `guard.hang_minutes` (`guard.start_minutes` for the first ones), it writes the Python stacks of
 all its threads to `stacks/rank=00000.txt` and to stderr, with what it was doing, and ends with
-exit code 76. A rank that waits in a collective for another one writes that. When the interpreter
+exit code 76. The stacks show which collective a rank waited in for another. When the interpreter
 itself is held, a timer of the C library writes the stacks a minute later; the exit code is 1 then.
 
 A rank that is asked to stop while it still looks for the others is ended with 75: torch waits for

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from convnext_cli.errors import PlanError, RecipeError
@@ -62,6 +62,7 @@ def test_more_devices_take_fewer_images_each():
 
 
 @given(world=st.integers(1, 512), images=st.integers(1, 8192), limit=st.integers(1, 512))
+@example(world=2, images=5, limit=1)
 @settings(max_examples=60, deadline=None)
 def test_the_batch_equation_holds_or_the_batch_is_refused(world, images, limit):
     overrides = (
