@@ -1,4 +1,4 @@
-"""The benchmarks run at toy size, so that they are whole when somebody needs a number."""
+"""The benchmark of steps runs at toy size, so that it is whole when somebody needs a number."""
 
 import contextlib
 import json
@@ -6,53 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from time import monotonic, sleep
 
 import psutil
 import pytest
 
-ROOT = Path(__file__).parents[2]
 CHECKPOINTING = ["none", "selective", "stages", "blocks"]
-PEERS = {"timm", "timm-unfetched", "timm-plain", "torchvision", "webdataset"}
-
-
-def test_peers_are_measured_beside_the_loader(run_process, tiny_shards):
-    done = run_process(
-        *("bench", "loader", "--data", tiny_shards, "--against", ",".join(PEERS)),
-        *("--image-px", 32),
-        *("--batch", 8, "--images", 16, "--rounds", 1, "--workers", 1, "--json"),
-    )
-
-    assert done.exit_code == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["failed"] == {}
-    systems = {rate["system"]: rate for rate in report["rates"]}
-    assert set(systems) == {"convnext", "convnext-device", *PEERS}
-    assert all(rate["images_per_core_second"] > 0 for rate in systems.values())
-    pairs = {(pair["ours"], pair["peer"]) for pair in report["ratios"]}
-    assert pairs == {(ours, peer) for ours in ("convnext", "convnext-device") for peer in PEERS}
-    stages = [stage["name"] for stage in report["stages"]]
-    assert stages == ["read", "decode", "resize and flip", "RandAugment", "draw"]
-    assert report["limit_frac"]["convnext"] > 0
-
-
-def test_a_peer_that_is_not_installed_is_left_out_with_its_reason(run_process, tiny_shards):
-    pytest.importorskip("torchvision")
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        pytest.skip("DALI is installed here")
-
-    done = run_process(
-        *("bench", "loader", "--data", tiny_shards, "--against", "dali", "--image-px", 32),
-        *("--batch", 8, "--images", 8, "--rounds", 1, "--workers", 1),
-    )
-
-    assert done.exit_code == 0, done.stderr
-    assert "dali was left out: dali ended: ModuleNotFoundError" in done.stderr
 
 
 def test_whole_steps_are_measured_beside_their_peers(run_process):
@@ -216,51 +175,3 @@ def test_a_report_that_cannot_be_written_is_shown_all_the_same(run_process, tmp_
     assert done.exit_code == 74
     assert json.loads(done.stdout)["times"]
     assert f"cannot write {tmp_path / 'depthwise.json'}: Is a directory" in done.stderr
-
-
-def run_script(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """`benchmarks/gpu/step.sh` at toy size."""
-    return subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu/step.sh"],
-        cwd=folder,
-        env=os.environ | {"TOY": "1", "OUT": "out", "PYTHON": sys.executable} | settings,
-        capture_output=True,
-        text=True,
-        timeout=590,
-    )
-
-
-@pytest.mark.timeout(600)
-def test_the_script_for_a_gpu_runs_at_toy_size(tmp_path):
-    done = run_script(tmp_path)
-
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith("== ")]
-    assert len(told) == 6
-    assert all("exit code 0" in line for line in told[1::2])
-    assert (tmp_path / "out/depthwise.md").exists()
-    report = json.loads((tmp_path / "out/step-convnextv2_atto.json").read_text())
-    assert len(report["profiles"]) == 2
-    memory = json.loads((tmp_path / "out/memory/step-convnextv2_atto.json").read_text())
-    assert [each["checkpointing"] for each in memory["memory"]] == CHECKPOINTING
-
-
-@pytest.mark.timeout(600)
-def test_the_script_goes_on_after_a_failure_and_tells_it(tmp_path):
-    done = run_script(tmp_path, MODELS="no_such_recipe")
-
-    assert done.returncode == 1
-    codes = [line.rpartition(" ")[2] for line in done.stdout.splitlines() if "exit code" in line]
-    assert codes == ["0", "2", "2"]
-    assert done.stdout.strip() == (tmp_path / "out/step.log").read_text().strip()
-
-
-def test_the_script_begins_nothing_without_time_left(tmp_path):
-    done = run_script(tmp_path, SECONDS_LEFT="5")
-
-    assert done.returncode == 0
-    assert [line.rpartition(":")[0] for line in done.stdout.splitlines()] == [
-        "== depthwise convolutions",
-        "== v2_in1k_atto",
-        "== memory of v2_in1k_atto",
-    ]
