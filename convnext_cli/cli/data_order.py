@@ -53,7 +53,7 @@ def order(
     card = read_card(directory)
     skips: tuple[Skip, ...] = ()
     if run is not None:
-        from convnext_cli.training.guard import read_skips
+        from convnext_cli.training.start import read_skips
 
         found = find_run(run, Path("runs"))
         recipe = load_recipe(str(found.recipe))

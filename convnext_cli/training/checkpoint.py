@@ -323,20 +323,26 @@ class Checkpoints(pl.Callback):
         """
         step = as_task(pl_module).step
         if trainer.is_global_zero:
-            self.best_step = self._mend(self.run.best, self.best_step, newest=step)
-            self.best_ema_step = self._mend(self.run.best_ema, self.best_ema_step, newest=step)
+            # hashed once where both are the best at the same step, as they often are
+            steps = {self.best_step, self.best_ema_step}
+            whole = {at for at in steps if at is not None and at <= step and self._is_whole(at)}
+            self.best_step = self._mend(self.run.best, self.best_step, whole=whole)
+            self.best_ema_step = self._mend(self.run.best_ema, self.best_ema_step, whole=whole)
             if self.run.checkpoint(step).exists():
                 point_name(self.run.last, self.run.checkpoint(step))
-        steps = (self.best_step, self.best_ema_step)
-        self.best_step, self.best_ema_step = trainer.strategy.broadcast(steps)
+        found = (self.best_step, self.best_ema_step)
+        self.best_step, self.best_ema_step = trainer.strategy.broadcast(found)
         if self.best_step is None:
             self.best_top1 = None
         if self.best_ema_step is None:
             self.best_ema_top1 = None
 
-    def _mend(self, name: Path, step: int | None, *, newest: int) -> int | None:
+    def _is_whole(self, step: int) -> bool:
+        return check_checkpoint(self.run.checkpoint(step)).problem is None
+
+    def _mend(self, name: Path, step: int | None, *, whole: set[int]) -> int | None:
         """Point a name to the checkpoint of a step; None, and no name, where it is not whole."""
-        if step is None or step > newest or check_checkpoint(self.run.checkpoint(step)).problem:
+        if step is None or step not in whole:
             name.unlink(missing_ok=True)
             return None
         if _named_step(name) != step:

@@ -35,14 +35,14 @@ from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.build import build_loggers, build_trainer
 from convnext_cli.training.checkpoint import BackgroundWriter, Checkpoints
 from convnext_cli.training.devices import quiet_lightning
-from convnext_cli.training.guard import FiniteGuard, RolledBack, read_skips
+from convnext_cli.training.guard import FiniteGuard, RolledBack
 from convnext_cli.training.kernels import ChooseKernels
 from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
 from convnext_cli.training.ranks import RankTimer, SameWeights, Stragglers
 from convnext_cli.training.recorder import Recorder
-from convnext_cli.training.start import Start, find_copies, find_start
+from convnext_cli.training.start import Start, find_copies, find_start, read_skips
 from convnext_cli.training.strategy import WHOLE_WEIGHTS, compile_network
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock

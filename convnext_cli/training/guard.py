@@ -9,43 +9,25 @@ checkpoint from before the first of them; the images from there to the last of t
 (`skips.json`, `data.order.Skip`). After `guard.max_rollbacks` the run ends with exit code 71.
 """
 
-import json
 from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
 
 from convnext_cli.data.order import Skip
-from convnext_cli.errors import Diverged, RunError
+from convnext_cli.errors import Diverged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import find_newest_whole, manifest_path
 from convnext_cli.runs.record import write_event, write_json
 from convnext_cli.training.checkpoint import BackgroundWriter
 from convnext_cli.training.later import Later
+from convnext_cli.training.start import read_skips
 from convnext_cli.training.task import Classifier, as_task
 
 
 class RolledBack(Exception):  # noqa: N818  # not an error: the run goes on
     """The run has to go on from an older checkpoint, which all ranks find anew."""
-
-
-def read_skips(run: RunDir) -> tuple[Skip, ...]:
-    """The images that a run leaves out.
-
-    Raises:
-        RunError: The file is damaged.
-    """
-    if not run.skips.is_file():
-        return ()
-    try:
-        rows = json.loads(run.skips.read_text(encoding="utf-8"))["skips"]
-        return tuple(Skip(int(step), int(length)) for step, length in rows)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{run.skips} cannot be read: {error}",
-            hint=f"{run.events} has the same numbers in its rows rolled_back; mend the file",
-        ) from error
 
 
 class FiniteGuard(pl.Callback):

@@ -3,12 +3,13 @@
 Lightning is not loaded here, so that what is refused is refused at once.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from convnext_cli.data.order import ORDER_VERSION
+from convnext_cli.data.order import ORDER_VERSION, Skip
 from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_value
@@ -161,3 +162,21 @@ def find_copies(plan: Plan, run: RunDir) -> RemoteFolder | None:
     """Where the run is copied to; None: nowhere."""
     url = plan.recipe.checkpoint.copy_to
     return None if url is None else RemoteFolder(f"{url.rstrip('/')}/{run.name}")
+
+
+def read_skips(run: RunDir) -> tuple[Skip, ...]:
+    """The images that a run leaves out.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    if not run.skips.is_file():
+        return ()
+    try:
+        rows = json.loads(run.skips.read_text(encoding="utf-8"))["skips"]
+        return tuple(Skip(int(step), int(length)) for step, length in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{run.skips} cannot be read: {error}",
+            hint=f"{run.events} has the same numbers in its rows rolled_back; mend the file",
+        ) from error
