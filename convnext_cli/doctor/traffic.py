@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import distributed
 
 from convnext_cli.data.augment import EvalView
@@ -18,6 +17,7 @@ from convnext_cli.data.fetch import Store
 from convnext_cli.data.reader import ImageReader
 from convnext_cli.doctor.findings import Finding
 from convnext_cli.errors import UserError
+from convnext_cli.plan.cluster import describe_step
 
 _TIMEOUT = timedelta(seconds=120)
 _ROUNDS = 5
@@ -31,17 +31,9 @@ def join_ranks(*, local_rank: int) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        distributed.init_process_group(backend, timeout=_TIMEOUT)
-        return
-    slurm = SLURMEnvironment()
-    distributed.init_process_group(
-        backend,
-        init_method=f"tcp://{slurm.main_address}:{slurm.main_port}",
-        rank=slurm.global_rank(),
-        world_size=slurm.world_size(),
-        timeout=_TIMEOUT,
-    )
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        os.environ.update(describe_step(os.environ))
+    distributed.init_process_group(backend, timeout=_TIMEOUT)
 
 
 def measure_all_reduce() -> Finding:

@@ -1,13 +1,21 @@
 """What there is to run on: nodes, devices and this process's place among them.
 
-What launchers say of a process in its environment is read here. torchrun and Lightning's own
-launcher set `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `RANK` and `LOCAL_RANK`; Slurm sets `SLURM_*`.
+What launchers say of a process in its environment is read here:
+
+```
+torchrun          RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE
+a step of srun    SLURM_STEP_*; what Slurm says of the job alone holds in a batch script's shell too
+Lightning's own   LOCAL_RANK and NODE_RANK
+```
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from convnext_cli.errors import LaunchError
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -35,14 +43,14 @@ def count_cpus() -> int:
 
 
 def read_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """This process's rank: as torchrun, Lightning's launcher or srun say; 0 where none does."""
-    if "RANK" in environ:
+    """This process's rank: as torchrun, srun or Lightning's launcher say; 0 where none does."""
+    if "LOCAL_WORLD_SIZE" in environ:
         return int(environ["RANK"])
-    if "LOCAL_RANK" in environ:  # Lightning's launcher names the node and the local rank only
-        local_world = int(environ.get("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", "1")))
-        return int(environ.get("NODE_RANK", "0")) * local_world + int(environ["LOCAL_RANK"])
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+    if _is_in_step(environ):
         return int(environ["SLURM_PROCID"])
+    if "LOCAL_RANK" in environ:
+        world = int(environ.get("WORLD_SIZE", "1"))
+        return int(environ.get("NODE_RANK", "0")) * world + int(environ["LOCAL_RANK"])
     return 0
 
 
@@ -68,11 +76,57 @@ def read_deadline(environ: Mapping[str, str] = os.environ) -> float | None:
 
 
 def read_shape(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """(nodes, devices a node) as torchrun or a multi-task Slurm step say; None where neither."""
-    if "WORLD_SIZE" in environ and "LOCAL_WORLD_SIZE" in environ:
-        local = int(environ["LOCAL_WORLD_SIZE"])
-        return int(environ["WORLD_SIZE"]) // local, local
-    if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NUM_NODES" in environ:
-        nodes = int(environ["SLURM_STEP_NUM_NODES"])
-        return nodes, int(environ["SLURM_NTASKS"]) // nodes
-    return None
+    """(nodes, devices a node) as torchrun or a step of several tasks say; None where neither.
+
+    Raises:
+        LaunchError: Nodes have unlike numbers of processes, or nobody says how many.
+    """
+    if "LOCAL_WORLD_SIZE" in environ:
+        ranks, local = int(environ["WORLD_SIZE"]), int(environ["LOCAL_WORLD_SIZE"])
+        even = ranks % local == 0
+    elif _is_in_step(environ):
+        ranks = int(environ["SLURM_STEP_NUM_TASKS"])
+        local = ranks // int(environ["SLURM_STEP_NUM_NODES"])
+        # 2(x3) where each of three nodes has two, and 2,1 where they differ
+        even = "," not in environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    elif {"RANK", "WORLD_SIZE"} <= environ.keys() and "LOCAL_RANK" not in environ:
+        if (world := environ["WORLD_SIZE"]) == "1":
+            return None
+        raise LaunchError(
+            f"RANK={environ['RANK']} and WORLD_SIZE={world} are set, but neither LOCAL_RANK nor"
+            " LOCAL_WORLD_SIZE: how many processes a node has is not known",
+            hint="start one torchrun a node, which sets them: torchrun --module convnext_cli train",
+        )
+    else:
+        return None
+    if not even:
+        raise LaunchError(
+            f"{ranks} processes are shared out unevenly: all nodes need the same number",
+            hint="srun --ntasks-per-node=N, or torchrun with the same --nproc-per-node=N on each",
+        )
+    return ranks // local, local
+
+
+def describe_step(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would tell a process of a step of srun, in torchrun's variables."""
+    shape = read_shape(environ)
+    assert shape is not None
+    step = int(environ["SLURM_STEP_ID"])
+    # node[03-05,9],other: the first of the names
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).partition(",")[0]
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "GROUP_RANK": environ["SLURM_NODEID"],
+        "WORLD_SIZE": str(shape[0] * shape[1]),
+        "LOCAL_WORLD_SIZE": str(shape[1]),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", first),
+        # below the ports that systems hand out by themselves; steps at one time have their own
+        "MASTER_PORT": environ.get(
+            "MASTER_PORT", str(12000 + (int(environ["SLURM_JOB_ID"]) + 7919 * step) % 20000)
+        ),
+    }
+
+
+def _is_in_step(environ: Mapping[str, str]) -> bool:
+    return int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1

@@ -19,7 +19,7 @@ from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.schema import Tracker
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.devices import lightning_precision
-from convnext_cli.training.strategy import build_strategy
+from convnext_cli.training.strategy import build_strategy, find_environment
 from convnext_cli.training.throughput import DataClock
 
 _FIRST_SCALE = 2.0**13
@@ -115,7 +115,7 @@ def build_trainer(
         ),
         # weights that are put together in inference mode could not be trained with again
         inference_mode=plan.recipe.compute.strategy == "ddp",
-        plugins=[checkpoint_io, *scaled],
+        plugins=[find_environment(), checkpoint_io, *scaled],
         precision=None if scaled else lightning_precision(plan.precision),
         max_epochs=1,
         min_epochs=0,

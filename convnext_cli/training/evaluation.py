@@ -36,7 +36,7 @@ from convnext_cli.training.diagnosis import Diagnosis, Diagnostics
 from convnext_cli.training.loading import LoadedModel
 from convnext_cli.training.report import WORST_PAIRS, ClassRow, PairRow, Report
 from convnext_cli.training.scores import Scores, Summary
-from convnext_cli.training.strategy import build_strategy
+from convnext_cli.training.strategy import build_strategy, find_environment
 
 Listener = Callable[[int, int], None]
 """Called with (batches done, batches in all) of this rank."""
@@ -150,6 +150,7 @@ def evaluate_model(
         devices=setup.cluster.devices_per_node,
         num_nodes=setup.cluster.num_nodes,
         strategy=build_strategy(setup.cluster),
+        plugins=[find_environment()],
         precision=lightning_precision(setup.precision),
         logger=False,
         enable_checkpointing=False,

@@ -13,15 +13,19 @@ its groups. It is read before the network is shared out, and the optimizer's sta
 it is loaded.
 """
 
+import os
 from collections.abc import Generator
 from typing import assert_never
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.cluster import Cluster, describe_step, read_shape
 from convnext_cli.recipe.schema import ShardGroup
 from convnext_cli.recipe.schema import Strategy as StrategyName
 from convnext_cli.training.graphs import record_network
@@ -75,6 +79,22 @@ def build_strategy(
             return ZeroStrategy(stage=3, clip_norm=clip_norm, process_group_backend=backend)
         case _:
             assert_never(strategy)
+
+
+def find_environment() -> ClusterEnvironment:
+    """Whether a launcher has started all processes, for Lightning; tells torch what srun says.
+
+    Lightning's own look takes each shell of a Slurm job for a task of many, in which a process
+    trains alone on its share of the images, and refuses a step without --ntasks-per-node.
+
+    Raises:
+        LaunchError: The launcher gives nodes unlike numbers of processes.
+    """
+    if read_shape() is None:
+        return LightningEnvironment()
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        os.environ.update(describe_step(os.environ))
+    return TorchElasticEnvironment()
 
 
 def compile_network(

@@ -18,7 +18,8 @@ from convnext_cli.runs.exit_code import leave_exit_code
 
 
 def environ(folder, rank, ranks=2):
-    return {"CONVNEXT_EXIT_DIR": str(folder), "CONVNEXT_EXIT_RANKS": str(ranks), "RANK": str(rank)}
+    told = {"CONVNEXT_EXIT_DIR": str(folder), "CONVNEXT_EXIT_RANKS": str(ranks)}
+    return told | {"RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
 
 
 def test_a_process_leaves_its_code_where_a_launcher_asks_and_nowhere_else(tmp_path, monkeypatch):

@@ -2,7 +2,21 @@
 
 import pytest
 
-from convnext_cli.plan.cluster import Cluster, count_cpus, read_rank, read_shape
+from convnext_cli.errors import LaunchError
+from convnext_cli.plan.cluster import Cluster, count_cpus, describe_step, read_rank, read_shape
+
+STEP = {
+    "SLURM_JOB_ID": "20007",
+    "SLURM_JOB_NODELIST": "gpu-[01-08]",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu-[03,05-06],other",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+}
 
 
 def test_the_world_is_all_devices_of_all_nodes():
@@ -23,9 +37,11 @@ def test_at_least_one_core_is_there():
         # Lightning's own launcher names the local rank and the node
         ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, 1),
         # srun, a task a device
-        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, 9),
+        (STEP, 5),
+        # and a script that tells its tasks some of torchrun's words
+        (STEP | {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}, 5),
         # one shell inside an allocation is not a rank
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 0),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "1"}, 0),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}, 0),
     ],
 )
@@ -39,11 +55,47 @@ def test_the_rank_is_what_the_launcher_says(environ, rank):
         ({}, None),
         ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, (2, 8)),
         ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, (1, 1)),
-        ({"SLURM_NTASKS": "32", "SLURM_STEP_NUM_NODES": "4"}, (4, 8)),
-        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
+        (STEP, (4, 2)),
+        # salloc's shell is a step of one task, which knows how many the job has
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}, None),
+        # a pod of Kubeflow that is alone, and Lightning's own launcher in it
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, None),
         # inside an allocation, but not started by srun
         ({"SLURM_NTASKS": "32", "SLURM_JOB_NUM_NODES": "4"}, None),
     ],
 )
 def test_the_shape_is_what_torchrun_or_a_slurm_step_says(environ, shape):
     assert read_shape(environ) == shape
+
+
+@pytest.mark.parametrize(
+    ("environ", "sentence"),
+    [
+        ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"}, "6 processes are shared out unevenly"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3,2(x2),1"}, "8 processes are shared out unevenly"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "neither LOCAL_RANK nor"),
+    ],
+)
+def test_nodes_that_are_unlike_or_unknown_are_refused(environ, sentence):
+    with pytest.raises(LaunchError, match=sentence) as caught:
+        read_shape(environ)
+    assert "torchrun" in str(caught.value.hint)
+
+
+def test_a_step_of_srun_is_told_in_the_words_of_torchrun():
+    told = describe_step(STEP)
+
+    assert told == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "GROUP_RANK": "2",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu-03",  # of the step, which does not begin where its job does
+        "MASTER_PORT": "12007",
+    }
+    assert read_shape(told) == read_shape(STEP)
+    assert describe_step(STEP | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != told["MASTER_PORT"]
+    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert describe_step(STEP | chosen) == told | chosen

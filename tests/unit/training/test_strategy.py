@@ -1,22 +1,58 @@
 """Which strategy a recipe gets, and what is shared together."""
 
+import os
+
 import pytest
 import timm
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.convnext import Block, ConvNeXt, build_convnext
-from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.cluster import Cluster, describe_step
 from convnext_cli.plan.cost import STRATEGIES
 from convnext_cli.training.sharding import ShardedStrategy, iter_shard_units
-from convnext_cli.training.strategy import ReplicatedStrategy, build_strategy, compile_network
+from convnext_cli.training.strategy import (
+    ReplicatedStrategy,
+    build_strategy,
+    compile_network,
+    find_environment,
+)
 from convnext_cli.training.zero import ZeroStrategy
 
 ALONE = Cluster(device="cpu")
 TWO = Cluster(device="cpu", devices_per_node=2)
+
+
+@pytest.mark.parametrize("tasks", ["1", "4"])
+def test_the_shell_of_a_slurm_job_is_no_task_of_many(monkeypatch, tasks):
+    # a script of sbatch, where Lightning's own look finds tasks that srun has started
+    for name, value in {"JOB_ID": "7", "JOB_NAME": "a", "NTASKS": tasks, "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+    found = find_environment()
+
+    assert isinstance(found, LightningEnvironment)
+    assert not found.creates_processes_externally
+
+
+def test_a_step_of_srun_needs_no_more_than_its_tasks(monkeypatch):
+    step = {"STEP_NUM_TASKS": "4", "STEP_NUM_NODES": "2", "STEP_NODELIST": "a[1-2]", "STEP_ID": "0"}
+    own = {"JOB_ID": "7", "NTASKS": "4", "PROCID": "3", "LOCALID": "1", "NODEID": "1"}
+    for name, value in (step | own).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in describe_step(os.environ):  # gone after the test, where they are set in it
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    found = find_environment()
+
+    assert isinstance(found, TorchElasticEnvironment)
+    assert (found.world_size(), found.global_rank(), found.local_rank()) == (4, 3, 1)
+    assert (found.node_rank(), found.main_address) == (1, "a1")
 
 
 def test_every_name_has_its_strategy():
