@@ -53,8 +53,8 @@ def slurm_folder() -> Path:
     return shipped if shipped.is_dir() else package.parent / "slurm"
 
 
-def render_job(job: SlurmJob) -> str:
-    """The text of a job file; depends on the job and the shipped script alone."""
+def _read_script(job: SlurmJob) -> tuple[str, list[str], str]:
+    """The first line of the shipped script, the options of sbatch of a job, and the rest."""
     script = (slurm_folder() / "multinode.sh").read_text(encoding="utf-8")
     shebang, _, rest = script.partition("\n")
     shipped = re.match(r"(#SBATCH .*\n)+", rest)
@@ -72,6 +72,12 @@ def render_job(job: SlurmJob) -> str:
     names = tuple(option.partition("=")[0] for option in asked)
     kept = [line.removeprefix("#SBATCH ") for line in shipped[0].splitlines()]
     options = [*asked, *(line for line in kept if not line.startswith(names)), *job.sbatch_options]
+    return shebang, options, rest[shipped.end() :]
+
+
+def render_job(job: SlurmJob) -> str:
+    """The text of a job file; depends on the job and the shipped script alone."""
+    shebang, options, body = _read_script(job)
     variables = {
         "RECIPE": job.recipe,
         "DATA": job.data,
@@ -93,7 +99,7 @@ def render_job(job: SlurmJob) -> str:
         f"# Written by `convnext launch slurm`; by hand: sbatch {shlex.quote(str(job.file))}",
         *(f"export {name}={shlex.quote(value or '')}" for name, value in variables.items()),
     ]
-    return "\n".join(lines) + "\n" + rest[shipped.end() :]
+    return "\n".join(lines) + "\n" + body
 
 
 def _quote(option: str) -> str:
@@ -103,6 +109,11 @@ def _quote(option: str) -> str:
         return option
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{name}="{escaped}"'
+
+
+def _split(option: str) -> list[str]:
+    """An option as sbatch takes it from a shell: a value after a space is a word of its own."""
+    return [option] if "=" in option.partition(" ")[0] else option.split(maxsplit=1)
 
 
 def find_sbatch() -> str:
@@ -131,17 +142,20 @@ def submit(job: SlurmJob) -> str:
     with writing_to(job.file):
         job.file.parent.mkdir(parents=True, exist_ok=True)
         job.file.write_text(render_job(job), encoding="utf-8")
+    # Also here, for SBATCH_PARTITION and its like in the environment go before those in a file.
+    _, options, _ = _read_script(job)
+    words = [word for option in options for word in _split(option)]
     done = subprocess.run(
-        [sbatch, "--parsable", str(job.file)],
+        [sbatch, "--parsable", *words, str(job.file)],
         cwd=job.folder,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        words = " ".join(done.stderr.split()).rstrip(".") or "no reason given"
+        why = " ".join(done.stderr.split()).rstrip(".") or "no reason given"
         raise LaunchError(
-            f"sbatch refused {job.file} with exit code {done.returncode}: {words}",
+            f"sbatch refused {job.file} with exit code {done.returncode}: {why}",
             hint="sinfo shows partitions and limits; other options of sbatch go in with --sbatch",
         )
     return done.stdout.strip().partition(";")[0]  # NUMBER;CLUSTER where clusters are federated

@@ -78,11 +78,24 @@ def test_a_machine_without_sbatch_is_told_in_one_sentence(tmp_path, monkeypatch)
 
 
 def test_a_job_file_lies_beside_the_run_and_its_number_comes_back(tmp_path, fake):
-    fake("sbatch", '[ "$1" = --parsable ] && [ -s "$2" ] && echo "4711;north"')
-    job = SlurmJob(recipe="in1k_tiny", name="a", folder=tmp_path, runs_dir=tmp_path / "runs")
+    fake("sbatch", f'printf "%s\\n" "$@" >{tmp_path}/told; echo "4711;north"')
+    options = ("--partition=gpu", "--comment=two words", "-q high", "--exclusive")
+    job = SlurmJob(
+        recipe="in1k_tiny",
+        name="a",
+        folder=tmp_path,
+        runs_dir=tmp_path / "runs",
+        sbatch_options=options,
+    )
 
     assert submit(job) == "4711"
-    assert (tmp_path / "runs" / "a" / "launch" / "job.sh").read_text() == render_job(job)
+    assert job.file.read_text() == render_job(job)
+    # told as arguments too: SBATCH_PARTITION would go before what the file says
+    words = (tmp_path / "told").read_text().splitlines()
+    asked = ["--partition=gpu", "--comment=two words", "-q", "high", "--exclusive"]
+    assert words[0] == "--parsable"
+    assert "--signal=USR1@120" in words
+    assert words[-6:] == [*asked, str(job.file)]
 
 
 def test_what_sbatch_refuses_is_told_with_its_reason(tmp_path, fake):
