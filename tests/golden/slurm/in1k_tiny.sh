@@ -166,10 +166,15 @@ mkdir "$CONVNEXT_EXIT_DIR"
 CACHE=${CACHE:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/convnext-${USER:-$(id -un)}}
 arguments=(train "$RECIPE" --name "$NAME" --runs-dir "$RUNS_DIR" "data.cache_dir=$CACHE")
 [[ -z ${DATA:-} ]] || arguments+=(--data "$DATA")
-mapfile -t extra < <(xargs -r -n 1 printf '%s\n' <<<"${EXTRA:-}") # quotes are read, nothing is run
-arguments+=("${extra[@]}")
+words=$(xargs -r -n 1 printf '%s\n' <<<"${EXTRA:-}") || # quotes are read, nothing is run
+    fail "EXTRA=$EXTRA cannot be read: a quote in it has no end" "EXTRA='optim.lr=2e-3 seed=1'"
+[[ -z $words ]] || mapfile -t -O "${#arguments[@]}" arguments <<<"$words"
 
-[[ -z ${VENV:-} ]] || export PATH=$VENV/bin:$PATH
+if [[ -n ${VENV:-} ]]; then
+    [[ -n ${CONTAINER:-} || -x $VENV/bin/python ]] || fail "VENV=$VENV has no bin/python on $(hostname)" \
+        "name a virtual environment on a file system that all nodes share"
+    export PATH=$VENV/bin:$PATH
+fi
 inside=()
 srun_more=()
 case ${CONTAINER:-} in

@@ -37,6 +37,19 @@ def fake(tmp_path, monkeypatch):
     return make
 
 
+def run_script(folder, variables):
+    """`slurm/multinode.sh` in a job of one process."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
+    job |= {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "RECIPE": "in1k_tiny"}
+    return subprocess.run(
+        ["bash", slurm_folder() / "multinode.sh"],
+        env=os.environ | job | variables,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_below_its_head_a_job_file_is_the_shipped_script():
     shipped = (slurm_folder() / "multinode.sh").read_text()
     body = shipped[shipped.index("# NAME\n") :]
@@ -125,6 +138,35 @@ def test_a_value_that_is_not_plain_is_quoted_for_sbatch(option, line):
 
 
 @pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"EXTRA": "seed=1 'optim.lr=2e-3"}, "a quote in it has no end"),
+        ({"VENV": "/nowhere"}, "VENV=/nowhere has no bin/python"),
+    ],
+)
+def test_a_job_that_would_train_something_else_is_refused(tmp_path, fake, variables, sentence):
+    fake("scontrol", "echo node1")
+    fake("srun", f"touch {tmp_path}/started")
+
+    done = run_script(tmp_path, variables)
+
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_extra_arguments_are_words_as_a_shell_reads_them(tmp_path, fake):
+    fake("scontrol", "echo node1")
+    fake("srun", f'printf "%s\\n" "$@" >{tmp_path}/told; echo 0 >"$CONVNEXT_EXIT_DIR/0"')
+
+    done = run_script(tmp_path, {"EXTRA": """seed=1 "about=it's two" '' --device cpu"""})
+
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "told").read_text().splitlines()
+    assert words[-5:] == ["seed=1", "about=it's two", "", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
     ("state", "requeued"),
     [
         ("RUNNING None", True),
@@ -140,16 +182,7 @@ def test_a_job_that_was_stopped_is_requeued_as_long_as_nobody_ended_it(
     fake("srun", 'echo 75 >"$CONVNEXT_EXIT_DIR/0"; exit 75')
     fake("squeue", f"echo {state}")
     fake("scontrol", f'[ "$1" = show ] && echo node1 || echo "$@" >>{tmp_path}/told')
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"}
-    job |= {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "RECIPE": "in1k_tiny"}
-
-    done = subprocess.run(
-        ["bash", slurm_folder() / "multinode.sh"],
-        env=os.environ | job,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = run_script(tmp_path, {})
 
     assert done.returncode == 75, done.stderr
     assert (tmp_path / "told").exists() == requeued, done.stdout
