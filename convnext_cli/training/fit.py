@@ -40,7 +40,7 @@ from convnext_cli.training.kernels import ChooseKernels
 from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import Quarantine
-from convnext_cli.training.ranks import RankTimer, SameWeights, Stragglers
+from convnext_cli.training.ranks import RankTimer, SameStart, SameWeights, Stragglers
 from convnext_cli.training.recorder import Recorder
 from convnext_cli.training.start import Start, find_copies, find_start, read_skips
 from convnext_cli.training.strategy import WHOLE_WEIGHTS, compile_network
@@ -147,6 +147,7 @@ def _attempt(
         plan,
         # At the end of a step: time, agree, look whether it is good, write, save, stop.
         callbacks=[
+            SameStart(run, plan, step=start.step),
             ChooseKernels(plan, say=display.say),
             timer,
             agreement,

@@ -9,24 +9,97 @@ import platform
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, distributed, nn
 
-from convnext_cli.errors import Diverged
+from convnext_cli.errors import DataError, Diverged, RecipeError, RunError
+from convnext_cli.plan.resolve import Plan
+from convnext_cli.recipe.files import flatten_keys, render_value
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import write_event
 from convnext_cli.training.agreement import Agreement, RankTime
 from convnext_cli.training.task import as_task
 from convnext_cli.training.throughput import DataClock
 
+_OF_A_NODE = ("data.path", "data.val_path", "data.workers", "data.cache_dir", "data.cache_gb")
+"""Keys of a recipe that may differ between ranks: where the same images lie, and how they come."""
 _WINDOW_STEPS = 50
 _SLOW = 1.5
 """Times the median of the ranks."""
 _LEAST_SECONDS = 0.02
 """A difference below this is nobody's trouble."""
+
+
+@dataclass(frozen=True)
+class RankStart:
+    """What one rank begins with, as it found it on its node."""
+
+    host: str
+    step: int
+    fingerprint: str | None
+    """Of the data set."""
+    recipe: Mapping[str, object]
+    """`section.key` to value."""
+
+
+class SameStart(pl.Callback):
+    """Holds what the ranks begin with against rank 0's, before any of them loads a checkpoint."""
+
+    def __init__(self, run: RunDir, plan: Plan, *, step: int) -> None:
+        self.run = run
+        keys = flatten_keys(plan.recipe.model_dump(mode="json"))
+        recipe = {key: value for key, value in keys.items() if key not in _OF_A_NODE}
+        self.own = RankStart(platform.node(), step, plan.data_fingerprint, recipe)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compare; on every rank alike.
+
+        Raises:
+            UserError: As `check_same_start`.
+        """
+        del pl_module, stage
+        starts = [self.own] * trainer.world_size
+        if trainer.world_size > 1:
+            distributed.all_gather_object(starts, self.own)
+        check_same_start(starts, run=self.run)
+
+
+def check_same_start(starts: Sequence[RankStart], *, run: RunDir) -> None:
+    """Refuse ranks that would not train one model together.
+
+    Raises:
+        RecipeError: A rank was started with another recipe than rank 0.
+        DataError: It has another data set.
+        RunError: It goes on from another step.
+    """
+    first = starts[0]
+    for rank, own in enumerate(starts):
+        of = f"rank {rank} on {own.host}"
+        for key, value in own.recipe.items():
+            if value != first.recipe[key]:
+                raise RecipeError(
+                    f"{of} has {key}={render_value(value)}, and rank 0 on {first.host} has"
+                    f" {render_value(first.recipe[key])}",
+                    hint="start every rank with the same command",
+                )
+        if own.fingerprint != first.fingerprint:
+            raise DataError(
+                f"{of} has another data set than rank 0 on {first.host}: {own.fingerprint}, not"
+                f" {first.fingerprint}",
+                hint="copy it to every node anew, or name one on a file system that nodes share:"
+                " --data DIR",
+            )
+        if own.step != first.step:
+            raise RunError(
+                f"{of} would go on from step {own.step}, and rank 0 on {first.host} from step"
+                f" {first.step}: {run.root} is not the same folder on both",
+                hint=f"put {first.host}'s on a file system that all nodes share, and name that:"
+                " --runs-dir DIR",
+            )
 
 
 class RankTimer(pl.Callback):

@@ -1,13 +1,36 @@
 """Ranks held against each other."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from convnext_cli.errors import UserError
+from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.agreement import RankTime
-from convnext_cli.training.ranks import checksum, find_straggler
+from convnext_cli.training.ranks import RankStart, check_same_start, checksum, find_straggler
 
 STEPS = 50
+
+
+@pytest.mark.parametrize(
+    ("odd", "sentence", "hint"),
+    [
+        ({"step": 0}, "go on from step 0, and rank 0 on a from step 8: runs/x is", "--runs-dir"),
+        ({"fingerprint": "cd"}, "has another data set than rank 0 on a: cd, not ab", "--data"),
+        ({"recipe": {"optim.lr": 0.2}}, "has optim.lr=0.2, and rank 0 on a has 0.1", "command"),
+    ],
+)
+def test_ranks_that_would_not_train_one_model_together_are_refused(odd, sentence, hint):
+    first = RankStart("a", 8, "ab", {"optim.lr": 0.1})
+    starts = [first, replace(first, host="b"), replace(first, host="b", **odd)]
+
+    check_same_start(starts[:2], run=RunDir(Path("runs/x")))
+    with pytest.raises(UserError, match=f"^rank 2 on b .*{sentence}") as caught:
+        check_same_start(starts, run=RunDir(Path("runs/x")))
+    assert hint in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
