@@ -121,3 +121,32 @@ def test_the_manifest_for_kubernetes_holds_the_same_codes_for_final():
     assert sorted(codes) == [2, 71, 74]
     assert "--module convnext_cli train in1k_tiny" in container["command"][-1]
     subprocess.run(["bash", "-n", "-c", container["command"][-1]], check=True)
+
+
+def test_a_pod_that_is_to_end_tells_the_processes_alone_and_ends_with_their_code(tmp_path):
+    text = (slurm_folder() / "kubernetes.yaml").read_text()
+    (job,) = YAML(typ="safe").load(text)["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.parent.mkdir()
+    torchrun.write_text("""#!/bin/bash
+trap 'echo told >>torchrun' TERM
+bash -c 'trap "echo 75 >$CONVNEXT_EXIT_DIR/0; exit 75" TERM
+touch ready
+while :; do sleep 0.1; done' &
+while kill -0 $! 2>/dev/null; do wait $!; done
+exit 1
+""")
+    torchrun.chmod(0o755)
+    told = {"CONVNEXT_EXIT_DIR": str(tmp_path / "exits"), "NODES": "1", "MASTER_ADDR": "a"}
+    pod = subprocess.Popen(
+        container["command"],
+        env=told | {"PATH": f"{torchrun.parent}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "0"},
+        cwd=tmp_path,
+    )
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    pod.terminate()
+
+    assert pod.wait(timeout=20) == 75
+    assert not (tmp_path / "torchrun").exists()
