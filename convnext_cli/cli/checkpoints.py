@@ -22,7 +22,9 @@ def _check_run(run: RunDir, *, deep: bool) -> list[CheckpointState]:
             f"{run.root} has no checkpoint yet",
             hint="wait for its first one: it is saved within a minute or so of training",
         )
-    return [check_checkpoint(path, deep=deep) for path in paths]
+    states = [check_checkpoint(path, deep=deep) for path in paths]
+    # a run that goes on has meanwhile removed what it does not keep
+    return [state for state in states if state.path.exists()]
 
 
 def _show(run: RunDir, states: list[CheckpointState], *, json_output: bool, whole: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.manifest import check_checkpoint, manifest_path
 from convnext_cli.training.checkpoint import save_interval, write_checkpoint
 
 
@@ -51,6 +52,23 @@ def test_verify_finds_a_flipped_bit_that_list_does_not(run, run_cli):
     assert done.exit_code == 2
     assert [state["problem"] is None for state in json.loads(done.stdout)] == [True, False]
     assert "step=00000004.ckpt is damaged" in done.stderr
+
+
+@pytest.mark.parametrize("removed", ["before", "after"])
+def test_what_a_run_that_goes_on_removes_meanwhile_is_not_told(run, run_cli, monkeypatch, removed):
+    def check(path, *, deep):
+        old = run.checkpoint(2)
+        state = check_checkpoint(path, deep=deep) if removed == "after" else None
+        old.unlink(missing_ok=True)
+        manifest_path(old).unlink(missing_ok=True)
+        return state or check_checkpoint(path, deep=deep)
+
+    monkeypatch.setattr("convnext_cli.cli.checkpoints.check_checkpoint", check)
+
+    done = run_cli("checkpoints", "verify", "mine", "--json")
+
+    assert done.exit_code == 0, done.stderr
+    assert [state["step"] for state in json.loads(done.stdout)] == [4]
 
 
 def test_a_run_without_checkpoints_gets_a_sentence(run, run_cli):
