@@ -49,7 +49,7 @@ from convnext_cli.data.card import (
     read_card,
     write_card,
 )
-from convnext_cli.data.decode import MAX_PIXELS
+from convnext_cli.data.decode import MAX_PIXELS, BadImage, decode_rgb
 from convnext_cli.data.index import read_index_sha256, scan_shard, write_index
 from convnext_cli.data.pool import iter_done
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source
@@ -63,7 +63,7 @@ PostScript to its interpreter."""
 JPEG_QUALITY = 95
 UNREADABLE_NAME = "unreadable.csv"
 
-VERSION = 2
+VERSION = 3
 """Counts up when the same source and options would give other bytes than before."""
 _KEY_CHARS = 80
 _LEFT_OUT = frozenset((errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR))
@@ -616,6 +616,8 @@ def make_jpeg(data: bytes, *, resize_short: int | None = None) -> tuple[bytes, i
         raise Unreadable(f"more than {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:
         raise Unreadable("not an image of a known format") from error
+    except BadImage as error:
+        raise Unreadable(error.reason) from error
     except Unreadable:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
@@ -631,11 +633,10 @@ def _encode(data: bytes, *, resize_short: int | None) -> tuple[bytes, int, int]:
         if width * height > MAX_PIXELS:
             raise Unreadable(f"{width} x {height} are more than {MAX_PIXELS:,} pixels")
         too_large = resize_short is not None and min(width, height) > resize_short
-        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and not too_large:
-            # Reads all data, which shows damage, but computes an eighth of the pixels' side.
-            image.draft(image.mode, (1, 1))
-            image.load()
-            return data, width, height
+        if image.format in ("JPEG", "MPO"):
+            decode_rgb(data, key="")  # refuses data without their end mark, which Pillow takes
+            if image.mode in ("RGB", "L") and not too_large:
+                return data, width, height
         image.load()
         picture = _to_eight_bits(image)
         if resize_short is not None and too_large:
