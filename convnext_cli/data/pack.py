@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISREG
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -579,10 +580,13 @@ def _read(sample: Sample) -> bytes:
     """The bytes of a sample.
 
     Raises:
-        Unreadable: This file is not there or not ours to read.
+        Unreadable: This file is not there, not ours to read, or a device or a pipe.
         DataError: The disk itself fails: leaving images out would hide it.
     """
     try:
+        kind = Path(sample.file).stat().st_mode
+        if not S_ISREG(kind) and not S_ISDIR(kind):  # opening a pipe would wait for ever
+            raise Unreadable("not a regular file, but a device or a pipe")
         with Path(sample.file).open("rb") as file:
             if sample.file.lower().endswith(".tar"):
                 file.seek(sample.offset)

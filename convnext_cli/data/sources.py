@@ -326,13 +326,14 @@ def _tell_empty(folders: Sequence[str]) -> list[str]:
 def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list[str]:
     """Add the images of a folder of class folders; the class folders without any."""
     folders, empty = 0, []
+    above = (_identify(root),)
     entries, passed = _scan_both(root)
     _tell_passed(passed, found, prefix=prefix)
     for entry in entries:
         if entry.is_dir():
             folders += 1
             before = len(found.rows)
-            files = _iter_files(Path(entry.path), f"{prefix}{entry.name}", found, above=())
+            files = _iter_files(Path(entry.path), f"{prefix}{entry.name}", found, above=above)
             for path, file, size in files:
                 _add_file(found, path, file, name=_text(entry.name), split=split, size=size)
             if len(found.rows) == before:
@@ -353,8 +354,7 @@ def _iter_files(
     folder: Path, prefix: str, found: _Found, *, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, str, int]]:
     """Files below a folder; follows links, but not in circles."""
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
+    here = _identify(folder)
     if here in above:
         return
     entries, passed = _scan_both(folder)
@@ -369,6 +369,11 @@ def _iter_files(
             except FileNotFoundError:  # a link to nowhere; packing will say so
                 size = 0
             yield path, entry.path, size
+
+
+def _identify(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _add_file(found: _Found, path: str, file: str, *, name: str, split: str, size: int) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -349,8 +350,21 @@ def test_images_in_folders_below_a_class_belong_to_it(tmp_path):
 def test_a_link_in_a_circle_does_not_go_round(tmp_path):
     images = write_folders(tmp_path / "images", {"a": 1, "b": 1})
     (images / "a" / "again").symlink_to(images / "a")
+    (images / "a" / "all").symlink_to(images)
 
-    assert pack(images, tmp_path / "out").card.splits["train"].images == 2
+    assert pack(images, tmp_path / "out").card.splits["train"].class_images == (1, 1)
+
+
+def test_a_pipe_or_a_socket_with_the_name_of_an_image_is_left_out(tmp_path, monkeypatch):
+    images = write_folders(tmp_path / "images", {"a": 1, "b": 1})
+    os.mkfifo(images / "a" / "pipe.jpg")
+    monkeypatch.chdir(images / "a")  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.jpg")
+
+        assert pack(images, tmp_path / "out").unreadable == 2
+
+    assert 'a/pipe.jpg,"not a regular' in (tmp_path / "out" / "unreadable.csv").read_text()
 
 
 def write_table(path: Path, rows: list[str]) -> Path:
