@@ -436,8 +436,8 @@ def _deeper(source: Path) -> str | None:
 
 
 def _text(name: str) -> str:
-    """A file name as text, also where its bytes are no UTF-8."""
-    return os.fsencode(name).decode("utf-8", "replace")
+    """A file name as text, another one for each, also where its bytes are no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _list_class_tars(source: Path) -> Source:

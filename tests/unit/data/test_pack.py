@@ -778,14 +778,14 @@ def test_keys_are_ascii_unique_and_without_dots(tmp_path):
 
 def test_names_that_are_no_text_are_packed(tmp_path):
     images = os.fsencode(tmp_path) + b"/images"
-    for folder in (b"/caf\xe9", b"/b"):
+    for folder in (b"/caf\xe9", b"/caf\xe8", b"/b"):
         os.makedirs(images + folder)  # noqa: PTH103  # a name of bytes
         Path(os.fsdecode(images + folder + b"/\xff.jpg")).write_bytes(jpeg(1))
 
     packed = pack(tmp_path / "images", tmp_path / "out")
 
-    assert packed.card.splits["train"].images == 2
-    assert packed.card.classes == ("b", "caf\ufffd")
+    assert packed.card.splits["train"].class_images == (1, 1, 1)
+    assert packed.card.classes == ("b", r"caf\xe8", r"caf\xe9")
 
 
 # Going on, and being in the way
