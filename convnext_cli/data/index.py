@@ -177,7 +177,7 @@ def iter_members(
                 hint=_COPY_AGAIN,
             )
         if kind == b"L":  # GNU: the next member's name, too long for its header
-            long_name = file.read(size).rstrip(b"\0").decode("utf-8", "replace")
+            long_name = file.read(size).rstrip(b"\0").decode("utf-8", "backslashreplace")
         elif kind == b"x":  # pax: the same, as a record
             long_name = _pax_path(file.read(size)) or long_name
         elif kind not in _ABOUT_OTHERS:
@@ -209,7 +209,7 @@ def _octal(field: bytes) -> int | None:
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:262] == b"ustar" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "replace")
+    return (prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace")
 
 
 def _pax_path(records: bytes) -> str | None:
@@ -217,7 +217,7 @@ def _pax_path(records: bytes) -> str | None:
         _, _, pair = record.partition(b" ")
         key, _, value = pair.partition(b"=")
         if key == b"path":
-            return value.decode("utf-8", "replace")
+            return value.decode("utf-8", "backslashreplace")
     return None
 
 
@@ -451,7 +451,7 @@ def _ending(labels: LabelSource) -> str:
 def _label_text(data: bytes, labels: LabelSource) -> str:
     """The label as it is written; a field that is not there reads as nothing."""
     if isinstance(labels, str):
-        return data.decode("utf-8", "replace").strip()
+        return data.decode("utf-8", "backslashreplace").strip()
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):

@@ -247,8 +247,9 @@ def _is_wanted(name: str) -> bool:
 
 
 def _number(name: str) -> int:
-    """A 63-bit number for a sample that has only a name."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    """A 63-bit number for a sample that has only a name, which may be bytes that are no UTF-8."""
+    digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _label(data: bytes, *, key: str, num_classes: int) -> int:

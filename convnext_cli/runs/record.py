@@ -83,7 +83,7 @@ class JsonLines:
         """
         line = json.dumps(_jsonable(row), allow_nan=False, ensure_ascii=False)
         with writing_to(self.path):
-            self._file.write(line.encode() + b"\n")
+            self._file.write(line.encode(errors="backslashreplace") + b"\n")
             self._file.flush()
 
     def truncate_after(self, step: int, *, key: str | None = None) -> int:
@@ -177,7 +177,7 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     text = json.dumps(_jsonable(value), indent=2, allow_nan=False, ensure_ascii=False)
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, text.encode() + b"\n")
+        _write_whole(path, text.encode(errors="backslashreplace") + b"\n")
 
 
 def write_csv(rows_path: Path, table_path: Path) -> None:

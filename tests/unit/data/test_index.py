@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_long_names_are_read_in_every_tar_format(tmp_path, kind):
     shard = write_tar(tmp_path / "s.tar", sample(key, 1), kind=kind)
 
     assert list(scan_shard(shard).index.keys) == [key]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_and_labels_that_are_no_utf8_stay_apart(tmp_path, kind):
+    members = []
+    for letter in (b"\xe8", b"\xe9"):
+        key = os.fsdecode(b"caf" + letter)
+        members += [(f"{key}.jpg", b"image"), (f"{key}.cls", letter)]
+
+    scan = scan_shard(write_tar(tmp_path / "s.tar", members, kind=kind), names=True)
+
+    assert scan.index.keys == [r"caf\xe8", r"caf\xe9"]
+    assert scan.label_texts == (r"\xe8", r"\xe9")
 
 
 def test_every_flipped_bit_of_a_header_is_refused(shard):

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 import tarfile
 import threading
@@ -52,6 +53,14 @@ def labels(reader, *, epoch=0, num_workers=0) -> list[int]:
     reader.set_epoch(epoch)
     loader = build_loader(reader, sampler=None, num_workers=num_workers, pin_memory=False)
     return [label for batch in loader for label in batch.label_N.tolist()]
+
+
+def test_a_name_that_is_no_utf8_is_read(tmp_path):
+    key = os.fsdecode(b"caf\xe9")
+    write_tar(tmp_path / "s.tar", {f"{key}.jpg": jpeg(0), f"{key}.cls": b"7"})
+    reader = stream_of(str(tmp_path / "s.tar"), view=EvalView(image_px=16), num_batches=None)
+
+    assert labels(reader) == [7, -1, -1, -1]
 
 
 def test_one_worker_reads_each_image_once_an_epoch_in_another_order(shards):

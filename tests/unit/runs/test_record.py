@@ -213,6 +213,16 @@ def test_json_is_written_whole_and_readable_by_others(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_name_that_is_no_utf8_comes_back(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+
+    write_json(tmp_path / "plan.json", {"name": name})
+    write_rows(tmp_path / "events.jsonl", {"name": name})
+
+    assert read_json(tmp_path / "plan.json") == {"name": name}
+    assert read_jsonl(tmp_path / "events.jsonl") == [{"name": name}]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "plan.json"
     write_json(path, {"a": 1})
