@@ -11,8 +11,8 @@ file or folder --read--> plain dict --container, prefixes--> state --layouts--> 
 | a state dict itself (.pth, .bin, .safetensors; whole or in shards) | raw |
 
 A pickle may run code when it is read, so torch reads with `weights_only=True`: tensors and plain
-values, and the argparse.Namespace of them that the official code and timm save beside the weights.
-A file that needs more is refused.
+values, and the argparse.Namespace of them and of paths that the official code and timm save beside
+the weights. A file that needs more is refused.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, Literal, Self, assert_never
 
 import torch
@@ -61,6 +61,13 @@ HeadRule = Literal["keep", "reset", "map"]
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _RAW_KEYS = ("model", "state_dict", "module")
 _HEAD_STD = 0.02
+
+_ARGUMENTS = (
+    argparse.Namespace,
+    (PosixPath, "pathlib.PosixPath"),  # of the official launchers for Slurm
+    (PosixPath, "pathlib._local.PosixPath"),  # as Python 3.13 calls it
+)
+"""Classes of a program's arguments; to make one of them does nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +302,7 @@ def _parse_file(path: Path) -> tuple[object, Mapping[str, str]]:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
             return load_file(path), metadata
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(_ARGUMENTS)):
             # an unusual pickle either reads or raises; the warnings say no more
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path)), {}

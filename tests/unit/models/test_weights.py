@@ -126,7 +126,9 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_checkpoint_with_the_arguments_of_its_program_is_read(key, zipped, tmp_path):
     state = atto().state_dict()
-    arguments = argparse.Namespace(lr=4e-3, model="convnextv2_atto", betas=[0.9, 0.999], resume="")
+    arguments = argparse.Namespace(
+        lr=4e-3, model="convnextv2_atto", betas=[0.9, 0.999], resume="", output_dir=Path("runs/7")
+    )
     content = {key: state, "args": arguments, "epoch": 299}
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
 
