@@ -284,7 +284,9 @@ def _is_own(start: Start, target: TargetData) -> bool:
 def _choose_general(start: Start, target: TargetData, *, image_px: int | None) -> Choice:
     variant = start.variant
     size_px = image_px or start.image_px or 224
-    same = start.classes == target.classes
+    # unnamed classes in the number of a published data set are taken for its own, as in evaluation
+    unnamed = not start.classes and start.num_classes == len(target.classes)
+    same = start.classes == target.classes or (unnamed and target.kind != "own")
     head = "keep" if same else "reset"
     overrides = [
         f"model.name={variant.name}",

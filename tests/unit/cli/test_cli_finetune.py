@@ -96,6 +96,14 @@ def test_as_many_classes_of_unknown_name_do_not_keep_the_head():
     assert "init.head=reset" in choice.overrides
 
 
+@pytest.mark.parametrize(("num_classes", "target"), [(1000, IN1K), (21_841, IN22K)])
+def test_a_published_head_is_kept_on_the_data_set_that_it_was_trained_on(num_classes, target):
+    choice = choose_recipe(start("convnextv2_small", num_classes), target)
+
+    assert "init.head=keep" in choice.overrides
+    assert "its head is kept" in choice.reason
+
+
 def test_a_1k_model_of_another_kind_says_that_nothing_is_published():
     choice = choose_recipe(start("convnext_tiny", 1000), IN1K)
 
