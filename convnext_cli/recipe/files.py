@@ -39,6 +39,9 @@ MAX_BYTES = 1 << 20
 _EXTENDS = 8
 """The longest chain of recipes that extend each other; the shipped ones need three."""
 
+_REPORTED_FOR = ("model.name", "model.num_classes", "data.dataset", "data.image_px")
+"""Keys that `published_top1` is about: where one changes, the number is another recipe's."""
+
 _NESTING = 8
 """The deepest YAML that is read; a recipe needs three levels."""
 
@@ -214,8 +217,16 @@ def _read_layers(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         file = find_recipe(parent, beside=path.parent)
     except RecipeError as error:
         raise RecipeError(f"{path.name}: extends: {error}", hint=error.hint) from error
-    below = _read_layers(file, (*seen, path))
-    return merge_keys(below, keys)
+    return _lay_over(_read_layers(file, (*seen, path)), keys)
+
+
+def _lay_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys over those of another recipe, whose published accuracy may stay behind."""
+    merged = merge_keys(below, above)
+    before, after = flatten_keys(below), flatten_keys(merged)
+    if "published_top1" not in above and any(before.get(k) != after.get(k) for k in _REPORTED_FOR):
+        merged["published_top1"] = None
+    return merged
 
 
 def merge_keys(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -439,12 +450,13 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             the wrong type or range.
     """
     path = find_recipe(str(name))
-    keys = _read_layers(path, ())
+    written = _read_layers(path, ())
+    asked: dict[str, Any] = {}
     where = path.name
     for override in overrides:
-        keys = merge_keys(keys, parse_override(override))
+        asked = merge_keys(asked, parse_override(override))
         where = f"{path.name} with {' '.join(overrides)}"
-    return check_recipe(keys, where=where)
+    return check_recipe(_lay_over(written, asked), where=where)
 
 
 def check_recipe(keys: Mapping[str, Any], *, where: str) -> Recipe:

@@ -452,7 +452,8 @@ class Recipe(Section):
     """One line: what is trained on what, and what comes out."""
 
     published_top1: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Top-1 accuracy that the paper reports for this recipe, in percent."""
+    """Top-1 accuracy that the paper reports for this recipe, in percent. A recipe that extends this
+    one, or overrides, with another model, data set or image size does not take it over."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Start of every random choice: weights, order, crops, mixing, drop path."""

@@ -77,6 +77,24 @@ def test_own_keys_go_over_those_of_the_extended_recipe(write):
     assert (recipe.optim.weight_decay, recipe.model.drop_path) == (0.05, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "published"),
+    [
+        (["model.name=convnext_base"], None),
+        (["data.image_px=288"], None),
+        (["model.num_classes=10"], None),
+        (["published_top1=83", "model.name=convnext_base"], 83),
+        (["model.name=convnext_tiny", "optim.lr=2e-3", "data.path=/x"], 82.1),
+    ],
+)
+def test_a_published_accuracy_stays_with_its_model_data_set_and_size(changes, published, write):
+    keys = [change.replace(".", ":\n  ").replace("=", ": ") for change in changes]
+    own = write("\n".join(["extends: in1k_tiny", *keys]))
+
+    assert load_recipe("in1k_tiny", changes).published_top1 == published
+    assert load_recipe(own).published_top1 == published
+
+
 def test_a_recipe_is_extended_relative_to_its_own_folder(write):
     write("extends: in1k_tiny\nabout: below\nseed: 7\n", "base/below.yaml")
     top = write("extends: ../base/below.yaml\nabout: above\n", "own/above.yaml")
