@@ -456,8 +456,10 @@ def load_into(
     Args:
         model: Changed in place.
         weights: As `read_weights` gives them.
-        head: keep: taken where its size fits, else fresh; reset: fresh; map: row by row, by class.
-        target_classes: Classes of the network by label; empty: those of ImageNet by their number.
+        head: keep: taken where its size fits and its classes, if it names them, are the network's,
+            else fresh; reset: fresh; map: row by row, by class.
+        target_classes: Classes of the network by label; empty: not known, for map those of ImageNet
+            by their number.
 
     Raises:
         CheckpointError: The weights are of another architecture, or the classes do not map.
@@ -465,6 +467,7 @@ def load_into(
     own = model.state_dict()
     state = dict(weights.state)
     num_classes = len(own["head.weight"])
+    named = weights.card.classes if weights.card is not None else ()
     fresh = True
     if weights.num_classes is None:
         said = "it has no head, so the head starts afresh"
@@ -476,14 +479,16 @@ def load_into(
             state[key] = _take_rows(state[key], own[key], rows)
         fresh = False
         said = _say_mapped(rows, missing)
-    elif weights.num_classes == num_classes:
-        fresh = False
-        said = f"its head of {num_classes} classes was kept"
-    else:
+    elif weights.num_classes != num_classes:
         said = (
             f"its head has {weights.num_classes} classes and {num_classes} are wanted,"
             " so the head starts afresh"
         )
+    elif named and target_classes and tuple(target_classes) != named:
+        said = f"its head of {num_classes} classes tells others apart, so the head starts afresh"
+    else:
+        fresh = False
+        said = f"its head of {num_classes} classes was kept"
     if fresh:
         state |= {key: own[key] for key in ("head.weight", "head.bias")}
     for key in ("norm.weight", "norm.bias"):

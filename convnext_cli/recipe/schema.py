@@ -88,8 +88,9 @@ class Init(Section):
     Paper: raw, but for ConvNeXt-L 1K to 384 px (ema)."""
 
     head: Literal["keep", "reset", "map"] = "keep"
-    """keep: the head is taken if its size fits, else it starts afresh; reset: it starts afresh;
-    map: ImageNet-1K's rows are taken from an ImageNet-22K head by class (wnid)."""
+    """keep: the head is taken if its size and the classes that it names fit, else it starts afresh;
+    reset: it starts afresh; map: ImageNet-1K's rows are taken from an ImageNet-22K head by class
+    (wnid)."""
 
 
 _STREAM_KEYS = ("val_path", "train_images", "val_images", "allow_pipe")

@@ -202,6 +202,24 @@ def test_a_head_of_another_size_starts_afresh_and_is_said_to(tmp_path):
     assert torch.equal(model.head.weight, fresh)
 
 
+@pytest.mark.parametrize(
+    ("classes", "kept"), [(("a", "b", "c"), True), ((), True), (("a", "b", "d"), False)]
+)
+def test_a_head_is_kept_only_for_the_classes_that_it_names(classes, kept, tmp_path):
+    our_checkpoint(tmp_path / "x.ckpt")
+    found = read_weights(tmp_path / "x.ckpt")
+    model = atto(seed=9)
+
+    told = load_into(model, found, target_classes=classes)
+
+    assert torch.equal(model.head.weight, found.state["head.weight"]) is kept
+    assert told.endswith(
+        "its head of 3 classes was kept"
+        if kept
+        else "its head of 3 classes tells others apart, so the head starts afresh"
+    )
+
+
 def test_self_supervised_weights_without_norm_and_head_are_taken(tmp_path):
     state = {k: v for k, v in atto().state_dict().items() if not k.startswith(("norm.", "head."))}
     torch.save({"model": state}, tmp_path / "fcmae.pt")
