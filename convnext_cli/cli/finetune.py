@@ -261,7 +261,18 @@ def _find_published(start: Start, target: TargetData, *, image_px: int | None) -
     if recipe is None:
         return None
     return Choice(
-        recipe=recipe, overrides=(), reason=f"the checkpoint is a {variant.name}; {reason}"
+        recipe=recipe,
+        overrides=_prepare_images(start, image_px),
+        reason=f"the checkpoint is a {variant.name}; {reason}",
+    )
+
+
+def _prepare_images(start: Start, image_px: int | None) -> tuple[str, ...]:
+    """Images as the checkpoint knows them, and evaluated as published for a size that is asked."""
+    return (
+        *([f"data.mean={json.dumps(start.mean)}"] if start.mean is not None else []),
+        *([f"data.std={json.dumps(start.std)}"] if start.std is not None else []),
+        *(["evaluate.crop=warp"] if image_px is not None and image_px >= 384 else []),
     )
 
 
@@ -292,11 +303,8 @@ def _choose_general(start: Start, target: TargetData, *, image_px: int | None) -
         f"model.name={variant.name}",
         f"data.image_px={size_px}",
         f"init.head={head}",
-        *([f"data.mean={json.dumps(start.mean)}"] if start.mean is not None else []),
-        *([f"data.std={json.dumps(start.std)}"] if start.std is not None else []),
+        *_prepare_images(start, size_px),
     ]
-    if size_px >= 384:
-        overrides.append("evaluate.crop=warp")
     if start.num_classes is not None:
         # weights that were trained with labels are near their goal: the recipe's own rate, which
         # has to serve a start from nothing too, would undo a part of them

@@ -111,6 +111,27 @@ def test_a_1k_model_of_another_kind_says_that_nothing_is_published():
     assert "no published recipe" in choice.reason
 
 
+@pytest.mark.parametrize(("image_px", "crop"), [(224, "center"), (384, "warp"), (512, "warp")])
+@pytest.mark.parametrize("num_classes", [None, 1000, 21_841])
+def test_whatever_is_chosen_is_evaluated_as_published_for_the_size(num_classes, image_px, crop):
+    asked = [f"data.image_px={image_px}"]
+
+    choice = choose_recipe(start("convnextv2_tiny", num_classes), IN1K, overrides=asked)
+
+    recipe = load_recipe(choice.recipe, [*choice.overrides, *asked, "init.weights=x"])
+    assert (recipe.data.image_px, recipe.evaluate.crop) == (image_px, crop)
+
+
+@pytest.mark.parametrize("num_classes", [1000, 21_841])
+def test_images_are_normalised_as_the_checkpoint_knows_them(num_classes):
+    half = (0.5, 0.5, 0.5)
+
+    choice = choose_recipe(start("convnext_tiny", num_classes, mean=half, std=half), IN1K)
+
+    data = load_recipe(choice.recipe, [*choice.overrides, "init.weights=x"]).data
+    assert (data.mean, data.std) == (half, half)
+
+
 def list_choices() -> dict[tuple[str, str], list[str]]:
     """(recipe, architecture) of every choice there can be, with the overrides of one of them."""
     choices = {}
