@@ -101,7 +101,8 @@ class Diagnostics(Metric):
         """Count a batch; no value leaves the device."""
         counted_N = (label_N >= 0).long()
         safe_N = label_N.clamp_min(0)
-        probability_N, guess_N = logits_NK.float().softmax(dim=1).max(dim=1)
+        guess_N = logits_NK.argmax(dim=1)  # not of the probabilities, of which more are equal
+        probability_N = logits_NK.float().softmax(dim=1).amax(dim=1)
         hit_N = (guess_N == safe_N).long() * counted_N
         self.class_images.scatter_add_(0, safe_N, counted_N)
         self.class_hits.scatter_add_(0, safe_N, hit_N)

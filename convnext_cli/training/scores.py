@@ -26,8 +26,8 @@ class Summary:
 class Scores(Metric):
     """Sums of hits, losses and images; summed over ranks when computed.
 
-    A tie counts for the classes that `torch.topk` lists first. Non-finite logits are a failure,
-    not a guess of class 0.
+    Of equal logits, which are common in bf16, the first class counts as the larger one: the guess
+    is `torch.argmax`'s. Non-finite logits are a failure, not a guess of class 0.
     """
 
     full_state_update = False
@@ -49,11 +49,13 @@ class Scores(Metric):
         """Count a batch; no value leaves the device."""
         counted_N = label_N >= 0
         safe_N = label_N.clamp_min(0)
-        ranked_NK = logits_NK.topk(min(5, self.num_classes), dim=1).indices
-        hits_NK = (ranked_NK == safe_N[:, None]) & counted_N[:, None]
+        own_N1 = logits_NK.gather(1, safe_N[:, None])
+        first_NK = torch.arange(self.num_classes, device=label_N.device) < safe_N[:, None]
+        ahead_NK = (logits_NK > own_N1) | ((logits_NK == own_N1) & first_NK)
+        rank_N = ahead_NK.sum(dim=1)
         loss_N = functional.cross_entropy(logits_NK.float(), safe_N, reduction="none")
-        self.top1_hits += hits_NK[:, 0].sum()
-        self.top5_hits += hits_NK.any(dim=1).sum()
+        self.top1_hits += ((rank_N == 0) & counted_N).sum()
+        self.top5_hits += ((rank_N < 5) & counted_N).sum()
         self.loss_sum += torch.where(counted_N, loss_N, 0.0).double().sum()
         self.images += counted_N.sum()
         finite_N = torch.isfinite(logits_NK).all(dim=1)

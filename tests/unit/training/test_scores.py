@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional
 
 from convnext_cli.errors import UserError
+from convnext_cli.training.diagnosis import Diagnostics
 from convnext_cli.training.scores import Scores
 
 
@@ -39,6 +40,23 @@ def test_padding_is_not_counted():
     plain.update(logits, labels)
 
     assert scores.compute_summary() == plain.compute_summary()
+
+
+def test_of_equal_logits_the_first_class_counts_everywhere():
+    logits, labels = random_batch(2000, 100)
+    logits, labels = logits.bfloat16().float(), torch.where(labels < 50, logits.argmax(1), labels)
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    scores, diagnostics = Scores(100), Diagnostics(100)
+
+    scores.update(logits, labels)
+    diagnostics.update(logits, labels)
+
+    summary = scores.compute_summary()
+    hits = order == labels[:, None]
+    assert summary.top1 == pytest.approx(100 * hits[:, 0].double().mean().item(), abs=1e-9)
+    assert summary.top5 == pytest.approx(100 * hits[:, :5].any(1).double().mean().item(), abs=1e-9)
+    correct = sum(each.correct for each in diagnostics.compute_diagnosis().classes)
+    assert summary.top1 == pytest.approx(100 * correct / summary.images, abs=1e-9)
 
 
 def test_two_classes_have_a_top5_of_all():
