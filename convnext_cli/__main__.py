@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 from rich.text import Text
 
@@ -32,12 +33,17 @@ def _run() -> int:
             return _READER_LEFT
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
-        # Text, not markup: a message may hold brackets, which rich would take for tags.
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        if error.hint:
-            console.print(Text.assemble("\n", ("hint: ", "cyan"), error.hint), soft_wrap=True)
+        with suppress(OSError, SystemExit):  # a reader that left does not change what it was
+            _show(error)
         return error.exit_code
     return 0
+
+
+def _show(error: UserError) -> None:
+    # Text, not markup: a message may hold brackets, which rich would take for tags.
+    console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    if error.hint:
+        console.print(Text.assemble("\n", ("hint: ", "cyan"), error.hint), soft_wrap=True)
 
 
 if __name__ == "__main__":

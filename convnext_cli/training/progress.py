@@ -1,6 +1,7 @@
 """What a person sees of a run under way: a bar on a terminal, else lines; both in train.log."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class ProgressDisplay(pl.Callback):
 
     def say(self, line: str) -> None:
         """Write one line for people, and to the log."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        with self._while_somebody_reads():
+            self.console.print(line, markup=False, soft_wrap=True)
         self._log(line)
 
     def show(self, row: Row) -> None:
@@ -69,6 +71,17 @@ class ProgressDisplay(pl.Callback):
         self._log(line + rest)  # the bar tells it by itself
         self._bar.update(self._bar.task_ids[0], text=line.split("  ", 2)[2])
 
+    @contextmanager
+    def _while_somebody_reads(self) -> Iterator[None]:
+        """Fall silent where the console is gone; the run goes on, and train.log has every line.
+
+        Ctrl-C ends the `tee` of `convnext train ... 2>&1 | tee log` too, and at once.
+        """
+        try:
+            yield
+        except (OSError, SystemExit):  # rich ends the process where a pipe's reader has left
+            self.console.quiet = True
+
     def _log(self, line: str) -> None:
         with writing_to(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -77,7 +90,7 @@ class ProgressDisplay(pl.Callback):
         """Open the bar at the step where the run goes on."""
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
-        self._bar = Progress(
+        bar = Progress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
@@ -85,10 +98,10 @@ class ProgressDisplay(pl.Callback):
             console=self.console,
         )
         step = as_task(pl_module).step
-        self._bar.add_task(
-            "train", total=self.plan.total_steps, completed=step, text="first steps ..."
-        )
-        self._bar.start()
+        bar.add_task("train", total=self.plan.total_steps, completed=step, text="first steps ...")
+        with self._while_somebody_reads():
+            bar.start()
+            self._bar = bar
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
@@ -102,5 +115,6 @@ class ProgressDisplay(pl.Callback):
         """Close the bar, whatever ended the run."""
         del trainer, pl_module, stage
         if self._bar is not None:
-            self._bar.stop()
+            with self._while_somebody_reads():
+                self._bar.stop()
             self._bar = None

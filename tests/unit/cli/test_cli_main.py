@@ -52,19 +52,26 @@ def test_the_version_is_data_and_goes_to_stdout(run_cli):
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"convnext {__version__}\n", "")
 
 
-@pytest.mark.parametrize(("stream", "command"), [("stdout", "recipes show"), ("stderr", "plan")])
-def test_a_reader_that_leaves_ends_a_command_without_a_word(stream, command):
+@pytest.mark.parametrize(
+    ("stream", "command", "code"),
+    [
+        ("stdout", "recipes show in1k_tiny", 141),
+        ("stderr", "plan in1k_tiny", 141),
+        ("stderr", "plan in1k_tinny", 2),
+    ],
+)
+def test_a_reader_that_leaves_ends_a_command_without_a_word(stream, command, code):
     reader, writer = os.pipe()
     os.close(reader)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
 
     done = subprocess.run(
-        [sys.executable, "-m", "convnext_cli", *command.split(), "in1k_tiny"],
+        [sys.executable, "-m", "convnext_cli", *command.split()],
         **streams, check=False,
     )  # fmt: skip
     os.close(writer)
 
-    assert done.returncode == 141
+    assert done.returncode == code
     assert not done.stdout
     assert not done.stderr
 

@@ -1,7 +1,9 @@
 """What a person sees of a run, and its log."""
 
+import errno
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -52,3 +54,35 @@ def test_a_line_for_people_is_in_the_log_too_and_a_full_disk_is_told(tmp_path):
     assert log.read_text() == console.file.getvalue() == "run: runs/mine [1]\n"
     with pytest.raises(WriteError, match="cannot write /dev/full: No space left"):
         ProgressDisplay(plan, console=console, log=Path("/dev/full")).say("more")
+
+
+class Gone(io.StringIO):
+    """A console that nobody reads any more."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, text)  # EPIPE makes it a BrokenPipeError
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_console_that_is_gone_costs_no_step(tmp_path, monkeypatch, number, terminal):
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # by which rich turns stdout off
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(), name="in1k_tiny")
+    console = Console(file=Gone(number), force_terminal=terminal)
+    display = ProgressDisplay(plan, console=console, log=tmp_path / "train.log")
+    task = SimpleNamespace(step=0)
+    monkeypatch.setattr("convnext_cli.training.progress.as_task", lambda _: task)
+
+    display.on_train_start(SimpleNamespace(is_global_zero=True), task)
+    display.say("one")
+    display.show(TRAINING)
+    display.teardown(None, task, "fit")
+    monkeypatch.undo()
+
+    one, row = (tmp_path / "train.log").read_text().splitlines()
+    assert one == "one"
+    assert row.startswith("step   600/93600")
