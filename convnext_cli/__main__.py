@@ -1,18 +1,22 @@
 """`convnext`: run the application; show a user's mistake as message, hint and exit code."""
 
+import errno
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from rich.text import Text
 
 from convnext_cli.cli import app
 from convnext_cli.cli._console import console
-from convnext_cli.errors import UserError
+from convnext_cli.errors import UserError, quote_path
 from convnext_cli.runs.exit_code import leave_exit_code
 
 _READER_LEFT = 141
 """128 + SIGPIPE: what a shell says of a command whose reader, such as `head`, has seen enough."""
+
+_REFUSED_PATHS = (errno.EACCES, errno.ENAMETOOLONG)
 
 
 def main() -> None:
@@ -33,17 +37,24 @@ def _run() -> int:
             return _READER_LEFT
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
-        with suppress(OSError, SystemExit):  # a reader that left does not change what it was
-            _show(error)
-        return error.exit_code
+        return _tell(error)
+    except OSError as error:  # wherever a path is looked at, it may be closed to this user
+        if error.errno not in _REFUSED_PATHS or not isinstance(error.filename, str):
+            raise
+        hint = (
+            f"check the name and your permission: ls -ld {quote_path(Path(error.filename).parent)}"
+        )
+        return _tell(UserError(f"{error.filename}: {error.strerror}", hint=hint))
     return 0
 
 
-def _show(error: UserError) -> None:
-    # Text, not markup: a message may hold brackets, which rich would take for tags.
-    console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-    if error.hint:
-        console.print(Text.assemble("\n", ("hint: ", "cyan"), error.hint), soft_wrap=True)
+def _tell(error: UserError) -> int:
+    with suppress(OSError, SystemExit):  # a reader that left does not change what it was
+        # Text, not markup: a message may hold brackets, which rich would take for tags.
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        if error.hint:
+            console.print(Text.assemble("\n", ("hint: ", "cyan"), error.hint), soft_wrap=True)
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -253,18 +253,21 @@ def _find_above(path: Path) -> RunDir | None:
 
 def _iter_runs(folder: Path, *, depth: int) -> Iterator[RunDir]:
     run = RunDir(folder)
-    if run.is_run():
-        yield run
-        return
-    if depth == 0 or not folder.is_dir():
-        return
     try:
-        children = sorted(folder.iterdir())
+        if run.is_run():
+            yield run
+            return
+        if depth == 0 or not folder.is_dir():
+            return
+        children = sorted(
+            child
+            for child in folder.iterdir()
+            if child.is_dir() and not child.is_symlink() and not child.name.startswith(".")
+        )
     except PermissionError:  # a folder of somebody else holds no run of this user
         return
     for child in children:
-        if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
-            yield from _iter_runs(child, depth=depth - 1)
+        yield from _iter_runs(child, depth=depth - 1)
 
 
 def _near_hint(name: str, runs: list[RunDir], root: Path) -> str:

@@ -76,6 +76,17 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(stream, command, cod
     assert not done.stderr
 
 
+@pytest.mark.parametrize("command", [("plan",), ("runs", "show"), ("weights", "inspect")])
+def test_a_path_that_the_system_refuses_is_a_mistake(run_cli, command):
+    done = run_cli(*command, 300 * "a")
+
+    assert done.exit_code == 2
+    error, _, hint = done.stderr.splitlines()
+    assert error.startswith("error: aaa")
+    assert error.endswith(": File name too long")
+    assert hint.startswith("hint: check the name and your permission: ls -ld ")
+
+
 def test_a_bug_is_not_dressed_up_as_a_mistake(run_cli, monkeypatch):
     monkeypatch.setattr("convnext_cli.cli.recipes.list_recipes", lambda: 1 // 0)
 

@@ -153,3 +153,17 @@ def test_a_name_that_two_runs_share_is_refused_with_both_paths(tmp_path):
 
     assert str(first.root) in str(caught.value.hint)
     assert str(second.root) in str(caught.value.hint)
+
+
+def test_a_run_that_may_not_be_read_does_not_hide_the_others(tmp_path, monkeypatch):
+    make_run(tmp_path / "mine")
+    theirs, is_file = make_run(tmp_path / "theirs"), Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.parent == theirs.root:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+
+    assert [run.name for run in find_runs(tmp_path)] == ["mine"]
