@@ -41,12 +41,7 @@ def record_network(network: nn.Module, *, passes: int = 1) -> None:
             weights = [weight for weight in network.parameters() if weight.requires_grad]
             recordings[x_NCHW.shape] = _Recording(forward, x_NCHW, weights, pool)
         recording = recordings[x_NCHW.shape]
-        if passes > 1:
-            # Else the first pass's gradients would stay where they are made, and be overwritten.
-            for weight in recording.weights:
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-        out_NK: Tensor = _Played.apply(recording, x_NCHW, *recording.weights)
+        out_NK: Tensor = _Played.apply(recording, x_NCHW, passes > 1, *recording.weights)
         return out_NK
 
     network.forward = run
@@ -93,9 +88,15 @@ class _Played(torch.autograd.Function):
     """Plays a recording's passes as one step of the network's graph of gradients."""
 
     @staticmethod
-    def forward(ctx: Any, recording: _Recording, x_NCHW: Tensor, *weights: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        recording: _Recording,
+        x_NCHW: Tensor,
+        adds: bool,  # noqa: FBT001  # torch passes no names
+        *weights: Tensor,
+    ) -> Tensor:
         del weights  # they are where they were
-        ctx.recording = recording
+        ctx.recording, ctx.adds = recording, adds
         recording.x_NCHW.copy_(x_NCHW)
         recording.passes[0].replay()
         return recording.out_NK.detach()
@@ -106,4 +107,10 @@ class _Played(torch.autograd.Function):
         recording: _Recording = ctx.recording
         recording.grad_NK.copy_(grad_NK)
         recording.passes[1].replay()
-        return None, None, *(grad.detach() for grad in recording.grads)
+        # A first gradient becomes the weight's own: a copy, where others are added to it, for the
+        # next pass overwrites the recording's. Lightning clears gradients after the forward pass.
+        grads = [
+            grad.clone() if ctx.adds and weight.grad is None else grad.detach()
+            for weight, grad in zip(recording.weights, recording.grads, strict=True)
+        ]
+        return None, None, None, *grads
