@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import distributed
 
-from convnext_cli.data.reader import Unusable
 from convnext_cli.errors import DataError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
@@ -56,12 +54,7 @@ class Quarantine(pl.Callback):
 
         Every rank calls it at the same step, which waits for the device.
         """
-        own, task.bad = task.bad, []
-        found = own
-        if trainer.world_size > 1:
-            parts: list[list[Unusable]] = [[] for _ in range(trainer.world_size)]
-            distributed.all_gather_object(parts, own)
-            found = [bad for part in parts for bad in part]
+        found, task.bad = task.gather_bad(), []
         new = {bad.key: bad.reason for bad in found if bad.key not in self.reasons}
         self.reasons |= new
         if new and trainer.is_global_zero:

@@ -66,7 +66,7 @@ class Recorder(pl.Callback):
         own = torch.stack([task.loss_sum, torch.full_like(task.loss_sum, len(task.bad))])
         loss_sum, replaced = trainer.strategy.reduce(own, reduce_op="sum").unbind()
         # Not a number where no step of the row had a finite gradient.
-        loss = loss_sum / (task.loss_steps * self.plan.accumulate_steps * trainer.world_size)
+        loss = loss_sum / (task.loss_steps * task.step_passes)
         norm = task.grad_norm if task.grad_norm is not None else torch.zeros_like(loss)
         # The one wait for the device; it makes the rates below true.
         values = Later(torch.stack([loss, replaced, norm])).read()

@@ -26,7 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
@@ -282,7 +282,21 @@ class Classifier(pl.LightningModule):
                 self.loss_sum.to(self.device, copy=True), reduce_op="sum"
             ),
             "loss_steps": int(self.loss_steps),
+            "step_passes": self.step_passes,
+            "bad": [list(bad) for bad in self.gather_bad()],
         }
+
+    @property
+    def step_passes(self) -> int:
+        """Passes of a step over all ranks, whose losses are summed up."""
+        return self.plan.accumulate_steps * self.plan.world_size
+
+    def gather_bad(self) -> list[Unusable]:
+        """Images that any rank could not use since the row before; every rank asks together."""
+        parts = [self.bad] * self.plan.world_size
+        if self.plan.world_size > 1:
+            distributed.all_gather_object(parts, self.bad)
+        return [bad for part in parts for bad in part]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on at the step of the checkpoint.
@@ -300,8 +314,12 @@ class Classifier(pl.LightningModule):
             )
         self.step = int(saved["step"])
         self.validation_due = bool(saved["validation_due"])
-        total = saved["loss_sum"].to(self.device, torch.float64)
+        # As if the steps before had had as many passes; checkpoints of before do not say it.
+        passes = self.step_passes / saved.get("step_passes", self.step_passes)
+        total = saved["loss_sum"].to(self.device, torch.float64) * passes
         self.loss_sum = total if self.global_rank == 0 else torch.zeros_like(total)
+        if self.global_rank == 0:
+            self.bad = [Unusable(*bad) for bad in saved.get("bad", [])]
         self.loss_steps = torch.tensor(float(saved["loss_steps"]), device=self.device)
 
 

@@ -1,6 +1,7 @@
 """One step of training, and what a gradient that is not finite leaves as it is."""
 
 import copy
+import io
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from convnext_cli.data.augment import Choices
 from convnext_cli.data.build import build_mix
-from convnext_cli.data.reader import Batch
+from convnext_cli.data.reader import Batch, Unusable
 from convnext_cli.errors import CheckpointError
 from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.optim.build import build_optimizer
@@ -28,13 +29,13 @@ IMAGES, PX, CLASSES = 4, 32, 3
 class Stepper:
     """A Classifier and AdamW, driven as Lightning drives them."""
 
-    def __init__(self, *, fused: bool) -> None:
+    def __init__(self, *, fused: bool, per_device_images: int = IMAGES) -> None:
         recipe = Recipe.model_validate(
             {
                 "about": "test",
                 "model": {"name": "convnextv2_atto"},
                 "data": {"image_px": PX},
-                "batch": {"global_images": IMAGES, "per_device_images": IMAGES},
+                "batch": {"global_images": IMAGES, "per_device_images": per_device_images},
                 "optim": {"lr": 1e-3, "lr_images": IMAGES, "clip_norm": 1.0},
                 "schedule": {"length": "20st", "warmup": None},
                 "ema": {"decay": 0.9},
@@ -129,6 +130,45 @@ def test_a_row_that_spans_a_checkpoint_is_to_the_bit_that_of_a_run_left_alone():
             for rank in resumed:
                 rank()
         assert total(resumed) == total(alone)
+
+
+def save(stepper: Stepper) -> dict:
+    """What a checkpoint of a run of one rank holds, read back as a resume reads it."""
+    strategy = SimpleNamespace(reduce=lambda own, reduce_op: own)
+    stepper.task._trainer = SimpleNamespace(global_rank=0, strategy=strategy)
+    checkpoint: dict = {}
+    stepper.task.on_save_checkpoint(checkpoint)
+    file = io.BytesIO()
+    torch.save(checkpoint, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_a_row_is_the_mean_of_its_steps_also_where_they_had_other_numbers_of_passes():
+    def mean(task: Classifier) -> float:
+        return task.loss_sum.item() / (task.loss_steps.item() * task.step_passes)
+
+    before = Stepper(fused=False)
+    for _ in range(3):
+        before()
+    after = Stepper(fused=False, per_device_images=IMAGES // 2)
+
+    after.task.on_load_checkpoint(save(before))
+
+    assert (before.task.step_passes, after.task.step_passes) == (1, 2)
+    assert mean(after.task) == mean(before.task)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_images_that_no_row_has_told_of_are_told_by_the_attempt_that_goes_on(rank):
+    before, after = Stepper(fused=False), Stepper(fused=False)
+    before()
+    before.task.bad = [Unusable(3, "train-000000.tar/3", "its bytes are others")]
+    after.task._trainer = SimpleNamespace(global_rank=rank)
+
+    after.task.on_load_checkpoint(save(before))
+
+    assert after.task.bad == (before.task.bad if rank == 0 else [])
 
 
 @pytest.mark.parametrize("fused", [False, True])
