@@ -51,6 +51,10 @@ _LARGEST_COST = 0.01
 """Share of a run that saving may take."""
 
 
+BestSteps = tuple[int | None, int | None]
+"""Steps of the best raw and averaged weights; None: there are none yet."""
+
+
 def save_interval(*, cost_seconds: float, write_seconds: float, failure_hours: float) -> float:
     """Seconds from one save to the next.
 
@@ -162,6 +166,59 @@ def read_data_state(path: Path) -> Mapping[str, Any]:
     content, _ = read_content(path)
     state: Mapping[str, Any] = content.get(IndexedData.__qualname__, {})  # as Lightning names it
     return state
+
+
+def read_best_steps(run: RunDir, checkpoint: Path) -> BestSteps:
+    """What a run knew of its best checkpoints when it wrote one.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    content, _ = read_content(checkpoint)
+    return _best_steps_in(content["callbacks"][Checkpoints.__qualname__], run)  # Lightning's name
+
+
+def _best_steps_in(state: Mapping[str, Any], run: RunDir) -> BestSteps:
+    # earlier versions did not write these: the names say it
+    return (
+        state.get("best_step", _named_step(run.best)),
+        state.get("best_ema_step", _named_step(run.best_ema)),
+    )
+
+
+def mend_names(run: RunDir, step: int, *, best_steps: BestSteps) -> BestSteps:
+    """Point the names to what there is, for a run that stands at a step.
+
+    Args:
+        run: Whose names.
+        step: Of the checkpoint that `last` is to name.
+        best_steps: Those of the best raw and averaged weights.
+
+    Returns:
+        The same, None where the checkpoint is not whole, which then has no name.
+    """
+    # hashed once where both are the best at the same step, as they often are
+    whole = {
+        at
+        for at in set(best_steps)
+        if at is not None and at <= step and check_checkpoint(run.checkpoint(at)).problem is None
+    }
+    if run.checkpoint(step).exists():
+        point_name(run.last, run.checkpoint(step))
+    best, best_ema = (
+        _mend(run, name, at if at in whole else None)
+        for name, at in zip((run.best, run.best_ema), best_steps, strict=True)
+    )
+    return best, best_ema
+
+
+def _mend(run: RunDir, name: Path, step: int | None) -> int | None:
+    """Point a name to the checkpoint of a step; None: to none."""
+    if step is None:
+        name.unlink(missing_ok=True)
+    elif _named_step(name) != step:
+        point_name(name, run.checkpoint(step))
+    return step
 
 
 class BackgroundWriter(TorchCheckpointIO):
@@ -312,42 +369,21 @@ class Checkpoints(pl.Callback):
         """Take the best scores up again."""
         self.best_top1 = state_dict["best_top1"]
         self.best_ema_top1 = state_dict["best_ema_top1"]
-        # earlier versions did not write these: the names say it
-        self.best_step = state_dict.get("best_step", _named_step(self.run.best))
-        self.best_ema_step = state_dict.get("best_ema_step", _named_step(self.run.best_ema))
+        self.best_step, self.best_ema_step = _best_steps_in(state_dict, self.run)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget a best score whose checkpoint is gone, and point the names to what is there.
 
         Rank 0 looks, for all ranks have to save at the same steps.
         """
-        step = as_task(pl_module).step
-        if trainer.is_global_zero:
-            # hashed once where both are the best at the same step, as they often are
-            steps = {self.best_step, self.best_ema_step}
-            whole = {at for at in steps if at is not None and at <= step and self._is_whole(at)}
-            self.best_step = self._mend(self.run.best, self.best_step, whole=whole)
-            self.best_ema_step = self._mend(self.run.best_ema, self.best_ema_step, whole=whole)
-            if self.run.checkpoint(step).exists():
-                point_name(self.run.last, self.run.checkpoint(step))
         found = (self.best_step, self.best_ema_step)
+        if trainer.is_global_zero:
+            found = mend_names(self.run, as_task(pl_module).step, best_steps=found)
         self.best_step, self.best_ema_step = trainer.strategy.broadcast(found)
         if self.best_step is None:
             self.best_top1 = None
         if self.best_ema_step is None:
             self.best_ema_top1 = None
-
-    def _is_whole(self, step: int) -> bool:
-        return check_checkpoint(self.run.checkpoint(step)).problem is None
-
-    def _mend(self, name: Path, step: int | None, *, whole: set[int]) -> int | None:
-        """Point a name to the checkpoint of a step; None, and no name, where it is not whole."""
-        if step is None or step not in whole:
-            name.unlink(missing_ok=True)
-            return None
-        if _named_step(name) != step:
-            point_name(name, self.run.checkpoint(step))
-        return step
 
     def save(self, trainer: pl.Trainer, task: Classifier, *, names: tuple[Path, ...] = ()) -> Path:
         """Save now, on every rank together, and point `names` to it when it is written."""

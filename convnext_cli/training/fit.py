@@ -33,7 +33,12 @@ from convnext_cli.runs.manifest import manifest_path
 from convnext_cli.runs.record import record_environment, write_event, write_json, writing_to
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.build import build_loggers, build_trainer
-from convnext_cli.training.checkpoint import BackgroundWriter, Checkpoints
+from convnext_cli.training.checkpoint import (
+    BackgroundWriter,
+    Checkpoints,
+    mend_names,
+    read_best_steps,
+)
 from convnext_cli.training.devices import quiet_lightning
 from convnext_cli.training.guard import FiniteGuard, RolledBack
 from convnext_cli.training.kernels import ChooseKernels
@@ -85,15 +90,17 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
             if plan.cluster.rank == 0:
                 display.say(f"going back to step {start.step}: {told}")
     if plan.cluster.rank == 0:
-        _make_up_for_end(plan, run, step=start.step, say=display.say)
+        _make_up_for_end(plan, run, start=start, say=display.say)
     return start.step
 
 
-def _make_up_for_end(plan: Plan, run: RunDir, *, step: int, say: Callable[[str], None]) -> None:
-    """Do what an attempt that was killed after the last save left undone: its end, and copies."""
+def _make_up_for_end(plan: Plan, run: RunDir, *, start: Start, say: Callable[[str], None]) -> None:
+    """Do what an attempt that was killed after the last save left undone: names, end, copies."""
     if summarise_run(run).state != "finished":
-        _record(run, plan, event="resumed", step=step, lost_steps=0)
-        _record(run, plan, event="finished", step=step)
+        assert start.checkpoint is not None  # of the last step
+        mend_names(run, start.step, best_steps=read_best_steps(run, start.checkpoint))
+        _record(run, plan, event="resumed", step=start.step, lost_steps=0)
+        _record(run, plan, event="finished", step=start.step)
     copier = _build_copier(run, plan, say=say)
     if copier is not None:
         copier.start()

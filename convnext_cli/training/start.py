@@ -85,6 +85,17 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
             )
         require_whole(resume)
         start = _start_from(resume, plan)
+        if (
+            start.step >= plan.total_steps
+            and resume.resolve() != run.checkpoint(start.step).resolve()
+        ):
+            raise RunError(
+                f"--resume {resume}: it stands at step {start.step}, and this run has"
+                f" {plan.total_steps} steps: none is left to take",
+                hint="lengthen the run, such as schedule.length="
+                f"{2 * start.step}st; or begin another with its weights: init.weights="
+                f"{quote_path(resume)}",
+            )
         return replace(start, abandoned=run.list_newer(start.step))
     newest, damaged = find_newest_whole(run)
     if newest is not None:

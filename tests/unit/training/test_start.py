@@ -97,3 +97,20 @@ def test_a_run_may_go_on_with_another_strategy_and_other_kernels(plan, tmp_path)
     )
 
     assert find_start(other, run, resume="auto").checkpoint is None
+
+
+def test_a_checkpoint_of_another_run_at_the_last_step_leaves_nothing_to_train(plan, tmp_path):
+    path = write(tmp_path / "x.ckpt", fingerprint="of photos", order_version=ORDER_VERSION)
+    short = replace(plan, total_steps=3)
+
+    with pytest.raises(RunError, match="stands at step 3, and this run has 3 steps: none is left"):
+        find_start(short, RunDir(tmp_path / "mine"), resume=path)
+
+
+def test_the_last_checkpoint_of_the_run_itself_may_be_named_by_any_path(plan, tmp_path):
+    run = begin(plan, tmp_path)
+    run.checkpoints.mkdir()
+    path = write(run.checkpoint(3), fingerprint="of photos", order_version=ORDER_VERSION)
+    run.last.symlink_to(path.name)
+
+    assert find_start(replace(plan, total_steps=3), run, resume=run.last).step == 3

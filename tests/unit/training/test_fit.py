@@ -1,0 +1,46 @@
+"""What is left to do for a run whose last step is taken."""
+
+import io
+
+import torch
+from rich.console import Console
+
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import make_plan
+from convnext_cli.recipe.files import load_recipe
+from convnext_cli.runs.compare import summarise_run
+from convnext_cli.runs.interrupt import StopRequest
+from convnext_cli.runs.layout import RunDir, checkpoint_step
+from convnext_cli.runs.record import write_json
+from convnext_cli.training.checkpoint import write_checkpoint
+from convnext_cli.training.fit import fit
+from convnext_cli.training.start import Start
+
+
+def test_a_run_that_was_killed_after_its_last_save_gets_its_names_and_its_end(tmp_path):
+    recipe = load_recipe("in1k_tiny", ["schedule.length=8st", "schedule.warmup=null"])
+    plan = make_plan(recipe, Cluster(device="cpu"), name="mine")
+    run = RunDir(tmp_path / "mine")
+    for step in (4, 8):
+        known = {"best_step": step, "best_ema_step": 4}
+        content = {
+            "w": torch.zeros(3),
+            "convnext": {"step": step},
+            "callbacks": {"Checkpoints": known},
+        }
+        write_checkpoint(content, run.checkpoint(step), world_size=1)
+    write_json(run.plan, {"total_steps": 8})
+    for name in run.links:
+        name.symlink_to(run.checkpoint(4).name)  # the kill came before they were pointed to step 8
+
+    steps = fit(
+        plan,
+        run,
+        start=Start(run.checkpoint(8), 8),
+        request=StopRequest(),
+        console=Console(file=io.StringIO()),
+    )
+
+    assert steps == 8
+    assert [checkpoint_step(name.resolve()) for name in run.links] == [8, 8, 4]
+    assert summarise_run(run).state == "finished"
