@@ -10,6 +10,7 @@ checkpoint from before the first of them; the images from there to the last of t
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +29,15 @@ from convnext_cli.training.task import Classifier, as_task
 
 class RolledBack(Exception):  # noqa: N818  # not an error: the run goes on
     """The run has to go on from an older checkpoint, which all ranks find anew."""
+
+
+def leave_out(skips: Sequence[Skip], *, start: int, step: int) -> tuple[Skip, ...]:
+    """What a run leaves out that goes back from a step to `start`: no image before that step's.
+
+    Also where it goes back behind an earlier skip, as from a damaged checkpoint to an older one.
+    """
+    moved = (Skip(min(skip.step, start), skip.length) for skip in skips)
+    return (*moved, Skip(start, step - start))
 
 
 class FiniteGuard(pl.Callback):
@@ -64,8 +74,13 @@ class FiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Count the rest, before anything is written: a checkpoint is of a step that is known."""
-        del checkpoint
         self._settle(trainer, as_task(pl_module), keep=0)
+        # not by `state_dict`, which Lightning calls before it
+        checkpoint["callbacks"][self.state_key] = {"skipped_steps": list(self.skipped_steps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the count up again."""
+        self.skipped_steps = list(state_dict["skipped_steps"])
 
     def _settle(self, trainer: pl.Trainer, task: Classifier, *, keep: int) -> None:
         """Read what is known of all but the newest steps."""
@@ -108,8 +123,10 @@ class FiniteGuard(pl.Callback):
                 manifest_path(path).unlink(missing_ok=True)
             newest, _ = find_newest_whole(self.run)
             start = 0 if newest is None or newest.manifest is None else newest.manifest.step
-            skips = (*skips, Skip(start, step - start))
+            skips = leave_out(skips, start=start, step=step)
             write_json(self.run.skips, {"skips": [list(skip) for skip in skips]})
             write_event(self.run.events, "rolled_back", step=step, to=start, why=told)
+            if self.writer.copier is not None:  # else what went would be fetched from there
+                self.writer.copier.start()
         trainer.strategy.barrier()
         raise RolledBack(told)

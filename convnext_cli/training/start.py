@@ -92,9 +92,8 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
             raise RunError(
                 f"--resume {resume}: it stands at step {start.step}, and this run has"
                 f" {plan.total_steps} steps: none is left to take",
-                hint="lengthen the run, such as schedule.length="
-                f"{2 * start.step}st; or begin another with its weights: init.weights="
-                f"{quote_path(resume)}",
+                hint=f"lengthen the run: schedule.length={2 * start.step}st; or begin another with"
+                f" its weights: init.weights={quote_path(resume)} in the place of --resume",
             )
         return replace(start, abandoned=run.list_newer(start.step))
     newest, damaged = find_newest_whole(run)
