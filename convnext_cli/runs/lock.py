@@ -33,13 +33,14 @@ class Holder:
     host: str
     pid: int
     started: float
-    """When the process began, Unix time: numbers of processes are used again."""
+    """When the process began, in seconds since the machine did, for numbers of processes are used
+    again; the time of day may be set anew while it runs."""
     job: str | None
     """Slurm's job, where there is one."""
     since: str
     """When it took the lock, ISO 8601 in UTC."""
     pid_space: str | None = None
-    """Where the number means that process: containers of one host have their own numbers."""
+    """Where the number means that process: since the machine's last start, in that container."""
     attempt: str | None = None
     """How often Slurm had requeued the job; None: never."""
 
@@ -70,7 +71,7 @@ class RunLock:
         self.holder = Holder(
             platform.node(),
             own.pid,
-            own.create_time(),
+            _seconds_from_boot(own),
             job,
             utc_now(),
             pid_space=_read_pid_space(),
@@ -170,7 +171,7 @@ class RunLock:
             try:
                 alive = psutil.Process(holder.pid)
                 return (
-                    abs(alive.create_time() - holder.started) > 1.0
+                    abs(_seconds_from_boot(alive) - holder.started) > 1.0
                     or alive.status() == psutil.STATUS_ZOMBIE
                 )
             except psutil.NoSuchProcess:
@@ -189,11 +190,17 @@ class RunLock:
 
 
 def _read_pid_space() -> str | None:
-    """The namespace of this process's number; None where the system has none.
+    """The machine's start and the namespace of this process's number; None where there is neither.
 
-    Source: Linux man-pages, pid_namespaces(7).
+    Source: Linux man-pages, proc_sys_kernel(5) and pid_namespaces(7).
     """
     try:
-        return str(Path("/proc/self/ns/pid").readlink())
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return None
+
+
+def _seconds_from_boot(process: psutil.Process) -> float:
+    # psutil adds one to the other, and a clock that is set moves the second
+    return process.create_time() - psutil.boot_time()

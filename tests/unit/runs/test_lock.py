@@ -1,18 +1,16 @@
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 import pytest
 
 from convnext_cli.errors import RunError
-from convnext_cli.runs.lock import STALE_SECONDS, Holder, RunLock
+from convnext_cli.runs.lock import STALE_SECONDS, RunLock
 
 
 def lock(path, job=None, attempt=None, told=None):
@@ -21,9 +19,7 @@ def lock(path, job=None, attempt=None, told=None):
 
 
 def write_holder(path, *, silent=0.0, **changes):
-    own = psutil.Process()
-    space = str(Path("/proc/self/ns/pid").readlink())
-    here = Holder(platform.node(), own.pid, own.create_time(), None, "now", pid_space=space)
+    here = lock(path).holder
     fields = asdict(here) | changes
     path.write_text(json.dumps(fields))
     os.utime(path, (time.time() - silent, time.time() - silent))
@@ -63,10 +59,31 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_at_once(tmp_path):
 
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
     path = tmp_path / "lock.json"
-    write_holder(path, started=psutil.Process().create_time() - 1000)
+    write_holder(path, started=lock(path).holder.started - 1000)
 
     with lock(path):
         pass
+
+
+def test_a_holder_holds_also_when_the_clock_is_set_while_it_runs(tmp_path, monkeypatch):
+    path = tmp_path / "lock.json"
+    boot_time = psutil._psplatform.boot_time
+
+    with lock(path):
+        monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot_time() + 3600)
+        with pytest.raises(RunError, match="is being written by"), lock(path):
+            pass
+
+
+def test_a_holder_from_before_the_machine_started_anew_is_waited_for(tmp_path):
+    path, told = tmp_path / "lock.json", []
+    space = lock(path).holder.pid_space.partition(" ")[2]
+    write_holder(path, pid_space=f"another-boot {space}", silent=STALE_SECONDS - 1.5)
+
+    with lock(path, told=told):
+        pass
+
+    assert len(told) == 1
 
 
 def test_a_holder_on_another_machine_holds_while_it_gives_signs_of_life(tmp_path):
