@@ -37,7 +37,7 @@ from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import HashedFile, Manifest, check_checkpoint, manifest_path
-from convnext_cli.runs.record import utc_now, write_event, writing_to, written_whole
+from convnext_cli.runs.record import sync, utc_now, write_event, writing_to, written_whole
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.task import CHECKPOINT_KEY, Classifier, as_task
 
@@ -97,6 +97,7 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path, *, world_size: in
             with beside.open("wb") as file:
                 hashed = HashedFile(file)
                 _save(checkpoint, hashed)
+            sync(beside)  # may take long, and until then the old one of this step counts
             manifest_path(target).unlink(missing_ok=True)  # the bytes that it speaks of go
         manifest = Manifest(
             step=int(checkpoint[CHECKPOINT_KEY]["step"]),

@@ -15,6 +15,7 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.runs.layout import RunDir, checkpoint_step
+from convnext_cli.runs.manifest import check_checkpoint
 from convnext_cli.training.checkpoint import Checkpoints, read_step, write_checkpoint
 from convnext_cli.training.task import Classifier
 
@@ -104,6 +105,24 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_old_or_the_new_one(tmp_path: 
         os.kill(saver.pid, signal.SIGKILL)
 
     assert read_step(path) >= 3
+
+
+def test_a_checkpoint_of_the_same_step_counts_until_the_new_one_is_on_the_disk(
+    tmp_path: Path, monkeypatch
+):
+    path = tmp_path / "step=00000003.ckpt"
+    write_checkpoint(content(3), path, world_size=1)
+    fsync, seen = os.fsync, []
+
+    def look(handle: int) -> None:
+        seen.append(check_checkpoint(path).problem)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", look)
+    write_checkpoint(content(3, size=2000), path, world_size=1)
+
+    assert seen[0] is None
+    assert check_checkpoint(path).problem is None
 
 
 class Saved:
