@@ -22,7 +22,7 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
-from convnext_cli.errors import CheckpointError, RecipeError, quote_path
+from convnext_cli.errors import CheckpointError, Hung, RecipeError, Stopped, quote_path
 from convnext_cli.plan.cluster import Cluster, read_attempt, read_deadline, read_job
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.schema import Init, Recipe
@@ -144,7 +144,12 @@ def run_training(
         # what could be refused is refused by now: this takes seconds to load
         from convnext_cli.training.fit import fit
 
-        steps = fit(plan, run, start=start, request=request, console=console)
+        try:
+            steps = fit(plan, run, start=start, request=request, console=console)
+        except (Stopped, Hung) as error:
+            if isinstance(mode, Path):
+                error.hint = f"{error.hint}; without --resume, which goes back to {mode} each time"
+            raise
     if cluster.rank == 0:
         _tell_result(run, recipe=recipe, steps=steps, has_val=plan.val_images > 0)
 

@@ -45,8 +45,8 @@ CHANGEABLE = (
     "guard.",
     "log.",
 )
-"""Keys that may change between two attempts of one run: but for rounding, they do not decide what
-is learned."""
+"""Keys that may change between two attempts of one run: but for rounding, and for what each pass
+draws for drop path, they do not decide what is learned."""
 
 
 @dataclass(frozen=True)
