@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, distributed, nn
 
-from convnext_cli.errors import DataError, Diverged, RecipeError, RunError
+from convnext_cli.errors import DataError, Diverged, Hung, RecipeError, RunError, quote_path
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_value
 from convnext_cli.runs.layout import RunDir
@@ -74,7 +74,8 @@ def check_same_start(starts: Sequence[RankStart], *, run: RunDir) -> None:
     Raises:
         RecipeError: A rank was started with another recipe than rank 0.
         DataError: It has another data set.
-        RunError: It goes on from another step.
+        RunError: One of them starts anew: the run's folder is not shared.
+        Hung: They found different checkpoints.
     """
     first = starts[0]
     for rank, own in enumerate(starts):
@@ -94,9 +95,18 @@ def check_same_start(starts: Sequence[RankStart], *, run: RunDir) -> None:
                 " --data DIR",
             )
         if own.step != first.step:
-            raise RunError(
+            steps = (
                 f"{of} would go on from step {own.step}, and rank 0 on {first.host} from step"
-                f" {first.step}: {run.root} is not the same folder on both",
+                f" {first.step}"
+            )
+            if own.step and first.step:  # some nodes may see a new file of a shared disk later
+                raise Hung(
+                    f"{steps}: they found different checkpoints whole",
+                    hint="run the same command again; if that does not help, compare what each node"
+                    f" sees: convnext checkpoints verify {quote_path(run.root)}",
+                )
+            raise RunError(
+                f"{steps}: {run.root} is not the same folder on both",
                 hint=f"put {first.host}'s on a file system that all nodes share, and name that:"
                 " --runs-dir DIR",
             )
