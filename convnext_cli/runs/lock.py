@@ -77,6 +77,7 @@ class RunLock:
             pid_space=_read_pid_space(),
             attempt=attempt,
         )
+        self._beside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
         self._say = say
         self._done = threading.Event()
 
@@ -103,14 +104,13 @@ class RunLock:
 
     def _take(self) -> bool:
         """Make the file if there is none, in one step: it is whole as soon as it has its name."""
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(asdict(self.holder)) + "\n", encoding="utf-8")
+        self._beside.write_text(json.dumps(asdict(self.holder)) + "\n", encoding="utf-8")
         try:
-            os.link(beside, self.path)
+            os.link(self._beside, self.path)
         except FileExistsError:
             return False
         finally:
-            beside.unlink()
+            self._beside.unlink()
         return True
 
     def _read(self) -> Holder | None:
@@ -148,16 +148,19 @@ class RunLock:
             time.sleep(1.0)
             holder = self._read()
         # Renamed first: of two that find the holder gone, one takes its lock away.
-        taken = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
         try:
-            self.path.rename(taken)
+            self.path.rename(self._beside)
         except FileNotFoundError:
             return
-        taken.unlink()
+        self._beside.unlink()
 
     def _silent_seconds(self) -> float:
+        # by the clock that dates the lock too: a file server's need not be that of this machine
+        self._beside.touch()
+        now = self._beside.stat().st_mtime
+        self._beside.unlink()
         try:
-            return time.time() - self.path.stat().st_mtime
+            return now - self.path.stat().st_mtime
         except FileNotFoundError:
             return STALE_SECONDS
 

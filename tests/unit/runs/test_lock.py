@@ -5,12 +5,13 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import pytest
 
 from convnext_cli.errors import RunError
-from convnext_cli.runs.lock import STALE_SECONDS, RunLock
+from convnext_cli.runs.lock import STALE_SECONDS, RunLock, _read_pid_space
 
 
 def lock(path, job=None, attempt=None, told=None):
@@ -92,6 +93,30 @@ def test_a_holder_on_another_machine_holds_while_it_gives_signs_of_life(tmp_path
 
     with pytest.raises(RunError, match="on elsewhere"), lock(path):
         pass
+
+
+def test_a_clock_that_is_ahead_takes_no_lock_from_a_holder_that_lives(tmp_path, monkeypatch):
+    path = tmp_path / "lock.json"
+    write_holder(path, host="elsewhere")
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + 10 * STALE_SECONDS)
+
+    with pytest.raises(RunError, match="on elsewhere"), lock(path):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
+
+
+def test_a_machine_of_the_same_name_is_not_this_one(tmp_path):
+    path = tmp_path / "lock.json"
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    other = _read_pid_space().replace(boot, "another")
+    write_holder(path, pid=2**22 + 1, pid_space=other)  # no such number here
+    refreshed = threading.Timer(1.5, os.utime, [path])
+    refreshed.start()
+
+    with pytest.raises(RunError, match="is being written by"), lock(path):
+        pass
+
+    refreshed.join()
 
 
 def test_a_silent_holder_on_another_machine_is_waited_for_then_passed_over(tmp_path):
