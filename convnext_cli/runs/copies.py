@@ -176,6 +176,7 @@ class Copier:
         self._pool = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
         self._copy: futures.Future[None] | None = None
         self._behind = False
+        self._failed = False
 
     def start(self) -> None:
         """Copy what there is now; while a copy is under way, the next one makes up for it."""
@@ -192,13 +193,20 @@ class Copier:
         if self._behind:
             self.start()
             self.finish()
+            return
         self._pool.shutdown(wait=False)
+        if self._failed:
+            self.say(
+                f"{self.folder.url} lacks what was saved last; the same command again copies it"
+            )
 
     def _push(self) -> None:
+        self._failed = False
         try:
             self.folder.push(self.run)
         except Exception as error:  # noqa: BLE001  # each fsspec back end raises its own
-            self.say(f"could not copy to {self.folder.url}, will try at the next save: {error}")
+            self._failed = True
+            self.say(f"could not copy to {self.folder.url}: {error}")
             why = f"{type(error).__name__}: {error}"
             write_event(self.run.events, "copy_failed", url=self.folder.url, why=why)
 

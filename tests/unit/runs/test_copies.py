@@ -140,9 +140,22 @@ def test_a_copy_that_fails_is_told_and_the_next_one_makes_up_for_it(run, url, tm
     copier.start()
     copier.finish()
 
+    assert len(told) == 1
     assert "could not copy to" in told[0]
     assert [event["event"] for event in read_jsonl(run.events)] == ["copy_failed"]
     assert RemoteFolder(url).list_steps() == [2, 4]
+
+
+def test_the_end_says_that_the_last_copy_is_missing(run, url, tmp_path):
+    told: list[str] = []
+    (tmp_path / "elsewhere").write_text("a file where the folder should be")
+    copier = Copier(run, RemoteFolder(url), say=told.append)
+
+    copier.start()
+    copier.finish()
+
+    assert "could not copy to" in told[0]
+    assert told[1:] == [f"{url} lacks what was saved last; the same command again copies it"]
 
 
 @pytest.mark.parametrize(
