@@ -10,10 +10,12 @@ A copy holds what the run's folder holds: what is removed there is removed here,
 have arrived. A copy that fails does not end a run: it is told, and the next one makes up for it.
 """
 
+import errno
 import json
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -24,6 +26,7 @@ from convnext_cli.runs.manifest import check_checkpoint, manifest_path, read_man
 from convnext_cli.runs.record import write_event, writing_to
 
 _LINKS = "links.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RemoteFolder:
@@ -104,7 +107,7 @@ class RemoteFolder:
         steps = self.list_steps()
         links: dict[str, str] = {}
         if _LINKS in self._names():
-            links = json.loads(self._files.cat_file(f"{self._root}/checkpoints/{_LINKS}"))
+            links = json.loads(self._read(self._files.cat_file, f"checkpoints/{_LINKS}"))
         newest = None
         for step in reversed(steps):
             if self._pull_checkpoint(run.checkpoint(step)):
@@ -116,8 +119,8 @@ class RemoteFolder:
                 hint="give the URL of checkpoint.copy_to with the name of the run at its end",
             )
         for path in _small_files(run):
-            if self._files.exists(f"{self._root}/{path.name}"):
-                self._files.get_file(f"{self._root}/{path.name}", str(path))
+            if self._read(self._files.exists, path.name):
+                self._read(self._files.get_file, path.name, str(path))
         known = {run.checkpoint(step).name for step in steps}
         for link in run.links:
             target = links.get(link.name)
@@ -139,7 +142,7 @@ class RemoteFolder:
 
     def _pull_checkpoint(self, path: Path) -> bool:
         for one in (path, manifest_path(path)):
-            self._files.get_file(f"{self._root}/checkpoints/{one.name}", str(one))
+            self._read(self._files.get_file, f"checkpoints/{one.name}", str(one))
         if check_checkpoint(path).problem is None:
             return True
         path.unlink()
@@ -152,12 +155,23 @@ class RemoteFolder:
         except FileNotFoundError:
             return set()
         except Exception as error:  # each fsspec back end raises its own
-            raise RunError(
-                f"{self.url} cannot be read: {' '.join(str(error).split())}"
-                f" ({type(error).__name__})",
-                hint="check the URL, and the credentials for it on this machine",
-            ) from error
+            raise self._make_error(error) from error
         return {str(name).rstrip("/").rpartition("/")[2] for name in found}
+
+    def _read(self, call: Callable[..., Any], name: str, *more: str) -> Any:  # noqa: ANN401  # theirs
+        """What a call to the back end says of a file of the copy; the disk here may be full."""
+        try:
+            return call(f"{self._root}/{name}", *more)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise
+            raise self._make_error(error) from error
+
+    def _make_error(self, error: Exception) -> RunError:
+        return RunError(
+            f"{self.url} cannot be read: {' '.join(str(error).split())} ({type(error).__name__})",
+            hint="check the URL, and the credentials for it on this machine",
+        )
 
 
 class Copier:
@@ -228,12 +242,13 @@ def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:
             f" {quote_path(url)} --runs-dir OTHER",
         )
     with writing_to(run.root):
-        try:
-            return run, folder.pull(run)
-        finally:
-            if run.checkpoints.is_dir() and not any(run.checkpoints.glob("step=*.ckpt")):
-                run.checkpoints.rmdir()
-                run.root.rmdir()
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        # beside its place, for half of a run is taken for one that goes on without its rows
+        with TemporaryDirectory(dir=runs_dir, prefix=f".{run.name}.") as beside:
+            whole = RunDir(Path(beside) / run.name)
+            step = folder.pull(whole)
+            whole.root.rename(run.root)
+    return run, step
 
 
 def _small_files(run: RunDir) -> tuple[Path, ...]:

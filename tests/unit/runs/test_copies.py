@@ -1,10 +1,11 @@
+import errno
 import hashlib
 import time
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from convnext_cli.errors import CheckpointError, RunError
+from convnext_cli.errors import CheckpointError, RunError, WriteError
 from convnext_cli.runs.copies import Copier, RemoteFolder, fetch_run
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import (
@@ -177,4 +178,30 @@ def test_a_place_that_cannot_be_read_is_no_trouble_of_this_disk(
     with pytest.raises(kind, match=sentence):
         fetch_run(f"{url}/mine", tmp_path / "elsewhere")
 
-    assert not (tmp_path / "elsewhere" / "mine").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (RuntimeError("no network"), RunError),
+        (PermissionError(13, "Denied"), RunError),
+        (OSError(errno.ENOSPC, "No space left"), WriteError),
+    ],
+)
+@pytest.mark.parametrize("name", ["step=00000004.json", "metrics.jsonl"])
+def test_half_of_a_run_is_not_left_behind(run, url, tmp_path, monkeypatch, failure, kind, name):
+    def fetch(self, source, target, real=LocalFileSystem.get_file):
+        if source.endswith(name):
+            raise failure
+        real(self, source, target)
+
+    run.metrics.write_text("{}\n")
+    RemoteFolder(url).push(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "get_file", fetch)
+        with pytest.raises(kind):
+            fetch_run(url, tmp_path / "back")
+
+    assert list((tmp_path / "back").iterdir()) == []
+    assert fetch_run(url, tmp_path / "back")[1] == 4
