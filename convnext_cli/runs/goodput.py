@@ -11,11 +11,15 @@ again, and the waits between attempts. Read from `events.jsonl` and `metrics.jso
 import statistics
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 
 from convnext_cli.errors import RunError, quote_path
 from convnext_cli.runs.compare import ENDS, STARTS, last_step, number
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import read_json, read_jsonl
+
+_FEW_ROWS = 3
+"""Below so many, the first one's compilation would stand for a speed."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Goodput:
     wall_seconds: float
     """From the first start to the last sign of life."""
     step_seconds: float
-    """Median time of a step."""
+    """Mean time of a step that is kept: of the medians between changes of speed."""
     kept_steps: int
     lost_steps: int
     goodput: float
@@ -59,11 +63,6 @@ def measure_goodput(run: RunDir) -> Goodput:
         RunError: A file of the run cannot be read, or the run has not started.
     """
     events, rows = read_jsonl(run.events), read_jsonl(run.metrics)
-    images = read_json(run.plan).get("global_images")
-    rates = [rate for row in rows if (rate := number(row, "speed/images_per_second"))]
-    step_seconds = 0.0
-    if rates and isinstance(images, int):
-        step_seconds = images / statistics.median(rates)
     starts = [place for place, event in enumerate(events) if event.get("event") in STARTS]
     if not starts:
         raise RunError(
@@ -72,6 +71,9 @@ def measure_goodput(run: RunDir) -> Goodput:
         )
     parts = [events[a:b] for a, b in zip(starts, [*starts[1:], len(events)], strict=True)]
     attempts, kept = [], last_step(run)
+    step_seconds = _measure_step(
+        rows, read_json(run.plan), begins=[_whole(part[0], "step") for part in parts], kept=kept
+    )
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         last_time = _time(part[-1])
         if following is None and rows:
@@ -98,6 +100,33 @@ def measure_goodput(run: RunDir) -> Goodput:
         lost_steps=sum(attempt.lost_steps for attempt in attempts),
         goodput=min(1.0, kept * step_seconds / wall) if wall else 0.0,
     )
+
+
+def _measure_step(
+    rows: list[dict[str, object]], plan: dict[str, object], *, begins: list[int], kept: int
+) -> float:
+    """The mean time of the steps that are kept, in seconds; 0 where no row has a speed.
+
+    A speed changes where an attempt has other devices, and where images grow. The median leaves out
+    rows in which something was compiled or saved.
+    """
+    rates = [
+        (_whole(row, "step"), rate)
+        for row in rows
+        if (rate := number(row, "speed/images_per_second"))
+    ]
+    images, sizes = plan.get("global_images"), plan.get("train_sizes", [])
+    if not (rates and kept and isinstance(images, int) and isinstance(sizes, list)):
+        return 0.0
+    cuts = sorted({0, kept, *begins, *(size["first_step"] for size in sizes)})
+    cuts = [cut for cut in cuts if cut <= kept]
+    seconds = 0.0
+    for begin, end in pairwise(cuts):
+        found = [rate for step, rate in rates if begin < step <= end]
+        if len(found) < _FEW_ROWS:
+            found = [rate for _, rate in rates]
+        seconds += (end - begin) * images / statistics.median(found)
+    return seconds / kept
 
 
 def _end(part: list[dict[str, object]], *, last: bool) -> str:

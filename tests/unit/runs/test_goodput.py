@@ -48,6 +48,37 @@ def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
     assert measured.goodput == pytest.approx(100 * 1.0 / 150)
 
 
+def test_attempts_and_sizes_of_another_speed_count_with_their_own(tmp_path):
+    run = RunDir(tmp_path)
+    sizes = [{"image_px": 160, "first_step": 0}, {"image_px": 224, "first_step": 30}]
+    plan = {"global_images": 100, "total_steps": 100, "train_sizes": sizes}
+    run.plan.write_text(json.dumps(plan))
+    # 30 small steps of 0.5 s and 30 of 1 s; then half of the devices, and 40 steps of 2 s
+    run.events.write_text(
+        lines(
+            {"event": "started", "time": at(0), "step": 0},
+            {"event": "stopped", "time": at(45), "step": 60, "why": "Stopped"},
+            {"event": "resumed", "time": at(45), "step": 60, "lost_steps": 0},
+            {"event": "finished", "time": at(125), "step": 100},
+        )
+    )
+    rates = {10: 200.0, 20: 200.0, 30: 200.0, 40: 100.0, 50: 100.0, 60: 100.0}
+    rates |= {70: 50.0, 80: 50.0, 90: 50.0, 100: 50.0}
+    run.metrics.write_text(
+        lines(
+            *(
+                {"step": step, "time": at(125), "speed/images_per_second": rate}
+                for step, rate in rates.items()
+            )
+        )
+    )
+
+    measured = measure_goodput(run)
+
+    assert measured.step_seconds == pytest.approx(1.25)
+    assert measured.goodput == pytest.approx(1.0)
+
+
 def test_a_run_that_was_killed_before_its_start_was_written_has_no_times(tmp_path):
     run = RunDir(tmp_path)
     run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 100}))
