@@ -102,6 +102,8 @@ fi
 
 [[ ${NODES:-$SLURM_JOB_NUM_NODES} == "$SLURM_JOB_NUM_NODES" ]] ||
     fail "NODES=$NODES, but this job has $SLURM_JOB_NUM_NODES" "sbatch --nodes=$NODES $0"
+[[ -n ${SLURM_NTASKS_PER_NODE:-} ]] ||
+    fail "this job does not say how many processes a node has" "sbatch $0, or salloc --ntasks-per-node=8"
 [[ ${GPUS:-$SLURM_NTASKS_PER_NODE} == "$SLURM_NTASKS_PER_NODE" ]] ||
     fail "GPUS=$GPUS, but this job has $SLURM_NTASKS_PER_NODE processes a node" \
         "sbatch --gpus-per-node=$GPUS --ntasks-per-node=$GPUS $0"
@@ -227,8 +229,9 @@ for reason in 71 74 2 75 76; do
 done
 if [[ -z $code ]]; then
     code=$srun_code
-    # Whoever left no word was killed, with its node or alone; the rest failed for want of it.
-    if ((left < WORLD_SIZE && code != 76 && code < 128)); then code=137; fi
+    # Whoever left no word was killed, with its node or alone; the rest failed for want of it. But
+    # 126 and 127 say that there is no such command: none begins.
+    if ((left < WORLD_SIZE && code != 76 && code < 126)); then code=137; fi
 fi
 
 case $code in

@@ -142,6 +142,7 @@ def test_a_value_that_is_not_plain_is_quoted_for_sbatch(option, line):
     [
         ({"EXTRA": "seed=1 'optim.lr=2e-3"}, "a quote in it has no end"),
         ({"VENV": "/nowhere"}, "VENV=/nowhere has no bin/python"),
+        ({"SLURM_NTASKS_PER_NODE": ""}, "does not say how many processes"),  # salloc --ntasks=4
     ],
 )
 def test_a_job_that_would_train_something_else_is_refused(tmp_path, fake, variables, sentence):
@@ -153,6 +154,18 @@ def test_a_job_that_would_train_something_else_is_refused(tmp_path, fake, variab
     assert done.returncode == 2
     assert sentence in done.stderr
     assert not (tmp_path / "started").exists()
+
+
+def test_a_command_that_is_not_there_is_final(tmp_path, fake):
+    fake("scontrol", f'[ "$1" = show ] && echo node1 || echo "$@" >>{tmp_path}/told')
+    fake("srun", "exec nowhere")
+    fake("squeue", "echo RUNNING None")
+
+    done = run_script(tmp_path, {})
+
+    assert done.returncode == 127
+    assert "ended with exit code 127; read runs/in1k_tiny/launch/rank*.log" in done.stdout
+    assert not (tmp_path / "told").exists()
 
 
 def test_extra_arguments_are_words_as_a_shell_reads_them(tmp_path, fake):
