@@ -2,8 +2,9 @@
 
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -12,6 +13,9 @@ from convnext_cli.cli._console import console, print_json
 from convnext_cli.cli._inputs import DataOption, JsonOption
 from convnext_cli.doctor.findings import Finding, find_worst, merge_hosts
 from convnext_cli.plan.cluster import read_local_rank, read_rank, read_shape
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
@@ -42,16 +46,23 @@ def doctor(
     ranks = 1 if shape is None else shape[0] * shape[1]
     local_rank = read_local_rank()
     cache = (cache_dir or default_cache_dir()).expanduser()
-    own: list[Finding] = []
-    if local_rank == 0:
-        own = look_at_machine(runs_dir=runs_dir, cache_dir=cache, workers=workers)
+
+    def look() -> list[Finding]:
+        if local_rank != 0:
+            return []  # every node's first process looks; the others have nothing to say
+        found = look_at_machine(runs_dir=runs_dir, cache_dir=cache, workers=workers)
         if data is not None:
-            own += read_shards(data, cache_dir=cache, images=images)
+            found += read_shards(data, cache_dir=cache, images=images)
+        return found
+
     if ranks > 1:
-        findings = _compare(own, local_rank=local_rank)
+        findings = _look_together(look, local_rank=local_rank)
     else:
         advice = "over all nodes of a job: srun convnext doctor"
-        findings = [*own, Finding("all-reduce", "ok", f"not measured with one process ({advice})")]
+        findings = [
+            *look(),
+            Finding("all-reduce", "ok", f"not measured with one process ({advice})"),
+        ]
     worst = find_worst(findings)
     if read_rank() == 0:
         _show(findings, json_output=json_output)
@@ -59,22 +70,32 @@ def doctor(
         raise typer.Exit(2)
 
 
-def _compare(own: list[Finding], *, local_rank: int) -> list[Finding]:
-    """What all ranks found; the same list on each."""
+def _look_together(look: Callable[[], list[Finding]], *, local_rank: int) -> list[Finding]:
+    """What all ranks found, the same list on each; this one's where they do not come together."""
+    from convnext_cli.doctor.traffic import join_ranks, make_unreached
+
+    own: list[Finding] | None = None
+    try:
+        group = join_ranks(local_rank=local_rank)
+        own = look()
+        return _compare(own, group=group)
+    except RuntimeError as error:  # of torch's networks, each of its own kind
+        return [*(look() if own is None else own), make_unreached(error)]
+
+
+def _compare(own: list[Finding], *, group: "ProcessGroup") -> list[Finding]:
     import torch
     from torch import distributed
 
     from convnext_cli.doctor.machine import judge_versions
-    from convnext_cli.doctor.traffic import join_ranks, measure_all_reduce
+    from convnext_cli.doctor.traffic import measure_all_reduce
 
-    join_ranks(local_rank=local_rank)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     parts: list[tuple[str, list[Finding], str, float]] = [("", [], "", 0.0)] * (
         distributed.get_world_size()
     )
-    distributed.barrier()
-    distributed.all_gather_object(parts, (platform.node(), own, versions, time.time()))
-    # Every node's first process has looked; the others have nothing to say.
+    distributed.barrier(group=group)
+    distributed.all_gather_object(parts, (platform.node(), own, versions, time.time()), group=group)
     by_node = [(host, findings) for host, findings, _, _ in parts if findings]
     findings = merge_hosts(by_node)
     findings += judge_versions([(host, versions, clock) for host, _, versions, clock in parts])

@@ -20,20 +20,44 @@ from convnext_cli.errors import UserError
 from convnext_cli.plan.cluster import describe_step
 
 _TIMEOUT = timedelta(seconds=120)
+_LOOK_TIMEOUT = timedelta(minutes=30)
+"""For the slowest node to look at itself and to read images, which may have to be fetched."""
 _ROUNDS = 5
 _SIZES = {"gloo": (1 << 20, 16 << 20), "nccl": (1 << 20, 64 << 20, 256 << 20)}
 _SLOWEST = {"gloo": 50e6, "nccl": 5e9}
 """Bytes a second below which the exchange of gradients is likely what a step waits for."""
 
 
-def join_ranks(*, local_rank: int) -> None:
-    """Open the process group that the launcher describes, torchrun or a plain srun."""
+def join_ranks(*, local_rank: int) -> distributed.ProcessGroup:
+    """Open the process group that the launcher describes, torchrun or a plain srun.
+
+    Returns:
+        Another one over the hosts' network, whose ranks wait until the slowest has looked.
+
+    Raises:
+        RuntimeError: The ranks do not reach each other.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "LOCAL_WORLD_SIZE" not in os.environ:
         os.environ.update(describe_step(os.environ))
     distributed.init_process_group(backend, timeout=_TIMEOUT)
+    group = distributed.new_group(backend="gloo", timeout=_LOOK_TIMEOUT)
+    assert isinstance(group, distributed.ProcessGroup)
+    return group
+
+
+def make_unreached(error: RuntimeError) -> Finding:
+    """What is said where the ranks do not reach each other."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    return Finding(
+        "all-reduce",
+        "problem",
+        f"the ranks do not reach each other: {str(error).splitlines()[0][:200]}",
+        f"see that every node reaches {place}, whatever its firewall; export GLOO_SOCKET_IFNAME and"
+        " NCCL_SOCKET_IFNAME with the interface of the network between them",
+    )
 
 
 def measure_all_reduce() -> Finding:

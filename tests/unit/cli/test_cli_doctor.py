@@ -26,3 +26,22 @@ def test_json_holds_the_same_and_damage_ends_with_2(run_cli, tmp_path):
     assert (done.exit_code, done.stderr, report["worst"]) == (2, "", "problem")
     assert shards["level"] == "problem"
     assert shards["advice"]
+
+
+def test_ranks_that_do_not_reach_each_other_are_a_finding_beside_the_others(run_cli, monkeypatch):
+    def refuse(*, local_rank):
+        raise RuntimeError("Timed out waiting for clients.\nmore")
+
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in (told | {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("convnext_cli.doctor.traffic.join_ranks", refuse)
+
+    done = run_cli("doctor", "--json")
+
+    report = json.loads(done.stdout)
+    assert done.exit_code == 2
+    (network,) = (row for row in report["findings"] if row["topic"] == "all-reduce")
+    assert network["found"] == "the ranks do not reach each other: Timed out waiting for clients."
+    assert "node1:29500" in network["advice"]
+    assert "software" in {row["topic"] for row in report["findings"]}
