@@ -113,6 +113,7 @@ def quiet_lightning() -> None:
         r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
         r".*does not have many workers",  # the plan chose their number
         r".*was configured so 100% of the batches",
+        r".*srun. command is available on your system but is not used",
         r".*GPU available but not used",  # asked for by --device cpu
         r"Grad strides do not match bucket view strides",  # of axes of length 1: copied alike
         r".*TensorFloat32 tensor cores for float32 matrix multiplication available",  # not in fp32

@@ -48,14 +48,24 @@ _LOST_PEER = (
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone or does not answer."""
+    """Whether the ranks did not meet, or a collective failed because one of them is gone."""
+    if isinstance(error, distributed.DistError):
+        return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
 
 
 def make_lost_peer_error(error: BaseException, *, step: int) -> Hung:
     """What is told of it."""
+    why = str(error).splitlines()[0][:200]
+    if not distributed.is_initialized():
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return Hung(
+            f"the ranks did not meet at {place} ({why})",
+            hint="every node has to reach it, and nothing else may use the port (MASTER_PORT, or"
+            " PORT of slurm/multinode.sh); nothing was lost: run the same command again",
+        )
     return Hung(
-        f"another rank was lost after step {step} ({str(error).splitlines()[0][:200]})",
+        f"another rank was lost after step {step} ({why})",
         hint="its own messages say why; the same command goes on from the last checkpoint",
     )
 

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from torch import distributed
+
+from convnext_cli.training.watch import is_lost_peer, make_lost_peer_error
 
 PROGRAM = """
 import time
@@ -76,3 +79,21 @@ def test_a_signal_ends_a_rank_that_still_looks_for_the_others_with_75(tmp_path, 
 
     assert lonely.returncode == 75, told
     assert f"stopped by {number.name} before the first step" in told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "The server socket has failed to listen, message: address already in use",
+        "The client socket has timed out after 5000ms while trying to connect to (a, 29500)",
+    ],
+)
+def test_ranks_that_do_not_meet_are_told_where_and_may_try_again(monkeypatch, words):
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    error = distributed.DistNetworkError(words)
+
+    assert is_lost_peer(error)
+    told = make_lost_peer_error(error, step=0)
+    assert (str(told), told.exit_code) == (f"the ranks did not meet at node1:29500 ({words})", 76)
+    assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
