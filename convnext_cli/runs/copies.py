@@ -26,6 +26,8 @@ from convnext_cli.runs.manifest import check_checkpoint, manifest_path, read_man
 from convnext_cli.runs.record import write_event, writing_to
 
 _LINKS = "links.json"
+_BUCKETS = ("s3://", "s3a://", "gs://", "gcs://")
+"""Of places that have no folders, only names that hold /."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -63,7 +65,8 @@ class RemoteFolder:
 
     def push(self, run: RunDir) -> None:
         """Make this folder hold what the run's folder holds."""
-        self._files.makedirs(f"{self._root}/checkpoints", exist_ok=True)
+        if not self.url.startswith(_BUCKETS):  # its back end would make a bucket, mistyped or not
+            self._files.makedirs(f"{self._root}/checkpoints", exist_ok=True)
         for path in _small_files(run):
             if path.is_file():
                 self._files.put_file(str(path), f"{self._root}/{path.name}")

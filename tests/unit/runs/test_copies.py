@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import time
+from unittest.mock import Mock
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -157,6 +158,17 @@ def test_the_end_says_that_the_last_copy_is_missing(run, url, tmp_path):
 
     assert "could not copy to" in told[0]
     assert told[1:] == [f"{url} lacks what was saved last; the same command again copies it"]
+
+
+def test_a_bucket_is_written_to_and_not_made(run):
+    folder = RemoteFolder("s3://bucket/runs/mine")
+    folder._files = files = Mock()
+    files.ls.return_value = []
+
+    folder.push(run)
+
+    assert files.put_file.call_count > 4
+    assert not files.makedirs.called
 
 
 @pytest.mark.parametrize(
