@@ -68,9 +68,27 @@ class Quarantine(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object
     ) -> None:
-        """Save and end the run where more images are lost than it may lose."""
-        task, lost = as_task(pl_module), len(self.reasons)
-        if lost <= self.allowed or not task.at_step_end:
+        """Save and end the run where more images are lost than it may lose.
+
+        After the last step it ends when all is done: no later attempt would validate it.
+        """
+        task = as_task(pl_module)
+        if task.at_step_end and task.step < self.plan.total_steps:
+            self._end_if_too_many(trainer, task)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell at the end what was lost."""
+        self._end_if_too_many(trainer, as_task(pl_module))
+        if self.reasons and trainer.is_global_zero:
+            images = "1 image" if len(self.reasons) == 1 else f"{len(self.reasons)} images"
+            self.say(
+                f"{images} could not be used, and neighbours stood in; keys and reasons:"
+                f" {self.run.events}"
+            )
+
+    def _end_if_too_many(self, trainer: pl.Trainer, task: Classifier) -> None:
+        lost = len(self.reasons)
+        if lost <= self.allowed:
             return
         self.checkpoints.save_whole(trainer, task)
         key, reason = min(self.reasons.items())
@@ -82,13 +100,3 @@ class Quarantine(pl.Callback):
             hint=f"{self.run.events} names them: repair them, or allow more with"
             f" data.bad_frac={min(1.0, enough):g}; the same command goes on",
         )
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell at the end what was lost."""
-        del pl_module
-        if self.reasons and trainer.is_global_zero:
-            images = "1 image" if len(self.reasons) == 1 else f"{len(self.reasons)} images"
-            self.say(
-                f"{images} could not be used, and neighbours stood in; keys and reasons:"
-                f" {self.run.events}"
-            )
