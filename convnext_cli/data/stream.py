@@ -163,9 +163,8 @@ class StreamReader(IterableDataset[Batch]):
                 rng = random.Random(int(raw.random_raw()))
                 initial = min(stream.shuffle_images, 1000)
                 members = shuffle_buffer(stream.shuffle_images, initial=initial, rng=rng)(members)
-            seen = 0
+            used = False
             for member in members:
-                seen += 1
                 try:
                     sample = self._sample(member, epoch=epoch, lap=lap)
                 except BadImage as error:
@@ -177,13 +176,14 @@ class StreamReader(IterableDataset[Batch]):
                         ) from error
                     bad.append(Unusable(PADDING, name, error.reason))
                 else:
+                    used = True
                     yield sample._replace(bad=tuple(bad))
                     bad = []
-            if training and not seen:
-                raise DataError(
-                    f"{', '.join(own[:3])}: no samples with an image and a .cls",
-                    hint="look inside: tar tf SHARD",
-                )
+            if training and not used:  # nor would they be in another lap
+                why = "no samples with an image and a .cls"
+                if bad:
+                    why = f"no sample can be used, such as {bad[0].key}: {bad[0].reason}"
+                raise DataError(f"{', '.join(own[:3])}: {why}", hint="look inside: tar tf SHARD")
 
     def _sample(self, member: dict[str, Any], *, epoch: int, lap: int) -> Sample:
         key = str(member["__key__"])

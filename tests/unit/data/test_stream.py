@@ -172,6 +172,20 @@ def test_a_bad_image_in_evaluation_is_fatal_and_named(tmp_path):
         labels(stream_of(str(tmp_path / "a.tar"), num_batches=None))
 
 
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        ({"a.jpg": jpeg(0), "a.json": b"{}", "b.jpg": jpeg(1)}, "t.tar/[ab]: no .cls"),
+        ({"a.jpg": b"no image", "a.cls": b"0"}, "t.tar/a: "),
+    ],
+)
+def test_shards_without_a_sample_that_can_be_used_are_not_read_for_ever(tmp_path, members, why):
+    write_tar(tmp_path / "t.tar", members)
+
+    with pytest.raises(DataError, match=f"no sample can be used, such as .*{why}"):
+        labels(stream_of(str(tmp_path / "t.tar")))
+
+
 def test_pickles_in_a_shard_are_never_opened(tmp_path):
     class Trap:
         def __reduce__(self):
