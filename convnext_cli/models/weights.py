@@ -62,6 +62,11 @@ _EMA_KEYS = ("model_ema", "state_dict_ema")
 _RAW_KEYS = ("model", "state_dict", "module")
 _HEAD_STD = 0.02
 
+_PUBLISHED_ONLY = (
+    "the papers' classifiers are read, no detection or segmentation models; those that timm alone"
+    " has can be evaluated: convnext evaluate timm:NAME:PATH --data DIR"
+)
+
 _ARGUMENTS = (
     argparse.Namespace,
     (PosixPath, "pathlib.PosixPath"),  # of the official launchers for Slurm
@@ -158,7 +163,7 @@ def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
         except KeyError as error:
             raise CheckpointError(
                 f"{path}: the key {error.args[0]} has no place in the {layout} layout of ConvNeXt",
-                hint="is it a detection or segmentation model? Only classifiers are read",
+                hint=_PUBLISHED_ONLY,
             ) from error
         variant = _recognise_variant(state, path)
         num_classes = len(state["head.weight"]) if "head.weight" in state else None
@@ -418,7 +423,7 @@ def _recognise_variant(state: State, path: Path) -> Variant:
         depths, dims = read_shape(state)
         raise CheckpointError(
             f"{path}: a ConvNeXt with {depths} blocks of width {dims} is no published one",
-            hint="the published ones: convnext recipes list",
+            hint=_PUBLISHED_ONLY,
         )
     return variant
 

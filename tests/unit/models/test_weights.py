@@ -15,6 +15,7 @@ from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids, m
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.errors import CheckpointError
 from convnext_cli.models.convnext import build_convnext
+from convnext_cli.models.layouts import from_official
 from convnext_cli.models.weights import (
     ModelCard,
     Weights,
@@ -189,6 +190,17 @@ def test_another_network_is_no_convnext(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"is not a ConvNeXt: its weights begin with conv1"):
         read_weights(tmp_path / "resnet.pth")
+
+
+@pytest.mark.parametrize("change", ["head.pre_logits.fc.weight", "stem.2.weight"])
+def test_a_classifier_that_timm_alone_has_is_sent_to_timm(change, tmp_path):
+    state = from_official(atto().state_dict(), "timm") | {change: torch.zeros(3, 3)}
+    torch.save(state, tmp_path / "x.pth")
+
+    with pytest.raises(CheckpointError, match=f"the key {change} has no place") as refused:
+        read_weights(tmp_path / "x.pth")
+
+    assert "convnext evaluate timm:NAME:PATH" in (refused.value.hint or "")
 
 
 def test_a_head_of_another_size_starts_afresh_and_is_said_to(tmp_path):
