@@ -32,7 +32,9 @@ FP8_CAPABILITY = (8, 9)
 
 
 def check_devices(cluster: Cluster, *, precision: Precision, fp8: bool = False) -> None:
-    """Refuse devices and precisions that this machine does not have.
+    """Refuse devices and precisions that this machine does not have, and have fp32 mean fp32.
+
+    By torch's default, convolutions of fp32 are in TF32 on a GPU, though matrix products are not.
 
     Raises:
         DeviceError: No GPU, fewer than asked, or one without bf16; fp16 on a CPU; fp8 on a GPU
@@ -47,6 +49,7 @@ def check_devices(cluster: Cluster, *, precision: Precision, fp8: bool = False) 
                 )
         case "cuda":
             _check_gpus(cluster.devices_per_node, precision=precision)
+            torch.backends.cudnn.allow_tf32 = precision != "fp32"
             if fp8:
                 check_fp8(torch.cuda.get_device_capability())
         case _:

@@ -46,8 +46,7 @@ def test_every_precision_learns_with_all_kernels(train, precision, kernels):
     assert all(0 < loss < 5 for loss in losses)
 
 
-def test_a_gpu_gives_the_losses_of_a_cpu(train, monkeypatch):
-    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+def test_a_gpu_gives_the_losses_of_a_cpu(train):
     plain = ["compute.kernels=eager", "--precision", "fp32", "model.drop_path=0"]
     plain.append("augment.erasing=null")  # its noise is drawn on the device
 

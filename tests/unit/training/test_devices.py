@@ -1,13 +1,23 @@
 """What this machine must have for what is asked."""
 
 import pytest
+import torch
 
 from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.training import devices
-from convnext_cli.training.devices import check_fp8, check_strategy
+from convnext_cli.training.devices import check_devices, check_fp8, check_strategy
 
 TWO = Cluster(device="cpu", devices_per_node=2)
+
+
+def test_convolutions_of_fp32_are_in_fp32_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(devices, "_check_gpus", lambda *_, **__: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    check_devices(Cluster(device="cuda"), precision="fp32")
+
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6)])
