@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Layout = Literal["official", "timm", "torchvision", "huggingface", "minkowski"]
@@ -173,6 +174,8 @@ def _official_shape(name: str, value: Tensor) -> Tensor:
 def from_official(state: State, layout: WritableLayout) -> dict[str, Tensor]:
     """Official weights with the names and shapes of another layout.
 
+    V1 in timm and torchvision always has LayerScale: where there is none, it gets one of ones.
+
     Raises:
         KeyError: The layout has no place for a key; the key is the argument.
     """
@@ -182,6 +185,10 @@ def from_official(state: State, layout: WritableLayout) -> dict[str, Tensor]:
     v2 = any(".grn." in key for key in state)
     width = len(next(value for key, value in state.items() if key.endswith("dwconv.weight")))
     conv_mlp = layout == "timm" and width in CONV_MLP_WIDTHS
+    if layout in {"timm", "torchvision"} and not v2:
+        biases = {key: value for key, value in state.items() if key.endswith(".dwconv.bias")}
+        ones = {k.replace("dwconv.bias", "gamma"): torch.ones_like(v) for k, v in biases.items()}
+        state = {**state, **ones, **state}  # its own LayerScale counts, in its own place
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         new = _rename(key, renamers)

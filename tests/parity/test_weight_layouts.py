@@ -94,6 +94,18 @@ def test_torchvision_reads_what_we_write_and_gives_the_same_logits(tmp_path):
     assert largest_difference(model, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["timm", "torchvision"])
+def test_a_network_without_layer_scale_has_one_of_ones_where_there_must_be_one(layout):
+    torch.manual_seed(0)
+    model = build_convnext(find_variant("convnext_tiny"), num_classes=7, layer_scale_init=None)
+    build = timm.create_model if layout == "timm" else torchvision.models.get_model
+    theirs = build("convnext_tiny", num_classes=7).eval()
+
+    theirs.load_state_dict(from_official(model.state_dict(), layout))
+
+    assert largest_difference(model.eval(), theirs) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "library"),
     [
