@@ -50,7 +50,8 @@ CENTER_FRAC = 0.875
 WARP_FROM_PX = 384
 """From this size on, published evaluations warp the image instead of cropping it."""
 
-_PX_IN_NAME = re.compile(r"(?<!\d)(224|288|384|512)(?!\d)")
+_PX_IN_NAME = re.compile(r"(?<![a-z\d])(?<!checkpoint-)(224|288|384|512)(?!\d)", re.IGNORECASE)
+"""Not the batch of convnext_tiny_bs512.pth, nor the epoch of the official checkpoint-288.pth."""
 
 
 @dataclass(frozen=True, kw_only=True)
