@@ -19,6 +19,7 @@ import gc
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -213,7 +214,7 @@ def serve(name: StepSystem, plan: Plan, pipe: "Connection[Answer, Request]") -> 
         try:
             answer = system.answer(request)
         except Exception as error:  # noqa: BLE001  # compilers raise anything; it is told
-            again = isinstance(error, torch.OutOfMemoryError) and request == Start(alone=False)
+            again = request == Start(alone=False) and _lacks_memory(error)
             answer = _describe(error, again=again)
         _free(plan.cluster.device)
         pipe.send(answer)
@@ -226,6 +227,11 @@ def _describe(error: Exception, *, again: bool) -> Failure:
     if not isinstance(error, RuntimeError):
         line = f"{type(error).__name__}: {line}"
     return Failure(line, RuntimeError("".join(traceback.format_exception(error))), again)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether a device was full: torch's own error, a compiler's around it, or the driver's."""
+    return re.search("out of memory|ALLOC_FAILED", str(error), re.IGNORECASE) is not None
 
 
 def _free(device: str) -> None:

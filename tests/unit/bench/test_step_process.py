@@ -74,6 +74,20 @@ def test_failures_are_told_in_a_line_and_kept_whole():
     assert step_process._describe(KeyError("x"), again=False).reason == "KeyError: 'x'"
 
 
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("InductorError: OutOfMemoryError: CUDA out of memory."), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_start_that_found_no_memory_among_others_is_made_again(error, lacks):
+    assert step_process._lacks_memory(error) == lacks
+
+
 def test_a_process_that_is_killed_is_told_with_its_exit_code():
     process = StepProcess("timm", PLAN)
     try:
