@@ -53,7 +53,7 @@ class PlanError(UserError):
 
 
 class DeviceError(UserError):
-    """A device, a number of devices or a precision is not there."""
+    """A device, a number of devices or a precision is not there, or there is no room."""
 
 
 class DataError(UserError):

@@ -28,7 +28,7 @@ from convnext_cli.data.reader import (
     is_lost_worker,
     make_lost_worker_error,
 )
-from convnext_cli.errors import DataError, quote_path
+from convnext_cli.errors import DataError, DeviceError, quote_path
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.schema import Precision
 from convnext_cli.training.devices import check_devices, lightning_precision, quiet_lightning
@@ -134,7 +134,7 @@ def evaluate_model(
     """Evaluate on all devices together; the result is the same on every rank.
 
     Raises:
-        DeviceError: This machine does not have what is asked.
+        DeviceError: This machine does not have what is asked, or no room for a batch.
         DataError: The data set is not there, does not fit the model, or has a bad image.
         Hung: A loader process was lost.
         UserError: Some outputs were not finite.
@@ -163,6 +163,13 @@ def evaluate_model(
         trainer.test(task, datamodule=images, verbose=False)
     except DataError as error:
         raise from_worker(error) from error
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"a device has no room for batches of {setup.per_device_images} images"
+            f" ({str(error).split(' GPU ')[0]})",
+            hint=f"take smaller ones, which change no score: --batch"
+            f" {max(1, setup.per_device_images // 2)}",
+        ) from error
     except RuntimeError as error:
         if not is_lost_worker(error):
             raise

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -18,7 +19,7 @@ from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_batch_mix, build_data
 from convnext_cli.data.reader import from_worker, is_lost_worker, make_lost_worker_error
 from convnext_cli.data.stream import WEAKER_PROMISE
-from convnext_cli.errors import CheckpointError, DataError
+from convnext_cli.errors import CheckpointError, DataError, DeviceError
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
 from convnext_cli.models.weights import ModelCard, count_non_finite, load_into, read_weights
@@ -72,7 +73,7 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
     """Train to the end of the schedule, or go on from a checkpoint; returns the steps taken.
 
     Raises:
-        UserError: Data, weights or checkpoint do not fit (see `errors`).
+        UserError: Data, weights or checkpoint do not fit, or a device is full (see `errors`).
         Stopped: A signal came, or the job's time is over; a checkpoint is written.
         Diverged: Gradients are not finite, again and again.
         Hung: Another rank or a loader process was lost.
@@ -248,8 +249,25 @@ def _run_trainer(
             ) from error
         if is_lost_peer(error):
             raise make_lost_peer_error(error, step=task.step) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise _make_no_room_error(error, plan, step=task.step) from error
         raise
     _record(run, plan, event="finished", step=task.step)
+
+
+def _make_no_room_error(error: torch.OutOfMemoryError, plan: Plan, *, step: int) -> DeviceError:
+    """What is told of a device that is full, and what makes the same run take less of it."""
+    fewer = plan.per_device_images // 4 * 2
+    smaller = [f"batch.per_device_images={fewer}"] if fewer else []
+    if plan.recipe.compute.gradient_checkpointing == "none" and plan.activation_bytes:
+        smaller.append("compute.gradient_checkpointing=selective")
+    return DeviceError(
+        f"the device of rank {plan.cluster.rank} has no room for step {step + 1}, in passes of"
+        f" {plan.per_device_images} images ({str(error).split(' GPU ')[0]})",
+        hint=f"the same command goes on with {' or '.join(smaller)}"
+        if smaller
+        else "use smaller images or a device with more memory",
+    )
 
 
 def _record(run: RunDir, plan: Plan, *, event: str, step: int, **more: object) -> None:

@@ -109,6 +109,20 @@ def evaluate(
     return evaluate_model(model, data=data, split="val", setup=setup)
 
 
+def test_a_full_device_is_told_with_a_smaller_batch(network, tmp_path, monkeypatch):
+    def forward(_x: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(network, "forward", forward)
+
+    with pytest.raises(
+        DeviceError, match=r"batches of 4 images \(CUDA out .* 2.00 GiB\.\)"
+    ) as full:
+        evaluate(model_of(network), pack(tmp_path, [png(0)]))
+
+    assert full.value.hint == "take smaller ones, which change no score: --batch 2"
+
+
 @pytest.mark.filterwarnings("ignore:::lightning")
 def test_scores_are_those_of_a_plain_loop(tmp_path: Path, network: nn.Module):
     data = pack(tmp_path, [png(n) for n in range(10)])

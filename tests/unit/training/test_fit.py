@@ -1,10 +1,14 @@
-"""What is left to do for a run whose last step is taken."""
+"""How an attempt of a run ends, and what is left to do after the last."""
 
 import io
+import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 from rich.console import Console
 
+from convnext_cli.errors import DeviceError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
@@ -13,7 +17,7 @@ from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.record import write_json
 from convnext_cli.training.checkpoint import write_checkpoint
-from convnext_cli.training.fit import fit
+from convnext_cli.training.fit import _run_trainer, fit
 from convnext_cli.training.start import Start
 
 
@@ -44,3 +48,37 @@ def test_a_run_that_was_killed_after_its_last_save_gets_its_names_and_its_end(tm
     assert steps == 8
     assert [checkpoint_step(name.resolve()) for name in run.links] == [8, 8, 4]
     assert summarise_run(run).state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ([], "batch.per_device_images=64 or compute.gradient_checkpointing=selective"),
+        (
+            ["batch.per_device_images=2", "compute.gradient_checkpointing=blocks"],
+            "use smaller images or a device with more memory",
+        ),
+    ],
+)
+def test_a_full_device_is_told_with_what_takes_less_of_it(tmp_path, changes, hint):
+    changes = [*changes, "batch.global_images=256", "optim.lr_rule=none"]
+    plan = make_plan(load_recipe("in1k_tiny", changes), Cluster(device="cpu"), name="full")
+    told = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB"
+
+    def fit(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(told)
+
+    run = RunDir(tmp_path)
+    with pytest.raises(DeviceError, match="no room for step 5, in passes of") as caught:
+        _run_trainer(
+            SimpleNamespace(fit=fit),
+            SimpleNamespace(step=4),
+            None,
+            start=Start(None, 0),
+            run=run,
+            plan=plan,
+        )
+
+    assert str(caught.value).endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+    assert caught.value.hint.endswith(hint)
+    assert json.loads(run.events.read_text())["event"] == "stopped"
