@@ -6,6 +6,7 @@ fit    builds data and model and loads weights; then makes the run's folder; the
 ```
 """
 
+import gc
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,6 +91,10 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
             start, told = find_start(plan, run, resume="auto"), str(back)
             if plan.cluster.rank == 0:
                 display.say(f"going back to step {start.step}: {told}")
+        # The next attempt needs the device's memory, of which this one's is held in cycles, and by
+        # its callbacks, to which Lightning gives methods of the module.
+        display = ProgressDisplay(plan, console=console, log=run.log)
+        gc.collect()
     if plan.cluster.rank == 0:
         _make_up_for_end(plan, run, start=start, say=display.say)
     return start.step

@@ -1,7 +1,9 @@
 """How an attempt of a run ends, and what is left to do after the last."""
 
+import gc
 import io
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +18,11 @@ from convnext_cli.runs.compare import summarise_run
 from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.record import write_json
+from convnext_cli.training import fit as fit_module
 from convnext_cli.training.checkpoint import write_checkpoint
 from convnext_cli.training.fit import _run_trainer, fit
+from convnext_cli.training.guard import RolledBack
+from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.start import Start
 
 
@@ -65,13 +70,13 @@ def test_a_full_device_is_told_with_what_takes_less_of_it(tmp_path, changes, hin
     plan = make_plan(load_recipe("in1k_tiny", changes), Cluster(device="cpu"), name="full")
     told = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB"
 
-    def fit(*_: object, **__: object) -> None:
+    def run_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(told)
 
     run = RunDir(tmp_path)
     with pytest.raises(DeviceError, match="no room for step 5, in passes of") as caught:
         _run_trainer(
-            SimpleNamespace(fit=fit),
+            SimpleNamespace(fit=run_out),
             SimpleNamespace(step=4),
             None,
             start=Start(None, 0),
@@ -82,3 +87,33 @@ def test_a_full_device_is_told_with_what_takes_less_of_it(tmp_path, changes, hin
     assert str(caught.value).endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
     assert caught.value.hint.endswith(hint)
     assert json.loads(run.events.read_text())["event"] == "stopped"
+
+
+def test_a_run_that_goes_back_leaves_nothing_of_the_attempt_before_in_memory(tmp_path, monkeypatch):
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="back")
+    networks: list[weakref.ref[torch.nn.Module]] = []
+
+    def attempt(*_: object, display: ProgressDisplay, **__: object) -> int:
+        if networks:
+            return 3 if networks[0]() is None else -1
+        network = torch.nn.Linear(1, 1)
+        network.forward = network.forward  # a cycle, as of one that is compiled or recorded
+        display.log = network.forward  # as Lightning does with methods of its module
+        networks.append(weakref.ref(network))
+        raise RolledBack("the gradient is not finite")
+
+    monkeypatch.setattr(fit_module, "_attempt", attempt)
+    monkeypatch.setattr(fit_module, "find_start", lambda *_, **__: Start(None, 0))
+    gc.disable()  # it might come by itself
+    try:
+        taken = fit(
+            plan,
+            RunDir(tmp_path),
+            start=Start(None, 0),
+            request=StopRequest(),
+            console=Console(quiet=True),
+        )
+    finally:
+        gc.enable()
+
+    assert taken == 3
