@@ -46,6 +46,8 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 _TRAIN_NAMES = ("train", "training")
 _VAL_NAMES = ("val", "valid", "validation", "test", "testing")
+_WHOLE_NUMBER = re.compile(r"[+-]?\d+(\.0*)?")
+"""A label of a table; pandas writes a column with gaps in it with points, as 3.0."""
 _LABEL_ENDINGS = frozenset(("cls", "json", "txt"))
 """Of members that hold the labels of shards; beside an image of the same name they do."""
 _LITTER = frozenset(("thumbs.db", "desktop.ini"))
@@ -655,7 +657,7 @@ def _list_csv(source: Path) -> Source:
             f"{source} has images for validation alone", hint="give images to train on, too"
         )
     names = {row[2] for row in found.rows}
-    words = {name for name in names if not re.fullmatch(r"[+-]?\d+", name)}
+    words = {name for name in names if not _WHOLE_NUMBER.fullmatch(name)}
     if words and words != names:
         notes.append(f"labels are names in the order of text, because {min(words)!r} is no number")
     listed = (
@@ -714,6 +716,7 @@ def _find_columns(header: Sequence[str]) -> tuple[int, int, int | None] | None:
 
 
 def _with_numbered_classes(found: _Found, *, source: Path, notes: Sequence[str]) -> Source:
+    found.rows = [(*row[:2], row[2].partition(".")[0], *row[3:]) for row in found.rows]
     numbers = [int(row[2]) for row in found.rows]
     wrong = next((number for number in numbers if not 0 <= number < _MAX_LABEL), None)
     if wrong is not None:

@@ -391,8 +391,10 @@ def test_a_table_with_a_header_names_and_splits(folders, tmp_path):
     assert labels_by_source(tmp_path / "out", "val") == {"val/b/001.jpg": 0}
 
 
-def test_a_table_of_numbers_keeps_them_as_labels(folders, tmp_path):
-    table = write_table(folders / "t.csv", ["train/a/000.jpg,3", f"{folders}/train/b/001.jpg,1"])
+@pytest.mark.parametrize("point", ["", ".0"])
+def test_a_table_of_numbers_keeps_them_as_labels(folders, tmp_path, point):
+    rows = [f"train/a/000.jpg,3{point}", f"{folders}/train/b/001.jpg,1{point}"]
+    table = write_table(folders / "t.csv", rows)
 
     packed = pack(table, tmp_path / "out")
 
