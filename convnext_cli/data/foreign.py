@@ -60,7 +60,7 @@ from convnext_cli.runs.record import write_json, writing_to
 STATE_NAME = "index-state"
 INFO_NAMES = ("_info.json", "info.json")
 _VALIDATION = re.compile(r"(^|[^a-z])(val|valid|validation)([^a-z]|$)")
-_TEST = re.compile(r"(^|[^a-z])test([^a-z]|$)")
+_TEST = re.compile(r"(^|[^a-z])(test|testing)([^a-z]|$)")
 _TRAINING = re.compile(r"(^|[^a-z])(train|training)([^a-z]|$)")
 _WNID = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?![0-9])")
 _COMPRESSED_TAR = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
@@ -250,7 +250,11 @@ def _list_folder(place: str) -> list[str]:
             f"{place}: its shards cannot be listed ({type(error).__name__}: {error})",
             hint="name them: URL/train-{0000..0127}.tar",
         ) from error
-    shards = [name for name in listed if name.endswith(".tar")]
+    shards = [  # hidden ones are what macOS leaves beside a copy
+        name
+        for name in listed
+        if name.endswith(".tar") and not PurePosixPath(name).name.startswith(".")
+    ]
     if not shards:
         raise _no_shards(place, listed)
     return [files.unstrip_protocol(shard) if is_url(place) else shard for shard in shards]

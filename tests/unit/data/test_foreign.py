@@ -418,8 +418,9 @@ def test_a_folder_without_shards_says_where_they_are(tmp_path):
         assert hint in caught.value.hint
 
 
-def test_a_folder_may_have_brackets_in_its_name(tmp_path):
+def test_a_folder_may_have_brackets_in_its_name_and_hidden_files(tmp_path):
     shard = write_shard(tmp_path / "photos [1]" / "train-0.tar", timm_members(0, 3))
+    (shard.parent / "._train-0.tar").write_bytes(b"what macOS leaves beside a copy")
 
     assert list_shards([str(shard.parent)]) == [str(shard)]
 
@@ -448,6 +449,7 @@ def test_shards_without_a_folder_in_common_are_refused():
         ("test/train/0001.tar", "train"),
         ("test/train-0001.tar", "train"),
         ("training/val-0001.tar", "val"),
+        ("testing/0001.tar", "test"),
     ],
 )
 def test_the_split_is_read_from_the_name_of_a_shard_or_of_its_folder(name, split):
