@@ -80,6 +80,8 @@ def check_dataset(
             damage += [item for found in findings[name] for item in found.damage]
             damage += _check_counts(card, split, findings[name])
             splits.append(_make_split_report(card, split, findings[name]))
+    if not damage and card.recorded not in (None, card.fingerprint):  # all else was held
+        damage.append(Damage("dataset.json", "its classes are not those that were packed"))
     shared, examples = _find_shared(findings.get("train", ()), findings.get("val", ()))
     return DatasetReport(
         location=str(location),

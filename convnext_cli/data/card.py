@@ -6,7 +6,7 @@ Read without numpy or torch, so that planning stays light.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class DatasetCard:
     """How it was packed, or indexed."""
     shards_at: str | None = None
     """Folder or URL that the shards' names are appended to; None: the card's own."""
+    recorded: str | None = field(default=None, compare=False)
+    """The fingerprint that the file tells: another one where somebody changed it."""
 
     @property
     def fingerprint(self) -> str:
@@ -138,6 +140,7 @@ def read_card(location: str | Path) -> DatasetCard:
             },
             options=plain["options"],
             shards_at=plain.get("shards_at"),
+            recorded=plain.get("fingerprint"),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(

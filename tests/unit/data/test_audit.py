@@ -153,6 +153,12 @@ def test_a_card_that_miscounts_is_found(shards):
     ]
 
 
+def test_class_names_that_were_changed_are_found(shards):
+    change_card(shards, lambda plain: plain["classes"].reverse())
+
+    assert damage_of(shards) == [("dataset.json", "its classes are not those that were packed")]
+
+
 def test_labels_beyond_the_classes_are_found(shards):
     def drop_a_class(plain):
         plain["classes"].pop()
