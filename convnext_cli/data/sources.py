@@ -614,7 +614,7 @@ def _list_csv(source: Path) -> Source:
         _check_no_header(source, rows[0][1])
         at_path, at_label = 0, 1
         thirds = {row[2].lower() for _, row in rows if len(row) > 2}
-        at_split = 2 if thirds and thirds <= {*_TRAIN_NAMES, *_VAL_NAMES} else None
+        at_split = 2 if thirds & {*_TRAIN_NAMES, *_VAL_NAMES} else None
     else:
         (at_path, at_label, at_split), rows = columns, rows[1:]
     if not rows:

@@ -465,6 +465,7 @@ def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
         (["a.jpg,0", "b.jpg,-1"], "the label -1 is not in"),
         (["a.jpg,0", "b.jpg,0"], r"holds 1 class \(0\)"),
         (["path,label,split", "a.jpg,x,train", "b.jpg,y,later"], "line 3: the split is 'later'"),
+        (["a.jpg,x,train", "b.jpg,y,val", "c.jpg,y,"], "line 3: the split is ''"),
         (
             ["a.jpg,x,train", "b.jpg,y,train", "c.jpg,z,val"],
             "the training part lacks 1 of the classes of the validation part: z",
