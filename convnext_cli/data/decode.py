@@ -41,7 +41,7 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 _WEBP_FLAGS, _WEBP_ANIMATION = 20, 0b10
-_JPEG_BEGINS, _JPEG_ENDS = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG_BEGINS, _JPEG_SCAN, _JPEG_ENDS = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
 _PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 
 
@@ -139,9 +139,11 @@ def decodes_regions() -> bool:
 
 
 def _decode_region_nv(data: bytes | bytearray, *, box: CropBox) -> Tensor | None:
-    # A file without its end mark may be cut below the box, where nothing would notice.
-    whole = data.startswith(_JPEG_BEGINS) and data.rfind(_JPEG_ENDS) > 0
-    if not whole or not decodes_regions():
+    if not data.startswith(_JPEG_BEGINS) or not decodes_regions():
+        return None
+    # A file without its end mark may be cut below the box, where nothing would notice. A thumbnail
+    # has a mark of its own, before the image's last scan.
+    if not data.endswith(_JPEG_ENDS) and data.rfind(_JPEG_ENDS) < data.rfind(_JPEG_SCAN):
         return None
     nv, decoder, parameters = _nv_decoder(os.getpid())
     region = nv.Region(box.top, box.left, box.top + box.height, box.left + box.width)

@@ -8,7 +8,13 @@ import pytest
 from PIL import Image
 
 from convnext_cli.data import decode
-from convnext_cli.data.decode import BadImage, decode_rgb, read_image_size
+from convnext_cli.data.decode import (
+    BadImage,
+    CropBox,
+    decode_region,
+    decode_rgb,
+    read_image_size,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 
@@ -82,6 +88,31 @@ def test_pillow_stands_in_for_a_torchvision_without_decoder(name, monkeypatch):
     monkeypatch.setattr(decode, "decode_image", None)
 
     np.testing.assert_array_equal(decode_rgb(IMAGES[name], key=name).numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_region_is_cut_from_the_same_pixels(name):
+    whole = decode_rgb(IMAGES[name], key=name)
+
+    for top, left, height, width in (
+        (0, 0, 24, 40),
+        (3, 5, 11, 17),
+        (13, 0, 11, 40),
+        (23, 33, 1, 7),
+    ):
+        box = CropBox(top=top, left=left, height=height, width=width)
+        region = decode_region(IMAGES[name], box=box, key=name)
+        expected = whole[:, top : top + height, left : left + width]
+        np.testing.assert_array_equal(region.numpy(), expected.numpy())
+
+
+def test_a_photo_that_is_cut_below_a_region_is_refused_in_spite_of_its_thumbnail():
+    thumbnail = b"Exif\0\0" + IMAGES["jpeg"]
+    header = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    cut = header + IMAGES["jpeg 4:2:0"][2:-50]
+
+    with pytest.raises(BadImage, match="truncated"):
+        decode_region(cut, box=CropBox(top=0, left=0, height=2, width=40), key="cut")
 
 
 def test_an_animated_webp_is_not_called_damaged():
