@@ -22,6 +22,7 @@ bit.
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -213,11 +214,13 @@ def _name(header: bytes) -> str:
 
 
 def _pax_path(records: bytes) -> str | None:
-    for record in records.split(b"\n"):
-        _, _, pair = record.partition(b" ")
-        key, _, value = pair.partition(b"=")
+    """The name in records of `LENGTH KEY=VALUE` and a newline; a name may hold newlines, too."""
+    while length := re.match(rb"(\d{1,7}) ", records):
+        end = max(1, int(length[1]))
+        key, _, value = records[length.end() : end - 1].partition(b"=")
         if key == b"path":
             return value.decode("utf-8", "backslashreplace")
+        records = records[end:]
     return None
 
 

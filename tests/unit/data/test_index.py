@@ -56,7 +56,7 @@ def test_a_scan_finds_every_sample_and_where_its_image_lies(shard):
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_are_read_in_every_tar_format(tmp_path, kind):
-    key = "/".join(["folder" * 5] * 4) + "/name"
+    key = "/".join(["folder" * 5] * 4) + "/na\nme"
     shard = write_tar(tmp_path / "s.tar", sample(key, 1), kind=kind)
 
     assert list(scan_shard(shard).index.keys) == [key]
