@@ -5,7 +5,7 @@
 | official | facebookresearch/ConvNeXt and -V2; this project | |
 | timm | huggingface/pytorch-image-models >= 0.9 | GRN as vectors; 1x1 convolutions, atto to nano |
 | torchvision | pytorch/vision, V1 T/S/B/L only | LayerScale as (C, 1, 1) |
-| huggingface | transformers ConvNext and ConvNextV2, whole or backbone | no LayerScale in V2 |
+| huggingface | transformers ConvNext and ConvNextV2, with or without head | no LayerScale in V2 |
 | minkowski | checkpoints of the official V2 pre-training, read only | sparse kernels, see below |
 
 In a pattern `*` stands for the number of a block.
