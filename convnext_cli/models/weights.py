@@ -16,6 +16,7 @@ the weights. A file that needs more is refused.
 """
 
 import argparse
+import io
 import json
 import pickle
 import re
@@ -27,7 +28,8 @@ from typing import Any, Literal, Self, assert_never
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids, map_classes
@@ -654,15 +656,14 @@ def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> No
 def _write_state(state: dict[str, Tensor], path: Path, about: dict[str, Any], *, key: str) -> None:
     if path.suffix == ".safetensors":
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-        metadata = {"format": "pt"} | texts
-        with writing_to(path), written_whole(path) as beside:
-            save_file(state, beside, metadata=metadata)
-        return
-    content: dict[str, Any] = dict(state)
-    if key:
-        content = {key: state} | about
+        content = save_bytes(state, metadata={"format": "pt"} | texts)
+    else:
+        file = io.BytesIO()
+        torch.save({key: state} | about if key else state, file)
+        content = file.getvalue()
+    # From memory, because both libraries have errors of their own for a disk that is full.
     with writing_to(path), written_whole(path) as beside:
-        torch.save(content, beside)
+        beside.write_bytes(content)
 
 
 def _hf_config(weights: Weights) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import resource
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids, map_classes
 from convnext_cli.catalog.models import find_variant
-from convnext_cli.errors import CheckpointError
+from convnext_cli.errors import CheckpointError, WriteError
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.models.layouts import from_official
 from convnext_cli.models.weights import (
@@ -513,3 +514,16 @@ def test_a_mapped_head_is_the_same_every_time_and_keeps_its_precision():
     assert first.state["head.weight"].dtype == torch.float16
     assert torch.equal(first.state["head.weight"], second.state["head.weight"])
     assert torch.equal(first.state["head.weight"][0], weights.state["head.weight"][359])
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path, name):
+    weights, before = weights_of(atto()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=f"cannot write .*{name}: File too large"):
+            write_weights(weights, tmp_path / name, layout="official")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert list(tmp_path.iterdir()) == []
