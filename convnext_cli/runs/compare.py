@@ -14,10 +14,10 @@ from typing import Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from convnext_cli.errors import RunError, quote_path
+from convnext_cli.errors import RunError
 from convnext_cli.recipe.files import flatten_keys
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import read_json, read_jsonl
+from convnext_cli.runs.record import hint_aside, read_json, read_jsonl
 
 State = Literal["finished", "stopped", "incomplete"]
 
@@ -157,13 +157,12 @@ def read_recipe_keys(run: RunDir) -> dict[str, object]:
     except OSError as error:
         raise RunError(f"cannot read {run.recipe}: {error.strerror}") from error
     except (YAMLError, ValueError) as error:
-        raise RunError(f"{run.recipe} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
         raise RunError(
-            f"{run.recipe} holds no recipe, but a {type(recipe).__name__}",
-            hint=f"move the damaged run aside: mv {quote_path(run.root)}"
-            f" {quote_path(f'{run.root}.damaged')}",
-        )
+            f"{run.recipe} is not YAML: {' '.join(str(error).split())}",
+            hint=hint_aside(run.root),
+        ) from error
+    if not isinstance(recipe, dict):
+        raise RunError(f"{run.recipe} holds no recipe", hint=hint_aside(run.root))
     return flatten_keys(recipe)
 
 
@@ -176,6 +175,15 @@ def number(row: Mapping[str, object], key: str) -> float | None:
     """The number under a key; None where it is absent or was not finite."""
     value = row.get(key)
     return float(value) if isinstance(value, int | float) else None
+
+
+def time_of(item: Mapping[str, object]) -> datetime | None:
+    """When a row or an event was written; None where it does not say, or not where in the world."""
+    try:
+        time = datetime.fromisoformat(str(item.get("time")))
+    except ValueError:
+        return None
+    return time if time.tzinfo else None
 
 
 def _differences(mappings: Sequence[Mapping[str, object]]) -> tuple[Difference, ...]:
@@ -212,8 +220,8 @@ def _state(events: Sequence[Mapping[str, object]]) -> State:
 def _wall_seconds(
     rows: Sequence[Mapping[str, object]], events: Sequence[Mapping[str, object]]
 ) -> float:
-    starts = [time for event in events if event.get("event") in STARTS and (time := _time(event))]
-    times = sorted(time for item in (*rows, *events) if (time := _time(item)))
+    starts = [time for event in events if event.get("event") in STARTS and (time := time_of(event))]
+    times = sorted(time for item in (*rows, *events) if (time := time_of(item)))
     seconds = 0.0
     for start, next_start in zip_longest(starts, starts[1:]):
         during = [
@@ -221,11 +229,3 @@ def _wall_seconds(
         ]
         seconds += (during[-1] - start).total_seconds() if during else 0.0
     return seconds
-
-
-def _time(item: Mapping[str, object]) -> datetime | None:
-    try:
-        time = datetime.fromisoformat(str(item.get("time")))
-    except ValueError:
-        return None
-    return time if time.tzinfo else None

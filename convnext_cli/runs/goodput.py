@@ -14,7 +14,7 @@ from datetime import datetime
 from itertools import pairwise
 
 from convnext_cli.errors import RunError, quote_path
-from convnext_cli.runs.compare import ENDS, STARTS, last_step, number
+from convnext_cli.runs.compare import ENDS, STARTS, last_step, number, time_of
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import read_json, read_jsonl
 
@@ -62,7 +62,9 @@ def measure_goodput(run: RunDir) -> Goodput:
     Raises:
         RunError: A file of the run cannot be read, or the run has not started.
     """
-    events, rows = read_jsonl(run.events), read_jsonl(run.metrics)
+    events, rows = (  # those of another hand may lack their time
+        [row for row in read_jsonl(path) if time_of(row)] for path in (run.events, run.metrics)
+    )
     starts = [place for place, event in enumerate(events) if event.get("event") in STARTS]
     if not starts:
         raise RunError(

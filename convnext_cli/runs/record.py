@@ -158,14 +158,18 @@ def read_json(path: Path) -> dict[str, object]:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise RunError(f"{path} is not JSON: {error}") from error
+        raise RunError(f"{path} is not JSON: {error}", hint=hint_aside(path.parent)) from error
     if not isinstance(value, dict):
         raise RunError(
             f"{path} holds no JSON object, but a {type(value).__name__}",
-            hint=f"move the damaged run aside: mv {quote_path(path.parent)}"
-            f" {quote_path(f'{path.parent}.damaged')}",
+            hint=hint_aside(path.parent),
         )
     return value
+
+
+def hint_aside(folder: Path) -> str:
+    """What to do with a folder of which a file cannot be made out."""
+    return f"move what is damaged aside: mv {quote_path(folder)} {quote_path(f'{folder}.damaged')}"
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:

@@ -162,7 +162,7 @@ def test_yaml_is_read_as_1_2(tmp_path):
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("a: [", "is not YAML"), ("- 1\n", "holds no recipe, but a list"), ("", "but a NoneType")],
+    [("a: [", "is not YAML"), ("- 1\n", "holds no recipe"), ("", "holds no recipe")],
 )
 def test_a_broken_recipe_is_named(tmp_path, recipe, message):
     with pytest.raises(RunError, match=message):

@@ -85,3 +85,17 @@ def test_a_run_that_was_killed_before_its_start_was_written_has_no_times(tmp_pat
 
     with pytest.raises(RunError, match="has no times: no start is written in"):
         measure_goodput(run)
+
+
+def test_a_row_or_event_without_its_time_is_left_out(tmp_path):
+    run = RunDir(tmp_path)
+    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 100}))
+    run.events.write_text(
+        lines(
+            {"event": "started", "time": at(0), "step": 0},
+            {"event": "note", "time": "yesterday"},
+        )
+    )
+    run.metrics.write_text(lines({"step": 50, "time": at(60)}, {"step": 50, "val/top1": 1.0}))
+
+    assert measure_goodput(run).wall_seconds == 60.0

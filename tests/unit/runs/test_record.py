@@ -40,10 +40,11 @@ for step in range(10**9):
 """
 
 
-def test_the_hint_moves_a_damaged_run_aside_whatever_its_name(tmp_path):
+@pytest.mark.parametrize("content", ["[]", '{"total_steps": 1'])
+def test_the_hint_moves_a_damaged_run_aside_whatever_its_name(tmp_path, content):
     run = tmp_path / "my run"
     run.mkdir()
-    (run / "plan.json").write_text("[]")
+    (run / "plan.json").write_text(content)
 
     with pytest.raises(RunError) as caught:
         read_json(run / "plan.json")
