@@ -19,7 +19,9 @@ WeightsOption = Annotated[
 ]
 ImagePxOption = Annotated[
     int | None,
-    typer.Option(help="Side of the network's input, in pixels (default: the model's).", min=8),
+    typer.Option(
+        help="Side of the network's input, in pixels (default: the model's).", min=8, max=8_000
+    ),
 ]
 CropOption = Annotated[
     Literal["center", "warp"] | None,

@@ -123,7 +123,7 @@ class Data(Section):
     allow_pipe: bool = False
     """Stream mode only: allow `pipe:` URLs, which run a shell command."""
 
-    image_px: Annotated[int, Field(ge=8)] = 224
+    image_px: Annotated[int, Field(ge=8, le=8_000)] = 224
     """Side of the square image that the network sees, in pixels."""
 
     order: Literal["full", "window"] = "full"

@@ -27,6 +27,7 @@ def test_a_mistake_is_one_sentence_a_blank_line_and_a_hint_on_stderr(run_cli):
         ("optim.rl=1e-3", "optim.rl"),
         ("optim.lr=fast", "optim.lr"),
         ("optim.lr=-1", "optim.lr"),
+        ("data.image_px=100000", "data.image_px"),
         ("schedule.length=300", "schedule.length"),
     ],
 )
@@ -37,6 +38,13 @@ def test_a_wrong_override_is_named_and_nothing_is_written(run_cli, tmp_path, ove
     assert sentence in done.stderr.splitlines()[0]
     assert "hint: " in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_no_memory_holds_is_refused(run_cli):
+    done = run_cli("predict", "weights.pth", "photo.jpg", "--image-px", 100_000)
+
+    assert done.exit_code == 2
+    assert "--image-px" in done.stderr
 
 
 def test_brackets_in_a_message_are_shown_and_not_read_as_markup(run_cli):
