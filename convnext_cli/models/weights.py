@@ -276,10 +276,10 @@ def _find_file(path: Path) -> Path:
             hint="name the file with the weights",
         )
     if not file:
-        raise CheckpointError(
-            f"there is no file {path}",
-            hint="check the path; the weights of runs: ls runs/*/checkpoints",
-        )
+        hint = "check the path; the weights of runs: ls runs/*/checkpoints"
+        if re.match(r"https?:/", str(path)):
+            hint = "nothing is downloaded: fetch the file first, and name where it is"
+        raise CheckpointError(f"there is no file {path}", hint=hint)
     return path
 
 
