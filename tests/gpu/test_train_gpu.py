@@ -61,7 +61,7 @@ def test_a_gpu_gives_the_losses_of_a_cpu(train):
 @pytest.mark.parametrize("kernels", ["compile", "eager"])
 def test_blocks_that_skip_and_images_that_grow_learn_on_a_gpu(train, kernels):
     asked = ["model.drop_path=0.5", "model.drop_path_kind=skip", f"compute.kernels={kernels}"]
-    asked += ["data.image_px=96", "progressive.from_px=32", "--device", "cuda"]
+    asked += ["data.image_px=64", "progressive.from_px=32", "--device", "cuda"]
 
     losses = [row["train/loss"] for row in train("run", *asked) if "train/loss" in row]
 
