@@ -100,7 +100,8 @@ class Failure:
     reason: str
     """In a line."""
     cause: UserError | RuntimeError
-    """The user's mistake; of anything else its traceback."""
+    """The user's mistake, such as a batch for which there is no room; of anything else its
+    traceback."""
     again: bool
     """It found no memory while it was not alone."""
 
@@ -184,11 +185,7 @@ class StepProcess:
         reason = f"its process ended with exit code {code}"
         if code == -signal.SIGKILL:
             reason += ", perhaps for want of memory"
-        cause = PlanError(
-            f"the step of this project: {reason}",
-            hint="give a smaller --batch, or fewer peers with --against",
-        )
-        return StepError(Failure(reason, cause, again=False))
+        return StepError(Failure(reason, _want_less(reason), again=False))
 
 
 @contextmanager
@@ -224,9 +221,17 @@ def _describe(error: Exception, *, again: bool) -> Failure:
     line = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, UserError):
         return Failure(line, error, again)
+    if _lacks_memory(error):
+        return Failure(line, _want_less(line), again)
     if not isinstance(error, RuntimeError):
         line = f"{type(error).__name__}: {line}"
     return Failure(line, RuntimeError("".join(traceback.format_exception(error))), again)
+
+
+def _want_less(reason: str) -> PlanError:
+    """What is told where this project's own step finds no room."""
+    hint = "give a smaller --batch, or fewer peers with --against"
+    return PlanError(f"the step of this project: {reason}", hint=hint)
 
 
 def _lacks_memory(error: Exception) -> bool:

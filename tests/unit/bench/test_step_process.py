@@ -72,6 +72,9 @@ def test_failures_are_told_in_a_line_and_kept_whole():
     assert (told.reason, told.again) == ("first", True)
     assert "second" in str(told.cause)
     assert step_process._describe(KeyError("x"), again=False).reason == "KeyError: 'x'"
+    full = step_process._describe(torch.OutOfMemoryError("CUDA out of memory."), again=True).cause
+    assert isinstance(full, PlanError)
+    assert "smaller --batch" in full.hint
 
 
 @pytest.mark.parametrize(
