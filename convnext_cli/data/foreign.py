@@ -367,7 +367,7 @@ def index_shards(
     card = _write_indexes(
         out, root=root, names=names, records=records, classes=chosen, by_name=by_name, labels=source
     )
-    notes += _find_repeated_keys(out, names)
+    notes += [*_tell_untrained(card), *_find_repeated_keys(out, names)]
     skipped: Counter[str] = Counter()
     for record in records.values():
         skipped.update(record.skipped)
@@ -689,6 +689,16 @@ def _write_indexes(
     )
     write_card(card, out)
     return card
+
+
+def _tell_untrained(card: DatasetCard) -> list[str]:
+    """Classes that val alone has, such as those whose names are written in another way there."""
+    if not {"train", "val"} <= card.splits.keys():
+        return []
+    train, val = (card.splits[name].class_images for name in ("train", "val"))
+    only = [name for name, a, b in zip(card.classes, train, val, strict=True) if b and not a]
+    told = f"{len(only):,} classes of val have no image in train, such as {min(only, default='')}"
+    return [told] if only else []
 
 
 def _find_repeated_keys(out: Path, names: Mapping[str, Sequence[str]]) -> list[str]:

@@ -158,6 +158,21 @@ def test_labels_may_be_names_in_several_places(tmp_path, labels, member):
     assert check_dataset(tmp_path / "out", deep=False).damage == ()
 
 
+def test_classes_that_val_alone_has_are_told(tmp_path):
+    for shard, names in (("train", (b"cat", b"dog")), ("val", (b"Cat", b"dog"))):
+        members = [
+            (f"{i}.{e}", jpeg(i) if e == "jpg" else name)
+            for i, name in enumerate(names)
+            for e in ("jpg", "cls")
+        ]
+        write_shard(tmp_path / "in" / f"{shard}.tar", members)
+
+    made = index_all([str(tmp_path / "in")], tmp_path / "out")
+
+    assert made.card.classes == ("Cat", "cat", "dog")
+    assert "1 classes of val have no image in train, such as Cat" in made.notes
+
+
 def test_given_classes_decide_the_numbers_of_names(tmp_path):
     write_shard(tmp_path / "in" / "x.tar", [("a.jpg", jpeg(0)), ("a.cls", b"cat")])
 
