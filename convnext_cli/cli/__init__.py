@@ -20,6 +20,7 @@ from convnext_cli.cli import (
     train,
     weights,
 )
+from convnext_cli.cli._console import print_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +32,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:  # noqa: FBT001  # typer's callback form
     if asked:
-        typer.echo(f"convnext {__version__}")
+        print_text(f"convnext {__version__}\n")
         raise typer.Exit
 
 

@@ -1,6 +1,8 @@
 """Where commands write: stdout is data, stderr is for people."""
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from convnext_cli.errors import WriteError
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For people; plain text where stderr is not a terminal."""
@@ -32,7 +36,23 @@ def telling() -> Iterator[Callable[[str], None]]:
 
 def print_json(value: object) -> None:
     """Write one JSON document to stdout; a path in it is text."""
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    print_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Write text to stdout, which is for data.
+
+    Raises:
+        WriteError: Its disk is full.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries the rest again at its end
+        raise WriteError("cannot write to stdout: its disk is full", hint="look: df -h") from error
 
 
 def print_table(table: Table) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from convnext_cli.cli._console import console
+from convnext_cli.cli._console import console, print_text
 from convnext_cli.cli._inputs import (
     DataOption,
     DeviceOption,
@@ -123,7 +123,7 @@ def slurm(
         restarts=restarts,
     )
     if dry_run:
-        typer.echo(render_job(job), nl=False)
+        print_text(render_job(job))
         return
     find_sbatch()
     if asked.data.dataset != "quickstart":

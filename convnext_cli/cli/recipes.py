@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from convnext_cli.cli._console import console, make_table, print_json, print_table
+from convnext_cli.cli._console import console, make_table, print_json, print_table, print_text
 from convnext_cli.cli._inputs import JsonOption, OverridesArgument
 from convnext_cli.errors import RecipeError, UserError
 from convnext_cli.plan.cluster import Cluster
@@ -79,7 +79,7 @@ def show(
     if json_output:
         print_json(loaded.model_dump(mode="json"))
     else:
-        typer.echo(render_recipe(loaded), nl=False)
+        print_text(render_recipe(loaded))
 
 
 def _show_fields(key: str | None, *, json_output: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from convnext_cli.cli._console import console, print_json, print_rows
+from convnext_cli.cli._console import console, print_json, print_rows, print_text
 from convnext_cli.cli._inputs import JsonOption, RootOption, RunArgument
 from convnext_cli.errors import RunError, UserError, quote_path
 from convnext_cli.recipe.durations import render_duration
@@ -218,7 +218,7 @@ def plot(
     if json_output:
         print_json({"plot": str(target), "runs": [str(run.root) for run in found]})
     else:
-        typer.echo(str(target))
+        print_text(f"{target}\n")
 
 
 def _find_distinct(names: list[str], root: Path) -> list[RunDir]:

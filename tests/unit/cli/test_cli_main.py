@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,19 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(stream, command, cod
     assert done.returncode == code
     assert not done.stdout
     assert not done.stderr
+
+
+def test_a_full_disk_behind_stdout_ends_with_74():
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "convnext_cli", "recipes", "show", "quickstart"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+
+    assert done.returncode == 74
+    error, _, hint = done.stderr.splitlines()
+    assert error == "error: cannot write to stdout: its disk is full"
+    assert hint == "hint: look: df -h"
 
 
 @pytest.mark.parametrize("command", [("plan",), ("runs", "show"), ("weights", "inspect")])
