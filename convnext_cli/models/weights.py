@@ -63,6 +63,7 @@ HeadRule = Literal["keep", "reset", "map"]
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _RAW_KEYS = ("model", "state_dict", "module")
 _HEAD_STD = 0.02
+_HF_WARP_FROM_PX = 384
 
 _PUBLISHED_ONLY = (
     "the papers' classifiers are read, no detection or segmentation models; those that timm alone"
@@ -465,8 +466,8 @@ def load_into(
         weights: As `read_weights` gives them.
         head: keep: taken where its size fits and its classes, if it names them, are the network's,
             else fresh; reset: fresh; map: row by row, by class.
-        target_classes: Classes of the network by label; empty: not known, for map those of ImageNet
-            by their number.
+        target_classes: Classes of the network by label; empty, or their numbers: not known, for map
+            those of ImageNet.
 
     Raises:
         CheckpointError: The weights are of another architecture, or the classes do not map.
@@ -542,7 +543,8 @@ def _map_head(
     if not source and weights.num_classes in known:
         source = known[weights.num_classes]()
     target = target_classes
-    if (not target or not set(target) & set(source)) and num_classes in known:
+    numbered = all(name == str(label) for label, name in enumerate(target))  # or no names at all
+    if numbered and num_classes in known:
         target = known[num_classes]()
     rows = map_classes(source, target)
     missing = tuple(name for name, row in zip(target, rows, strict=True) if row is None)
@@ -616,7 +618,8 @@ def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> No
     """Write weights in a layout: .safetensors, or .pth/.pt as {'model' or 'state_dict': weights}.
 
     The file says whether they are raw or averaged; torchvision's .pth has no place for it.
-    For huggingface `path` is a folder, which gets a config.json as well.
+    For huggingface `path` is a folder, which gets a config.json as well, and where the preparation
+    of images is known and is one of transformers', a preprocessor_config.json.
 
     Raises:
         CheckpointError: The layout has no place for the architecture.
@@ -639,9 +642,15 @@ def write_weights(weights: Weights, path: Path, *, layout: WritableLayout) -> No
         case "huggingface":
             with writing_to(path):
                 path.mkdir(parents=True, exist_ok=True)
-                config = json.dumps(_hf_config(weights), indent=2) + "\n"
-                with written_whole(path / "config.json") as beside:
-                    beside.write_text(config)
+                for name, content in (
+                    ("config.json", _hf_config(weights)),
+                    ("preprocessor_config.json", _hf_preprocessor(weights.card)),
+                ):
+                    if content is None:
+                        (path / name).unlink(missing_ok=True)  # of what was there before
+                        continue
+                    with written_whole(path / name) as beside:
+                        beside.write_text(json.dumps(content, indent=2) + "\n")
             _write_state(state, path / "model.safetensors", about, key="")
         case "timm":
             _write_state(state, path, about, key="state_dict")
@@ -692,3 +701,20 @@ def _hf_config(weights: Weights) -> dict[str, Any]:
     if not v2:
         config["layer_scale_init_value"] = weights.layer_scale_init or 0.0
     return config
+
+
+def _hf_preprocessor(card: ModelCard | None) -> dict[str, Any] | None:
+    """How transformers' ConvNextImageProcessor prepares images for evaluation; None: it cannot.
+
+    It crops below 384 px and warps from there on, whatever it is told.
+    """
+    if card is None or card.crop != ("warp" if card.image_px >= _HF_WARP_FROM_PX else "center"):
+        return None
+    return {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": card.image_px},
+        "crop_pct": card.crop_frac,
+        "resample": {"bilinear": 2, "bicubic": 3}[card.interpolation],  # Pillow's numbers
+        "image_mean": list(card.mean),
+        "image_std": list(card.std),
+    }

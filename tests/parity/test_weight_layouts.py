@@ -8,12 +8,14 @@ import timm
 import torch
 import torchvision
 from transformers import (
+    AutoImageProcessor,
     ConvNextForImageClassification,
     ConvNextV2Config,
     ConvNextV2ForImageClassification,
 )
 
 from convnext_cli.catalog.models import VARIANTS, find_variant
+from convnext_cli.data.augment import EvalView
 from convnext_cli.models.convnext import ConvNeXt, build_convnext
 from convnext_cli.models.layouts import from_official, recognise_layout, to_official
 from convnext_cli.models.weights import (
@@ -122,6 +124,40 @@ def test_transformers_reads_what_we_write_and_gives_the_same_logits(name, librar
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert largest_difference(model, lambda images: theirs.eval()(images).logits) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("image_px", "crop", "crop_frac"),
+    [(224, "center", 0.875), (64, "center", 0.8), (384, "warp", 1)],
+)
+def test_transformers_prepares_images_as_evaluation_does(image_px, crop, crop_frac, tmp_path):
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+    card = ModelCard(
+        variant="convnextv2_atto", num_classes=10, image_px=image_px, classes=(), mean=mean,
+        std=std, interpolation="bicubic", crop=crop, crop_frac=crop_frac,
+    )  # fmt: skip
+    weights = weights_of(random_model("convnextv2_atto", num_classes=10), "convnextv2_atto")
+    weights = dataclasses.replace(weights, card=card)
+    photo = torch.randint(256, (3, 300, 420), dtype=torch.uint8)
+
+    write_weights(weights, tmp_path / "folder", layout="huggingface")
+
+    (theirs,) = AutoImageProcessor.from_pretrained(tmp_path / "folder")(photo)["pixel_values"]
+    view = EvalView(image_px=image_px, crop=crop, crop_frac=crop_frac)(photo) / 255
+    ours = (view - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_what_transformers_cannot_prepare_is_not_told_to_it(tmp_path):
+    card = ModelCard(
+        variant="convnextv2_atto", num_classes=10, image_px=224, classes=(), mean=(0.5,) * 3,
+        std=(0.5,) * 3, interpolation="bicubic", crop="warp", crop_frac=1.0,
+    )  # fmt: skip
+    weights = weights_of(random_model("convnextv2_atto", num_classes=10), "convnextv2_atto")
+
+    write_weights(dataclasses.replace(weights, card=card), tmp_path, layout="huggingface")
+
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_atto"])

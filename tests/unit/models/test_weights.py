@@ -272,11 +272,20 @@ def test_a_22k_head_is_mapped_by_class_and_the_missing_one_is_named(tmp_path):
     assert torch.equal(model.head.weight[missing], fresh[missing])
 
 
-def test_a_head_without_known_classes_cannot_be_mapped(tmp_path):
-    torch.save({"model": atto(num_classes=7).state_dict()}, tmp_path / "x.pth")
+@pytest.mark.parametrize(
+    ("rows", "classes"), [(7, range(5)), (21_841, [f"part {number}" for number in range(1000)])]
+)
+def test_a_head_without_known_classes_cannot_be_mapped(tmp_path, rows, classes):
+    torch.save({"model": atto(num_classes=rows).state_dict()}, tmp_path / "x.pth")
+    names = [str(name) for name in classes]
 
     with pytest.raises(CheckpointError, match="cannot be mapped"):
-        load_into(atto(num_classes=5), read_weights(tmp_path / "x.pth"), head="map")
+        load_into(
+            atto(num_classes=len(names)),
+            read_weights(tmp_path / "x.pth"),
+            head="map",
+            target_classes=names,
+        )
 
 
 def test_the_sparse_kernels_of_pre_training_become_dense_ones(tmp_path):
