@@ -109,7 +109,7 @@ def _fetch_ahead(
     step: "c_longlong",
     parent: int,
 ) -> None:
-    for ignored in (signal.SIGINT, signal.SIGUSR1):
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     budget = None if store.cache_bytes is None else int(store.cache_bytes * AHEAD_FRAC)
     needed = iter_needed(

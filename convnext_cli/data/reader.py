@@ -501,7 +501,7 @@ def start_worker(worker: int, *, leaving: "Synchronized[bool]") -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end_with_main)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -13,7 +13,7 @@ import psutil
 
 from convnext_cli.launch.exits import choose_exit_code, read_exit_codes
 from convnext_cli.runs.exit_code import EXIT_DIR, EXIT_RANKS
-from convnext_cli.runs.interrupt import SIGNALS
+from convnext_cli.runs.interrupt import list_heeded
 
 # torchrun's own report of an exit code is a page; the process that failed has said why already.
 _TORCHRUN = """\
@@ -53,7 +53,7 @@ class LocalLaunch:
             *(f"--nproc-per-node={self.num_processes}", "--module", "convnext_cli"),
             *self.arguments,
         ]
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        before = {number: signal.signal(number, self._pass_on) for number in list_heeded()}
         try:
             with tempfile.TemporaryDirectory(prefix="convnext-exits-") as folder:
                 environ = os.environ | {EXIT_DIR: folder, EXIT_RANKS: str(self.num_processes)}

@@ -12,10 +12,16 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C, the end of a job, and Slurm's warning."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C, the end of a job, Slurm's warning, and a terminal or connection that is gone."""
 
 _MARGIN_SECONDS = 30.0
+
+
+def list_heeded() -> tuple[signal.Signals, ...]:
+    """`SIGNALS`, but for SIGHUP where nohup has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in SIGNALS if not (ignored and number == signal.SIGHUP))
 
 
 class StopRequest:
@@ -34,7 +40,7 @@ class StopRequest:
         """Install the handlers; does nothing outside the main thread, where Python has none."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in SIGNALS:
+        for number in list_heeded():
             signal.signal(number, self._receive)
         self._arrivals, told = os.pipe()
         for end in (self._arrivals, told):

@@ -171,7 +171,7 @@ def test_the_process_ends_with_the_one_that_started_it(faulty_server, tmp_path):
     parent.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_the_signals_of_a_batch_system_do_not_end_it(faulty_server, tmp_path, number):
     prefetcher = start(faulty_server, tmp_path)
     wait_until(lambda: whole_files(tmp_path))

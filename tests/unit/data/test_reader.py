@@ -406,7 +406,7 @@ def test_workers_outlive_the_signals_of_a_batch_system(dataset):
     first = next(batches)
 
     for worker in batches._workers:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             os.kill(worker.pid, number)
     time.sleep(0.2)
 

@@ -26,6 +26,16 @@ def test_a_signal_becomes_a_wish_with_its_name(number):
     assert request.reason(needed_seconds=0.0) == number.name
 
 
+def test_a_terminal_that_is_gone_is_nothing_to_a_run_under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request = StopRequest()
+    request.listen()
+
+    os.kill(os.getpid(), signal.SIGHUP)
+
+    assert request.reason(needed_seconds=0.0) is None
+
+
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
     request = StopRequest()
     request.listen()
