@@ -19,9 +19,13 @@ UserError              2   what, where, found value; a hint that works
 Anything else that escapes is a bug: its traceback stays, exit code 1.
 """
 
+import errno
 import shlex
 from pathlib import Path
 from typing import ClassVar
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Of an `OSError`: no space is left, or none of this user's."""
 
 
 class UserError(Exception):

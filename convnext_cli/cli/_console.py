@@ -1,6 +1,5 @@
 """Where commands write: stdout is data, stderr is for people."""
 
-import errno
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from convnext_cli.errors import WriteError
+from convnext_cli.errors import DISK_FULL, WriteError
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """For people; plain text where stderr is not a terminal."""
@@ -49,7 +48,7 @@ def print_text(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries the rest again at its end
         raise WriteError("cannot write to stdout: its disk is full", hint="look: df -h") from error

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from convnext_cli.catalog.datasets import imagenet_class_names
+from convnext_cli.recipe.schema import MAX_IMAGE_PX
 
 CheckpointArgument = Annotated[
     str,
@@ -20,7 +21,9 @@ WeightsOption = Annotated[
 ImagePxOption = Annotated[
     int | None,
     typer.Option(
-        help="Side of the network's input, in pixels (default: the model's).", min=8, max=8_000
+        help="Side of the network's input, in pixels (default: the model's).",
+        min=8,
+        max=MAX_IMAGE_PX,
     ),
 ]
 CropOption = Annotated[

@@ -17,7 +17,6 @@ Where the cache is full, the files used longest ago make room. A file that a pro
 readable until it is closed.
 """
 
-import errno
 import fcntl
 import hashlib
 import io
@@ -40,7 +39,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.core import url_to_fs
 
-from convnext_cli.errors import DataError, StorageError
+from convnext_cli.errors import DISK_FULL, DataError, StorageError
 from convnext_cli.runs.record import sync
 
 BLOCK_BYTES = 8 << 20
@@ -60,7 +59,6 @@ _OLD_SECONDS = 86_400.0
 _IN_USE_SECONDS = 5.0
 _WHOLE = f"{'[0-9a-f]' * 16}-*"
 """Names of whole files in a cache, as a pattern."""
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Result = TypeVar("Result")
 
@@ -203,7 +201,7 @@ class Store:
                     ) from error
                 raise _Passing(str(error)) from error
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in DISK_FULL:
                     raise
                 self._free_for(part, expected=expected, error=error)
                 raise _Passing("the disk was full") from error

@@ -13,7 +13,6 @@ neither is the end of this process. It ends with the process that started it.
 
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from convnext_cli.data.card import Shard
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.order import Order
 from convnext_cli.errors import UserError
+from convnext_cli.runs.interrupt import leave_to_main
 
 AHEAD_FRAC = 0.8
 """Share of a limited cache that may be fetched ahead: what is in use must stay."""
@@ -109,8 +109,7 @@ def _fetch_ahead(
     step: "c_longlong",
     parent: int,
 ) -> None:
-    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
+    leave_to_main()
     budget = None if store.cache_bytes is None else int(store.cache_bytes * AHEAD_FRAC)
     needed = iter_needed(
         order, ranks=ranks, world=world, first_step=step.value, total_steps=total_steps

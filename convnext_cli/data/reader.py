@@ -46,6 +46,7 @@ from convnext_cli.data.index import ShardIndex, read_index
 from convnext_cli.data.order import Order, evaluation_share, image_seed, own_global_random
 from convnext_cli.data.slots import Slots
 from convnext_cli.errors import DataError, Hung
+from convnext_cli.runs.interrupt import leave_to_main
 
 PADDING = -1
 """Id and label of a place in a batch that holds no image; evaluation leaves it out."""
@@ -501,8 +502,7 @@ def start_worker(worker: int, *, leaving: "Synchronized[bool]") -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end_with_main)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    leave_to_main()
 
 
 def from_worker(error: DataError) -> DataError:

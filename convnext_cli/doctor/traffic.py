@@ -17,7 +17,7 @@ from convnext_cli.data.fetch import Store
 from convnext_cli.data.reader import ImageReader
 from convnext_cli.doctor.findings import Finding
 from convnext_cli.errors import UserError
-from convnext_cli.plan.cluster import describe_step
+from convnext_cli.plan.cluster import adopt_step
 
 _TIMEOUT = timedelta(seconds=120)
 _LOOK_TIMEOUT = timedelta(minutes=30)
@@ -40,8 +40,7 @@ def join_ranks(*, local_rank: int) -> distributed.ProcessGroup:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        os.environ.update(describe_step(os.environ))
+    adopt_step()
     distributed.init_process_group(backend, timeout=_TIMEOUT)
     group = distributed.new_group(backend="gloo", timeout=_LOOK_TIMEOUT)
     assert isinstance(group, distributed.ProcessGroup)

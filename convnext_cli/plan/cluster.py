@@ -11,7 +11,7 @@ Lightning's own   LOCAL_RANK and NODE_RANK
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,6 +126,12 @@ def describe_step(environ: Mapping[str, str]) -> dict[str, str]:
             "MASTER_PORT", str(12000 + (int(environ["SLURM_JOB_ID"]) + 7919 * step) % 20000)
         ),
     }
+
+
+def adopt_step(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Tell torch what srun says of this process, where torchrun has told nothing."""
+    if "LOCAL_WORLD_SIZE" not in environ:
+        environ.update(describe_step(environ))
 
 
 def _is_in_step(environ: Mapping[str, str]) -> bool:

@@ -16,6 +16,9 @@ from convnext_cli.catalog.datasets import DATASETS, IMAGENET_MEAN, IMAGENET_STD
 from convnext_cli.catalog.models import VARIANTS
 from convnext_cli.recipe.durations import AnyDuration, Duration, StepDuration
 
+MAX_IMAGE_PX = 8_000
+"""Largest side of a network's input: beyond, no machine has the memory."""
+
 Precision = Literal["fp32", "bf16", "fp16"]
 GradientCheckpointing = Literal["none", "selective", "stages", "blocks"]
 Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -123,7 +126,7 @@ class Data(Section):
     allow_pipe: bool = False
     """Stream mode only: allow `pipe:` URLs, which run a shell command."""
 
-    image_px: Annotated[int, Field(ge=8, le=8_000)] = 224
+    image_px: Annotated[int, Field(ge=8, le=MAX_IMAGE_PX)] = 224
     """Side of the square image that the network sees, in pixels."""
 
     order: Literal["full", "window"] = "full"

@@ -10,7 +10,6 @@ A copy holds what the run's folder holds: what is removed there is removed here,
 have arrived. A copy that fails does not end a run: it is told, and the next one makes up for it.
 """
 
-import errno
 import json
 from collections.abc import Callable
 from concurrent import futures
@@ -20,7 +19,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from convnext_cli.errors import CheckpointError, RunError, quote_path
+from convnext_cli.errors import DISK_FULL, CheckpointError, RunError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path, read_manifest
 from convnext_cli.runs.record import write_event, writing_to
@@ -28,7 +27,6 @@ from convnext_cli.runs.record import write_event, writing_to
 _LINKS = "links.json"
 _BUCKETS = ("s3://", "s3a://", "gs://", "gcs://")
 """Of places that have no folders, only names that hold /."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RemoteFolder:
@@ -166,7 +164,7 @@ class RemoteFolder:
         try:
             return call(f"{self._root}/{name}", *more)
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in _FULL:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise
             raise self._make_error(error) from error
 

@@ -24,6 +24,16 @@ def list_heeded() -> tuple[signal.Signals, ...]:
     return tuple(number for number in SIGNALS if not (ignored and number == signal.SIGHUP))
 
 
+def leave_to_main() -> None:
+    """Ignore `SIGNALS` in a process that helps the main one, but for SIGTERM, which ends it.
+
+    Batch systems and terminals send them to every process of a job.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """What this process was asked.
 

@@ -13,7 +13,6 @@ its groups. It is read before the network is shared out, and the optimizer's sta
 it is loaded.
 """
 
-import os
 from collections.abc import Generator
 from typing import assert_never
 
@@ -25,7 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from convnext_cli.plan.cluster import Cluster, describe_step, read_shape
+from convnext_cli.plan.cluster import Cluster, adopt_step, read_shape
 from convnext_cli.recipe.schema import ShardGroup
 from convnext_cli.recipe.schema import Strategy as StrategyName
 from convnext_cli.training.graphs import record_network
@@ -92,8 +91,7 @@ def find_environment() -> ClusterEnvironment:
     """
     if read_shape() is None:
         return LightningEnvironment()
-    if "LOCAL_WORLD_SIZE" not in os.environ:
-        os.environ.update(describe_step(os.environ))
+    adopt_step()
     return TorchElasticEnvironment()
 
 
