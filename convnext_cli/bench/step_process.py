@@ -9,7 +9,7 @@ StepProcess.receive    <----------- pipe -------------             take steps, t
 
 All systems start at once, because compilers take minutes on one core each. Kernels that were timed
 while other systems used the device may be chosen wrongly: such a choice is not kept, and the system
-asks to be started again, alone. So does one that ran out of memory.
+asks to be started again, alone. So does one that recorded its kernels then, or ran out of memory.
 
 While one system takes steps the others wait for a request. Memory that they could do without is
 given back to the device, so a system takes one step before its time counts.
@@ -284,7 +284,7 @@ class _System:
                 else:
                     os.environ["XDG_CACHE_HOME"] = before
             again = any(_differ(file, known / file.name) for file in measured.glob("*.json"))
-        return Started(started.seconds, started.ways, again)
+        return Started(started.seconds, started.ways, again or self._is_recorded())
 
     def _start(self, *, alone: bool) -> Started:
         if self._step is not None:
@@ -302,10 +302,14 @@ class _System:
         if not math.isfinite(loss.item()):
             raise PlanError(f"{self._name}: the loss is not finite", hint="use --precision fp32")
         self._step = step
-        if isinstance(step, OwnStep) and self._plan.cuda_graphs:
+        if self._is_recorded():
             self._recorded_bytes = torch.cuda.max_memory_allocated()
         ways = step.ways if isinstance(step, OwnStep) else []
         return Started(seconds, tuple(ways), again=False)
+
+    def _is_recorded(self) -> bool:
+        """Whether steps replay what was recorded when they began, libraries' algorithms as well."""
+        return isinstance(self._step, OwnStep) and self._plan.cuda_graphs
 
     def _take(self, steps: int) -> Taken:
         assert self._step is not None

@@ -161,7 +161,7 @@ def mlp_input_grad_kernel(
         tl.store(out_ptr + place + k * TILE, out.to(out_ptr.dtype.element_ty), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])  # it depends on the device
 def mlp_weight_grad_kernel(
     grad_ptr, xhat_ptr, w1_ptr, b1_ptr, w2_ptr, gamma_ptr, keep_ptr,
     dw1_ptr, dw2_ptr, db1_ptr, db2_ptr, num_rows, positions, steps,

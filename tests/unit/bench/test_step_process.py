@@ -1,5 +1,6 @@
 """A system in its process: what is kept of a start among others, and how failures are told."""
 
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from convnext_cli.bench import step_process
 from convnext_cli.bench.step_process import Start, StepError, StepProcess, Take
+from convnext_cli.bench.step_systems import OwnStep
 from convnext_cli.data.fetch import default_cache_home
 from convnext_cli.errors import PlanError
 from convnext_cli.plan.cluster import Cluster
@@ -56,6 +58,26 @@ def test_known_kernels_are_found_and_need_no_second_start(monkeypatch, cache):
 
     assert not step_process._System("convnext", PLAN).answer(Start(alone=False)).again
     assert (cache / "card.json").read_text() == '{"known": 1}'
+
+
+class RecordedStep(OwnStep):
+    """No network at all."""
+
+    ways = ()
+
+    def __init__(self, plan):
+        pass
+
+    def __call__(self):
+        return torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_what_was_recorded_among_others_is_recorded_again_alone(monkeypatch, cache, cuda_graphs):
+    monkeypatch.setattr(step_process, "build_step", lambda _, plan: RecordedStep(plan))
+    plan = dataclasses.replace(PLAN, cuda_graphs=cuda_graphs)
+
+    assert step_process._System("convnext", plan).answer(Start(alone=False)).again == cuda_graphs
 
 
 def test_a_loss_that_is_not_finite_is_the_users_mistake(monkeypatch, cache):
