@@ -14,7 +14,7 @@ from convnext_cli.plan.cost import estimate_activations
 SHAPES = [  # images, side, channels: stages of T, B and V2-atto, odd sides, a single image
     *((4, 56, 96), (4, 28, 192), (4, 14, 384), (8, 7, 768)),
     *((4, 56, 128), (4, 28, 256), (4, 14, 512), (8, 7, 1024)),
-    *((2, 56, 40), (1, 13, 160), (1, 1, 320), (3, 12, 64)),
+    *((2, 56, 40), (1, 13, 160), (1, 1, 320), (3, 12, 64), (16, 8, 32)),
 ]
 
 
