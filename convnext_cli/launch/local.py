@@ -11,11 +11,13 @@ from types import FrameType
 
 import psutil
 
+from convnext_cli.errors import Stopped
 from convnext_cli.launch.exits import choose_exit_code, read_exit_codes
 from convnext_cli.runs.exit_code import EXIT_DIR, EXIT_RANKS
 from convnext_cli.runs.interrupt import list_heeded
 
 # torchrun's own report of an exit code is a page; the process that failed has said why already.
+# So it ends with the exit code of that one; 128 + n where signal n ended it, as shells have it.
 _TORCHRUN = """\
 import logging, sys
 from torch.distributed import run
@@ -23,8 +25,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
 try:
     run.main()
-except ChildFailedError:
-    sys.exit(1)
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 128 - code)
 """
 
 
@@ -45,9 +48,11 @@ class LocalLaunch:
         self._torchrun: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
-        """One attempt; returns the exit code of the whole."""
-        if self.received is not None:
-            return 128 + self.received
+        """One attempt; returns the exit code of the whole.
+
+        Raises:
+            Stopped: A signal came before the processes listened for it.
+        """
         command = [
             *(sys.executable, "-c", _TORCHRUN, "--standalone", "--max-restarts=0"),
             *(f"--nproc-per-node={self.num_processes}", "--module", "convnext_cli"),
@@ -60,11 +65,19 @@ class LocalLaunch:
                 environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
                 # A session of its own: Ctrl-C would reach torchrun too, which then ends all.
                 self._torchrun = subprocess.Popen(command, env=environ, start_new_session=True)
+                if self.received is not None:  # while it began
+                    self._torchrun.terminate()
                 launcher_code = self._torchrun.wait()
                 codes = read_exit_codes(Path(folder))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        ended_by = -launcher_code if launcher_code < 0 else launcher_code - 128
+        if not codes and self.received and ended_by in {self.received, signal.SIGTERM}:
+            raise Stopped(
+                f"stopped by {self.received.name} before the first step; nothing was lost",
+                hint="run the same command again to go on",
+            )
         return choose_exit_code(codes, num_ranks=self.num_processes, launcher_code=launcher_code)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -75,7 +88,10 @@ class LocalLaunch:
             return
         try:
             torchrun = psutil.Process(self._torchrun.pid)
-            for process in torchrun.children() or [torchrun]:
+            workers = torchrun.children()
+            for process in workers:
                 process.send_signal(number)
+            if not workers:
+                torchrun.terminate()
         except psutil.NoSuchProcess:
             return

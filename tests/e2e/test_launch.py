@@ -94,6 +94,20 @@ def test_a_signal_to_the_launcher_saves_and_ends_it_with_75_and_no_restart(
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
+def test_a_signal_while_the_processes_are_loaded_ends_with_75(tmp_path):
+    process = start(tmp_path, tmp_path / "nowhere", name="early")
+    found: list[psutil.Process] = []
+    while len(found) < 3:  # torchrun and its two
+        assert process.poll() is None, process.communicate()[1]
+        found = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 75, stderr
+    assert "error: stopped by SIGTERM before the first step" in stderr
+    assert "Traceback" not in stderr
+
+
 def test_a_mistake_is_final(tmp_path):
     process = start(tmp_path, tmp_path / "nowhere", name="mistaken")
     _, stderr = process.communicate(timeout=60)
