@@ -37,6 +37,7 @@ from convnext_cli.training.loading import LoadedModel
 from convnext_cli.training.report import WORST_PAIRS, ClassRow, PairRow, Report
 from convnext_cli.training.scores import Scores, Summary
 from convnext_cli.training.strategy import build_strategy, find_environment
+from convnext_cli.training.watch import is_lost_peer, make_lost_peer_error
 
 Listener = Callable[[int, int], None]
 """Called with (batches done, batches in all) of this rank."""
@@ -136,7 +137,7 @@ def evaluate_model(
     Raises:
         DeviceError: This machine does not have what is asked, or no room for a batch.
         DataError: The data set is not there, does not fit the model, or has a bad image.
-        Hung: A loader process was lost.
+        Hung: Another rank or a loader process was lost, or the ranks did not meet.
         UserError: Some outputs were not finite.
     """
     check_devices(setup.cluster, precision=setup.precision)
@@ -171,12 +172,14 @@ def evaluate_model(
             f" {max(1, setup.per_device_images // 2)}",
         ) from error
     except RuntimeError as error:
-        if not is_lost_worker(error):
-            raise
-        fewer = setup.workers // 2
-        raise make_lost_worker_error(
-            error, when="in the evaluation", hint=f"begin again with fewer: --workers {fewer}"
-        ) from error
+        when = "in the evaluation"
+        if is_lost_worker(error):
+            hint = f"begin again with fewer: --workers {setup.workers // 2}"
+            raise make_lost_worker_error(error, when=when, hint=hint) from error
+        if is_lost_peer(error):
+            hint = "run the same command again"
+            raise make_lost_peer_error(error, when=when, hint=hint) from error
+        raise
     assert task.counted is not None
     counted, expected = task.counted.summary.images, card.splits[split].images
     if counted != expected:

@@ -253,7 +253,11 @@ def _run_trainer(
                 f" fewer: data.workers={max(0, plan.workers // 2)}",
             ) from error
         if is_lost_peer(error):
-            raise make_lost_peer_error(error, step=task.step) from error
+            raise make_lost_peer_error(
+                error,
+                when=f"after step {task.step}",
+                hint="the same command goes on from the last checkpoint",
+            ) from error
         if isinstance(error, torch.OutOfMemoryError):
             raise _make_no_room_error(error, plan, step=task.step) from error
         raise

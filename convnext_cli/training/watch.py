@@ -54,7 +54,7 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
 
 
-def make_lost_peer_error(error: BaseException, *, step: int) -> Hung:
+def make_lost_peer_error(error: BaseException, *, when: str, hint: str) -> Hung:
     """What is told of it."""
     why = str(error).splitlines()[0][:200]
     if not distributed.is_initialized():
@@ -64,10 +64,7 @@ def make_lost_peer_error(error: BaseException, *, step: int) -> Hung:
             hint="every node has to reach it, and nothing else may use the port (MASTER_PORT, or"
             " PORT of slurm/multinode.sh); nothing was lost: run the same command again",
         )
-    return Hung(
-        f"another rank was lost after step {step} ({why})",
-        hint="its own messages say why; the same command goes on from the last checkpoint",
-    )
+    return Hung(f"another rank was lost {when} ({why})", hint=f"its own messages say why; {hint}")
 
 
 class HangWatch(pl.Callback):

@@ -2,6 +2,7 @@
 
 import io
 import shlex
+import socket
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, write_card
 from convnext_cli.data.index import scan_shard, write_index
-from convnext_cli.errors import CheckpointError, DataError, DeviceError, UserError
+from convnext_cli.errors import CheckpointError, DataError, DeviceError, Hung, UserError
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.training.evaluation import (
@@ -101,10 +102,17 @@ def network() -> nn.Module:
 
 
 def evaluate(
-    model: LoadedModel, data: str, *, batch: int = 4, precision: str = "fp32", workers: int = 0
+    model: LoadedModel,
+    data: str,
+    *,
+    batch: int = 4,
+    precision: str = "fp32",
+    workers: int = 0,
+    devices: int = 1,
 ) -> Report:
+    cluster = Cluster(devices_per_node=devices, device="cpu")
     setup = EvaluationSetup(
-        cluster=Cluster(device="cpu"), precision=precision, per_device_images=batch, workers=workers
+        cluster=cluster, precision=precision, per_device_images=batch, workers=workers
     )
     return evaluate_model(model, data=data, split="val", setup=setup)
 
@@ -124,6 +132,19 @@ def test_a_full_device_is_told_with_a_smaller_batch(network, tmp_path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore:::lightning")
+def test_ranks_that_cannot_meet_are_told_in_a_sentence(network, tmp_path, monkeypatch):
+    data = pack(tmp_path, [png(0)])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        for name, value in (told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(Hung, match=f"the ranks did not meet at 127.0.0.1:{port}") as caught:
+            evaluate(model_of(network), data, devices=2)
+
+    assert "MASTER_PORT" in str(caught.value.hint)
+
+
 def test_scores_are_those_of_a_plain_loop(tmp_path: Path, network: nn.Module):
     data = pack(tmp_path, [png(n) for n in range(10)])
     x = torch.stack([torch.from_numpy(pixels(n)).permute(2, 0, 1) for n in range(10)])

@@ -94,6 +94,6 @@ def test_ranks_that_do_not_meet_are_told_where_and_may_try_again(monkeypatch, wo
     error = distributed.DistNetworkError(words)
 
     assert is_lost_peer(error)
-    told = make_lost_peer_error(error, step=0)
+    told = make_lost_peer_error(error, when="after step 0", hint="try again")
     assert (str(told), told.exit_code) == (f"the ranks did not meet at node1:29500 ({words})", 76)
     assert not is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
