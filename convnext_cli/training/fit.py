@@ -46,7 +46,12 @@ from convnext_cli.training.guard import FiniteGuard, RolledBack
 from convnext_cli.training.kernels import ChooseKernels
 from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
-from convnext_cli.training.quarantine import Quarantine
+from convnext_cli.training.quarantine import (
+    Quarantine,
+    find_too_many,
+    read_reasons,
+    tell_lost,
+)
 from convnext_cli.training.ranks import RankTimer, SameStart, SameWeights, Stragglers
 from convnext_cli.training.recorder import Recorder
 from convnext_cli.training.start import Start, find_copies, find_start, read_skips
@@ -101,10 +106,18 @@ def fit(plan: Plan, run: RunDir, *, start: Start, request: StopRequest, console:
 
 
 def _make_up_for_end(plan: Plan, run: RunDir, *, start: Start, say: Callable[[str], None]) -> None:
-    """Do what an attempt that was killed after the last save left undone: names, end, copies."""
+    """Do what an attempt that was killed after the last save left undone: names, end, copies.
+
+    Raises:
+        DataError: The run lost more images than it may, and ended for that.
+    """
     if summarise_run(run).state != "finished":
         assert start.checkpoint is not None  # of the last step
         mend_names(run, start.step, best_steps=read_best_steps(run, start.checkpoint))
+        lost = read_reasons(start.checkpoint)
+        if (error := find_too_many(lost, run=run, plan=plan)) is not None:
+            raise error
+        tell_lost(lost, run=run, say=say)
         _record(run, plan, event="resumed", step=start.step, lost_steps=0)
         _record(run, plan, event="finished", step=start.step)
     copier = _build_copier(run, plan, say=say)

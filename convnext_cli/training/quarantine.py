@@ -5,12 +5,14 @@ lost, `events.jsonl` gets its key and reason, and `data.bad_frac` says how much 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
 from convnext_cli.errors import DataError
+from convnext_cli.models.weights import read_content
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, read_jsonl, utc_now
@@ -37,9 +39,6 @@ class Quarantine(pl.Callback):
         self.say = say
         self.reasons: dict[str, str] = {}
         """Why, by key."""
-        frac = plan.recipe.data.bad_frac
-        self.allowed = max(1, int(frac * plan.train_images)) if frac else 0
-        """Images that may be unusable."""
 
     def state_dict(self) -> dict[str, Any]:
         """What is known so far."""
@@ -79,24 +78,46 @@ class Quarantine(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell at the end what was lost."""
         self._end_if_too_many(trainer, as_task(pl_module))
-        if self.reasons and trainer.is_global_zero:
-            images = "1 image" if len(self.reasons) == 1 else f"{len(self.reasons)} images"
-            self.say(
-                f"{images} could not be used, and neighbours stood in; keys and reasons:"
-                f" {self.run.events}"
-            )
+        if trainer.is_global_zero:
+            tell_lost(self.reasons, run=self.run, say=self.say)
 
     def _end_if_too_many(self, trainer: pl.Trainer, task: Classifier) -> None:
-        lost = len(self.reasons)
-        if lost <= self.allowed:
-            return
-        self.checkpoints.save_whole(trainer, task)
-        key, reason = min(self.reasons.items())
-        enough = 10.0 ** math.ceil(math.log10((lost + 1) / self.plan.train_images))
-        raise DataError(
-            f"{lost} of {self.plan.train_images:,} training images cannot be used, and"
-            f" data.bad_frac={self.plan.recipe.data.bad_frac:g} allows {self.allowed}; such as"
-            f" {key}: {reason}",
-            hint=f"{self.run.events} names them: repair them, or allow more with"
-            f" data.bad_frac={min(1.0, enough):g}; the same command goes on",
-        )
+        error = find_too_many(self.reasons, run=self.run, plan=self.plan)
+        if error is not None:
+            self.checkpoints.save_whole(trainer, task)
+            raise error
+
+
+def read_reasons(checkpoint: Path) -> Mapping[str, str]:
+    """Why images were unusable, by key, as a run knew it when it wrote a checkpoint.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    content, _ = read_content(checkpoint)
+    state = content["callbacks"].get(Quarantine.__qualname__, {})  # as Lightning names it
+    reasons: Mapping[str, str] = state.get("reasons", {})
+    return reasons
+
+
+def find_too_many(reasons: Mapping[str, str], *, run: RunDir, plan: Plan) -> DataError | None:
+    """What ends a run that has lost these images; None: it may lose them."""
+    lost, frac = len(reasons), plan.recipe.data.bad_frac
+    allowed = max(1, int(frac * plan.train_images)) if frac else 0
+    if lost <= allowed:
+        return None
+    key, reason = min(reasons.items())
+    enough = 10.0 ** math.ceil(math.log10((lost + 1) / plan.train_images))
+    return DataError(
+        f"{lost} of {plan.train_images:,} training images cannot be used, and"
+        f" data.bad_frac={frac:g} allows {allowed}; such as {key}: {reason}",
+        hint=f"{run.events} names them: repair what can be repaired; the same command goes on with"
+        f" data.bad_frac={min(1.0, enough):g}",
+    )
+
+
+def tell_lost(reasons: Mapping[str, str], *, run: RunDir, say: Callable[[str], None]) -> None:
+    """Tell people what a run has lost."""
+    if reasons:
+        images = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
+        say(f"{images} could not be used, and neighbours stood in; keys and reasons: {run.events}")

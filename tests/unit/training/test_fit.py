@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from convnext_cli.errors import DeviceError
+from convnext_cli.errors import DataError, DeviceError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
@@ -53,6 +53,36 @@ def test_a_run_that_was_killed_after_its_last_save_gets_its_names_and_its_end(tm
     assert steps == 8
     assert [checkpoint_step(name.resolve()) for name in run.links] == [8, 8, 4]
     assert summarise_run(run).state == "finished"
+
+
+def test_a_run_that_lost_too_many_images_in_its_last_step_is_not_finished_by_a_second_start(
+    tmp_path,
+):
+    run, said = RunDir(tmp_path / "mine"), io.StringIO()
+    lost = {"reasons": {f"{number}": "cut" for number in range(200)}}
+    content = {
+        "w": torch.zeros(3),
+        "convnext": {"step": 8},
+        "callbacks": {"Checkpoints": {"best_step": 8, "best_ema_step": 8}, "Quarantine": lost},
+    }
+    write_checkpoint(content, run.checkpoint(8), world_size=1)
+    write_json(run.plan, {"total_steps": 8})
+
+    def start_again(*changes: str) -> int:
+        asked = ["schedule.length=8st", "schedule.warmup=null", *changes]
+        plan = make_plan(load_recipe("in1k_tiny", asked), Cluster(device="cpu"), name="mine")
+        console = Console(file=said)
+        start = Start(run.checkpoint(8), 8)
+        return fit(plan, run, start=start, request=StopRequest(), console=console)
+
+    with pytest.raises(DataError, match="200 of 1,281,167 training images cannot be used") as told:
+        start_again()
+    assert summarise_run(run).state != "finished"
+    assert str(told.value.hint).endswith("goes on with data.bad_frac=0.001")
+
+    assert start_again("data.bad_frac=0.001") == 8
+    assert summarise_run(run).state == "finished"
+    assert "200 images could not be used, and neighbours stood in" in said.getvalue()
 
 
 @pytest.mark.parametrize(
