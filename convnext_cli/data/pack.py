@@ -67,7 +67,9 @@ UNREADABLE_NAME = "unreadable.csv"
 VERSION = 3
 """Counts up when the same source and options would give other bytes than before."""
 _KEY_CHARS = 80
-_LEFT_OUT = frozenset((errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR))
+_LEFT_OUT = frozenset(
+    (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+)
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""

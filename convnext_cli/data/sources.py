@@ -15,6 +15,7 @@ Source: image-net.org ILSVRC 2012 and winter 2021 downloads; torchvision's image
 """
 
 import csv
+import errno
 import io
 import os
 import re
@@ -193,7 +194,7 @@ def _recognise(source: Path) -> tuple[SourceKind, Path]:
         return "imagenet", source / TRAIN_TAR
     if any(entry.name == VAL_TAR for entry in entries):
         raise _val_alone(source)
-    has_folders = any(entry.is_dir() for entry in entries)
+    has_folders = any(_is_dir(entry) for entry in entries)
     if not has_folders and any(entry.name.endswith(".tar") for entry in entries):
         if any(re.fullmatch(r".*\d{4,}\.tar", e.name) and "-" in e.name for e in entries):
             raise _shards_error(source)
@@ -230,6 +231,16 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
     return _scan_both(folder)[0]
 
 
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, as `Path.is_dir` has it: a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
 def _scan_both(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
     """What is taken of a folder, and what is passed over; both sorted."""
     taken: list[os.DirEntry[str]] = []
@@ -244,7 +255,7 @@ def _scan_both(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[s
 def _tell_passed(passed: Iterable[os.DirEntry[str]], found: _Found, *, prefix: str) -> None:
     """List the folders that are passed over as left out, where they hold images."""
     for entry in passed:
-        if entry.is_dir() and _has_images(entry.path):
+        if _is_dir(entry) and _has_images(entry.path):
             begins = "begins with a dot" if entry.name.startswith(".") else f"is {STATE_NAME}"
             reason = f"its name {begins}: the images in it are passed over"
             found.left_out.append((f"{prefix}{entry.name}", reason))
@@ -262,7 +273,7 @@ def _has_images(folder: str) -> bool:
 
 def _list_folders(source: Path, *, val_labels: Path | None) -> Source:
     entries = _scan(source)
-    folders = [entry.name for entry in entries if entry.is_dir()]
+    folders = [entry.name for entry in entries if _is_dir(entry)]
     if not folders:
         endings = {Path(entry.name).suffix.lower(): entry.name for entry in reversed(entries)}
         archives = endings.keys() & _ARCHIVES
@@ -276,7 +287,7 @@ def _list_folders(source: Path, *, val_labels: Path | None) -> Source:
             hint="sort the images into SOURCE/CLASS/, or list them in a CSV of path,label",
         )
     train, val = _find_parts(source, folders)
-    unsorted = val is not None and not any(e.is_dir() for e in _scan(source / val))
+    unsorted = val is not None and not any(_is_dir(e) for e in _scan(source / val))
     if val_labels is not None and not unsorted:
         raise _no_use_of_labels(source, "folders", val_labels)
     if train is None:
@@ -313,7 +324,7 @@ def _find_parts(source: Path, folders: Sequence[str]) -> tuple[str | None, str |
     if set(lower) <= {*_TRAIN_NAMES, *_VAL_NAMES}:
         return train, val
     parted = val is not None and all(
-        any(entry.is_dir() for entry in _scan(source / part)) for part in (train, val)
+        any(_is_dir(entry) for entry in _scan(source / part)) for part in (train, val)
     )
     return (train, val) if parted else (None, None)
 
@@ -332,7 +343,7 @@ def _walk_classes(root: Path, found: _Found, *, prefix: str, split: str) -> list
     entries, passed = _scan_both(root)
     _tell_passed(passed, found, prefix=prefix)
     for entry in entries:
-        if entry.is_dir():
+        if _is_dir(entry):
             folders += 1
             before = len(found.rows)
             files = _iter_files(Path(entry.path), f"{prefix}{entry.name}", found, above=above)
@@ -363,12 +374,14 @@ def _iter_files(
     _tell_passed(passed, found, prefix=f"{prefix}/")
     for entry in entries:
         path = f"{prefix}/{entry.name}"
-        if entry.is_dir():
+        if _is_dir(entry):
             yield from _iter_files(Path(entry.path), path, found, above=(*above, here))
         else:
             try:
                 size = entry.stat().st_size
-            except FileNotFoundError:  # a link to nowhere; packing will say so
+            except OSError as error:  # a link to nowhere; packing will say so
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
                 size = 0
             yield path, entry.path, size
 
@@ -429,8 +442,8 @@ def _deeper(source: Path) -> str | None:
     """A hint where the class folders lie one level below."""
     if not source.is_dir():
         return None
-    folders = [entry for entry in _scan(source) if entry.is_dir()]
-    if len(folders) == 1 and any(entry.is_dir() for entry in _scan(Path(folders[0].path))):
+    folders = [entry for entry in _scan(source) if _is_dir(entry)]
+    if len(folders) == 1 and any(_is_dir(entry) for entry in _scan(Path(folders[0].path))):
         return (
             f"if its folders are the classes: convnext data pack {quote_path(folders[0].path)} OUT"
         )

@@ -355,6 +355,23 @@ def test_a_link_in_a_circle_does_not_go_round(tmp_path):
     assert pack(images, tmp_path / "out").card.splits["train"].class_images == (1, 1)
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_a_link_that_leads_to_itself_is_left_out(tmp_path, table):
+    images = write_folders(tmp_path / "images", {"a": 1, "b": 1})
+    (images / "a" / "self.jpg").symlink_to("self.jpg")
+    (images / "one").symlink_to("other")
+    (images / "other").symlink_to("one")
+    files = sorted(path.relative_to(images) for path in images.glob("*/*"))
+    (images / "t.csv").write_text("".join(f"{file},{file.parent}\n" for file in files))
+
+    packed = pack(images / "t.csv" if table else images, tmp_path / "out")
+
+    assert packed.card.splits["train"].class_images == (1, 1)
+    left_out = (tmp_path / "out" / "unreadable.csv").read_text()
+    assert "a/self.jpg,too many levels of symbolic links\n" in left_out
+    assert table or "other,outside the class folders\n" in left_out
+
+
 def test_a_pipe_or_a_socket_with_the_name_of_an_image_is_left_out(tmp_path, monkeypatch):
     images = write_folders(tmp_path / "images", {"a": 1, "b": 1})
     os.mkfifo(images / "a" / "pipe.jpg")
