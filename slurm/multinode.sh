@@ -173,9 +173,23 @@ esac
 # --- Train --------------------------------------------------------------------------------------
 
 # A task sees what torchrun would tell it. So one way of starting serves everywhere, and Lightning
-# does not requeue by itself: it would save in the middle of a step.
+# does not requeue by itself: it would save in the middle of a step. A Python without the package
+# would leave no word, as one that was killed.
 # shellcheck disable=SC2016 # the variables are those of a task
-task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID; exec "$@"'
+task='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID
+look="import importlib.util as u, sys; sys.exit(2 * (u.find_spec(\"convnext_cli\") is None))"
+words=$1 code=0
+shift
+"${@:1:words}" -c "$look" || code=$?
+if ((code == 2)); then
+    echo "error: ${*:1:words} has no package convnext on $(hostname)" >&2
+    echo >&2
+    echo "hint: install convnext there, or name another CONTAINER or VENV" >&2
+    echo 2 >"$CONVNEXT_EXIT_DIR/$RANK"
+    exit 2
+fi
+exec "$@"'
+python=("${inside[@]}" python)
 
 told=
 trap 'told=TERM' TERM # the end of the job; the processes are told by Slurm, and are waited for
@@ -187,7 +201,7 @@ say "from step $first_step on $SLURM_JOB_NODELIST: ${arguments[*]}"
 srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=none --ntasks="$WORLD_SIZE" \
     --ntasks-per-node="$LOCAL_WORLD_SIZE" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     --label --open-mode=append --output="$launch/rank%4t.log" "${srun_more[@]}" \
-    bash -c "$task" task "${inside[@]}" python -m convnext_cli "${arguments[@]}" &
+    bash -c "$task" task "${#python[@]}" "${python[@]}" -m convnext_cli "${arguments[@]}" &
 step=$!
 srun_code=0
 while kill -0 "$step" 2>/dev/null; do # a trap interrupts `wait`

@@ -3,11 +3,13 @@
 import os
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import convnext_cli
 from convnext_cli.errors import LaunchError
 from convnext_cli.launch.slurm import SlurmJob, find_sbatch, render_job, slurm_folder, submit
 
@@ -165,6 +167,27 @@ def test_a_command_that_is_not_there_is_final(tmp_path, fake):
 
     assert done.returncode == 127
     assert "ended with exit code 127; read runs/in1k_tiny/launch/rank*.log" in done.stdout
+    assert not (tmp_path / "told").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_python_without_the_package_is_final(tmp_path, fake, there):
+    fake("scontrol", f'[ "$1" = show ] && echo node1 || echo "$@" >>{tmp_path}/told')
+    fake("squeue", "echo RUNNING None")
+    ids = "SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0"
+    fake("srun", f'while [ "$1" != bash ]; do shift; done; exec env {ids} "$@"')
+    fake("apptainer", 'while [ "$1" != python ]; do shift; done; exec "$@"')
+    train = (
+        f'case $1 in -m) echo "$@" >{tmp_path}/began; echo 0 >"$CONVNEXT_EXIT_DIR/0"; exit;; esac'
+    )
+    path = f"PYTHONPATH={Path(convnext_cli.__file__).parents[1]}" if there else ""
+    fake("python", f'{train}\n{path} exec {sys.executable} -S "$@"')
+
+    done = run_script(tmp_path, {"CONTAINER": "/images/a b.sif", "PYTHONPATH": ""})
+
+    assert done.returncode == (0 if there else 2), done.stderr
+    assert (tmp_path / "began").exists() == there
+    assert ("a b.sif python has no package convnext on " in done.stderr) != there
     assert not (tmp_path / "told").exists()
 
 
