@@ -192,6 +192,23 @@ class RunLock:
                 continue
 
 
+def is_free(path: Path) -> bool:
+    """Whether a lock is held by nobody, for certain; leaves it so.
+
+    To look whether the file is there may be answered from what a node remembers of a file system
+    that is shared; to make it, only by the file system itself.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(exist_ok=False)
+    except OSError:  # it is there, or nothing can be told
+        return False
+    path.unlink()
+    with suppress(OSError):  # it is not empty
+        path.parent.rmdir()
+    return True
+
+
 def _read_pid_space() -> str | None:
     """The machine's start and the namespace of this process's number; None where there is neither.
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ from convnext_cli.errors import DataError, Diverged, Hung, RecipeError, RunError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_value
 from convnext_cli.runs.layout import RunDir
+from convnext_cli.runs.lock import is_free
 from convnext_cli.runs.record import write_event
 from convnext_cli.training.agreement import Agreement, RankTime
 from convnext_cli.training.task import as_task
@@ -44,6 +45,8 @@ class RankStart:
     """Of the data set."""
     recipe: Mapping[str, object]
     """`section.key` to value."""
+    unlocked: bool = False
+    """Whether nobody holds the run's folder on its node, though rank 0 does on its own."""
 
 
 class SameStart(pl.Callback):
@@ -64,7 +67,9 @@ class SameStart(pl.Callback):
         del pl_module, stage
         starts = [self.own] * trainer.world_size
         if trainer.world_size > 1:
-            distributed.all_gather_object(starts, self.own)
+            # rank 0 took the lock before it came to meet the others
+            unlocked = trainer.global_rank != 0 and is_free(self.run.lock)
+            distributed.all_gather_object(starts, replace(self.own, unlocked=unlocked))
         check_same_start(starts, run=self.run)
 
 
@@ -74,7 +79,7 @@ def check_same_start(starts: Sequence[RankStart], *, run: RunDir) -> None:
     Raises:
         RecipeError: A rank was started with another recipe than rank 0.
         DataError: It has another data set.
-        RunError: One of them starts anew: the run's folder is not shared.
+        RunError: The run's folder is not shared.
         Hung: They found different checkpoints.
     """
     first = starts[0]
@@ -94,21 +99,19 @@ def check_same_start(starts: Sequence[RankStart], *, run: RunDir) -> None:
                 hint="copy it to every node anew, or name one on a file system that nodes share:"
                 " --data DIR",
             )
-        if own.step != first.step:
-            steps = (
-                f"{of} would go on from step {own.step}, and rank 0 on {first.host} from step"
-                f" {first.step}"
-            )
-            if own.step and first.step:  # some nodes may see a new file of a shared disk later
-                raise Hung(
-                    f"{steps}: they found different checkpoints whole",
-                    hint="run the same command again; if that does not help, compare what each node"
-                    f" sees: convnext checkpoints verify {quote_path(run.root)}",
-                )
+        if own.unlocked:
             raise RunError(
-                f"{steps}: {run.root} is not the same folder on both",
+                f"{of} does not see that rank 0 on {first.host} has locked {run.root}, which is not"
+                " the same folder on both",
                 hint=f"put {first.host}'s on a file system that all nodes share, and name that:"
                 " --runs-dir DIR",
+            )
+        if own.step != first.step:  # some nodes may see a new file of a shared disk later
+            raise Hung(
+                f"{of} would go on from step {own.step}, and rank 0 on {first.host} from step"
+                f" {first.step}: they found different checkpoints whole",
+                hint="run the same command again; if that does not help, compare what each node"
+                f" sees: convnext checkpoints verify {quote_path(run.root)}",
             )
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from convnext_cli.errors import RunError
-from convnext_cli.runs.lock import STALE_SECONDS, RunLock, _read_pid_space
+from convnext_cli.runs.lock import STALE_SECONDS, RunLock, _read_pid_space, is_free
 
 
 def lock(path, job=None, attempt=None, told=None):
@@ -46,6 +46,19 @@ def test_a_refused_start_leaves_no_empty_folder(tmp_path):
         pass
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_nobody_holds_is_free_and_stays_as_it_was(tmp_path):
+    path = tmp_path / "run" / "lock.json"
+
+    assert is_free(path)
+    assert not path.parent.exists()
+    with lock(path):
+        held = path.read_text()
+        assert not is_free(path)
+        assert path.read_text() == held
+    (tmp_path / "run").touch()  # no folder: nothing can be told
+    assert not is_free(path)
 
 
 def test_the_lock_of_a_process_that_is_gone_is_taken_at_once(tmp_path):

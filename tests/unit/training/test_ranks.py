@@ -18,7 +18,8 @@ STEPS = 50
 @pytest.mark.parametrize(
     ("odd", "sentence", "hint"),
     [
-        ({"step": 0}, "go on from step 0, and rank 0 on a from step 8: runs/x is", "--runs-dir"),
+        ({"step": 0, "unlocked": True}, "rank 0 on a has locked runs/x, which is", "--runs-dir"),
+        ({"step": 0}, "go on from step 0, and rank 0 on a from step 8: they", "again"),
         ({"step": 4}, "go on from step 4, and rank 0 on a from step 8: they", "again"),
         ({"fingerprint": "cd"}, "has another data set than rank 0 on a: cd, not ab", "--data"),
         ({"recipe": {"optim.lr": 0.2}}, "has optim.lr=0.2, and rank 0 on a has 0.1", "command"),
