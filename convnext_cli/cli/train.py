@@ -22,7 +22,7 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
-from convnext_cli.errors import CheckpointError, Hung, RecipeError, Stopped, quote_path
+from convnext_cli.errors import CheckpointError, Hung, RecipeError, Stopped, UserError, quote_path
 from convnext_cli.plan.cluster import Cluster, read_attempt, read_deadline, read_job
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.schema import Init, Recipe
@@ -143,11 +143,14 @@ def run_training(
         start = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
         # what could be refused is refused by now: this takes seconds to load
         from convnext_cli.training.fit import fit
+        from convnext_cli.training.progress import log_error
 
         try:
             steps = fit(plan, run, start=start, request=request, console=console)
-        except (Stopped, Hung) as error:
-            if isinstance(mode, Path):
+        except UserError as error:
+            if cluster.rank == 0 and run.is_run():
+                log_error(run.log, error)
+            if isinstance(error, Stopped | Hung) and isinstance(mode, Path):
                 error.hint = f"{error.hint}; without --resume, which goes back to {mode} each time"
             raise
     if cluster.rank == 0:

@@ -1,7 +1,7 @@
 """What a person sees of a run under way: a bar on a terminal, else lines; both in train.log."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from convnext_cli.errors import StorageError, UserError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.durations import render_duration
 from convnext_cli.runs.record import writing_to
@@ -47,6 +48,17 @@ def render_rest(row: Row, *, plan: Plan) -> str:
     return f"  {render_duration(seconds)} left"
 
 
+def log_error(log: Path, error: UserError) -> None:
+    """Write what ends a run, which the console is told when all is closed, to its log as well."""
+    with suppress(StorageError):  # the error may be that very disk
+        _append(log, f"error: {error}")
+
+
+def _append(log: Path, line: str) -> None:
+    with writing_to(log), log.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 class ProgressDisplay(pl.Callback):
     """A live bar where stderr is a terminal; a line a row where it is not. Rank 0 only."""
 
@@ -83,8 +95,7 @@ class ProgressDisplay(pl.Callback):
             self.console.quiet = True
 
     def _log(self, line: str) -> None:
-        with writing_to(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        _append(self.log_path, line)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar at the step where the run goes on."""

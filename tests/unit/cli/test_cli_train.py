@@ -84,6 +84,26 @@ def test_a_run_that_went_back_to_a_checkpoint_is_gone_on_with_by_another_command
     assert f"to go on; without --resume, which goes back to {path} each time" in done.stderr
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_ends_a_run_is_in_its_log_too(run_cli, tiny_shards, tmp_path, monkeypatch, begun):
+    run = RunDir(tmp_path / "runs" / "small_data")
+
+    def stop(*_: object, **__: object) -> int:
+        if begun:
+            run.recipe.touch()
+            run.plan.touch()
+        raise Stopped("stopped by SIGINT after step 3 of 4")
+
+    monkeypatch.setattr("convnext_cli.training.fit.fit", stop)
+    done = run_cli("train", "small_data", "--data", tiny_shards, "--device", "cpu",
+                   "batch.global_images=8", "optim.lr_rule=linear")  # fmt: skip
+
+    assert done.exit_code == 75
+    assert run.root.exists() == begun
+    if begun:
+        assert run.log.read_text() == "error: stopped by SIGINT after step 3 of 4\n"
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
