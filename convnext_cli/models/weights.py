@@ -303,17 +303,25 @@ def _read_shard_names(path: Path) -> list[str]:
         raise _unreadable(path, error) from error
 
 
+_ZIP = b"PK\x03\x04"
+_SAFETENSORS = b"\0\0\0\0{"
+"""From the fifth byte on: a length of 64 bits, which is below 100 MB, and a JSON object."""
+
+
 def _parse_file(path: Path) -> tuple[object, Mapping[str, str]]:
     """What a file holds, whatever it is, and the metadata of a safetensors file."""
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as begun:
+            head = begun.read(9)
+        if head[4:] == _SAFETENSORS:  # whatever its ending
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
             return load_file(path), metadata
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(_ARGUMENTS)):
             # an unusual pickle either reads or raises; the warnings say no more
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path)), {}
+            mapped = head.startswith(_ZIP)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), {}
     except pickle.UnpicklingError as error:
         # torch names what the file wants to call, but only in the text of its error
         if what := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -323,11 +331,6 @@ def _parse_file(path: Path) -> tuple[object, Mapping[str, str]]:
         if "TorchScript" in str(error):
             raise _refused(path, "it is a TorchScript program") from error
         raise _unreadable(path, error) from error
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _refused(path: Path, reason: str) -> CheckpointError:

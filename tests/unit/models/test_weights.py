@@ -186,6 +186,19 @@ def test_a_cut_file_another_file_and_no_file_get_a_sentence(tmp_path):
         read_weights(tmp_path / "nothing.pth")
 
 
+def test_safetensors_are_read_under_any_ending(tmp_path):
+    state = atto().state_dict()
+    save_file(state, tmp_path / "x.pth", metadata={"convnext_weights": "ema"})
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:100_000])
+
+    read = read_weights(tmp_path / "x.pth")
+
+    assert read.source == "ema"
+    assert all(torch.equal(read.state[key], weight) for key, weight in state.items())
+    with pytest.raises(CheckpointError, match="it is cut, or no checkpoint"):
+        read_weights(tmp_path / "cut.pth")
+
+
 def test_another_network_is_no_convnext(tmp_path):
     torch.save({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}, tmp_path / "resnet.pth")
 
