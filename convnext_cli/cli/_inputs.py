@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import typer
@@ -134,4 +134,14 @@ def _stream_facts(recipe: Recipe, path: str) -> DataFacts:
         val_images=(data.val_images or 0) if data.val_path else 0,
         num_classes=classes,
         source=path,
+        fingerprint=name_shards(path if data.val_path is None else f"{path}::{data.val_path}"),
     )
+
+
+def name_shards(paths: str) -> str:
+    """The names of shards, wherever they lie: all that is known of a stream without reading it.
+
+    Args:
+        paths: Paths or URLs with braces; `::` stands between several, as webdataset has it.
+    """
+    return "::".join(PurePosixPath(path.partition("?")[0]).name for path in paths.split("::"))

@@ -11,7 +11,7 @@ The promise is weaker than the indexed reader's:
   buffer of a worker;
 - a rank that runs out of its shards reads them again, so that all ranks take the same number of
   steps: in an epoch some images may come twice and some not at all;
-- a resume starts at the beginning of an epoch;
+- a resume starts at the beginning of an epoch, and knows its shards by their names alone;
 - in evaluation a rank that is through with its shards pads until all are;
 - damage inside a shard is noticed only where the tar format shows it.
 

@@ -1,15 +1,20 @@
 """What `convnext train` refuses, and what it says at the end."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from convnext_cli.cli._inputs import read_facts
 from convnext_cli.cli.train import _tell_result, check_name, check_start_weights
-from convnext_cli.errors import CheckpointError, RecipeError, Stopped
-from convnext_cli.recipe.files import load_recipe
+from convnext_cli.errors import CheckpointError, RecipeError, RunError, Stopped
+from convnext_cli.plan.cluster import Cluster
+from convnext_cli.plan.resolve import Plan, make_plan
+from convnext_cli.recipe.files import load_recipe, render_recipe
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.record import JsonLines, write_json
+from convnext_cli.training.start import find_start
 
 
 @pytest.fixture
@@ -82,6 +87,41 @@ def test_a_run_that_went_back_to_a_checkpoint_is_gone_on_with_by_another_command
 
     assert done.exit_code == 75
     assert f"to go on; without --resume, which goes back to {path} each time" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("now", "same"),
+    [
+        (["data.path=/b/c/train-{00..63}.tar", "data.val_path=/b/c/val-{0..3}.tar"], True),
+        (
+            ["data.path=https://x/train-{00..63}.tar?sign=1", "data.val_path=/v/val-{0..3}.tar"],
+            True,
+        ),
+        (["data.path=/a/train-{00..31}.tar", "data.val_path=/a/val-{0..3}.tar"], False),
+        (["data.path=/a/train-{00..63}.tar", "data.val_path=/a/test-{0..3}.tar"], False),
+        (["data.path=/a/train-{00..63}.tar"], False),
+        (
+            ["data.path=/a/train-{00..63}.tar::/a/more.tar", "data.val_path=/a/val-{0..3}.tar"],
+            False,
+        ),
+    ],
+)
+def test_a_streamed_run_goes_on_with_shards_of_the_same_names_alone(tmp_path, now, same):
+    def plan(*paths: str) -> Plan:
+        asked = ["data.mode=stream", "data.train_images=9000", "data.val_images=90", *paths]
+        recipe = load_recipe("in1k_tiny", asked)
+        return make_plan(recipe, Cluster(device="cpu"), name="s", facts=read_facts(recipe))
+
+    run = RunDir(tmp_path / "s")
+    begun = plan("data.path=/a/train-{00..63}.tar", "data.val_path=/a/val-{0..3}.tar")
+    run.root.mkdir()
+    run.recipe.write_text(render_recipe(begun.recipe))
+    write_json(run.plan, begun.to_json())
+
+    with (
+        nullcontext() if same else pytest.raises(RunError, match=r"holds a run on the data set /a")
+    ):
+        assert find_start(plan(*now), run, resume="auto").step == 0
 
 
 @pytest.mark.parametrize("begun", [True, False])
