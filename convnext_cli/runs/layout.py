@@ -23,6 +23,7 @@ runs/<name>/
 |- launch/                     job file and what each process said, where a launcher started them
 |- plots/curves.png           written by `convnext runs plot`
 `- trackers/                  files of TensorBoard and of other trackers
+   `- wandb.id, mlflow.id     the tracker's run that this one goes on in
 ```
 
 A folder that holds both `recipe.yaml` and `plan.json` is a run; nothing else is.
@@ -153,6 +154,10 @@ class RunDir:
     def trackers(self) -> Path:
         """The folder that TensorBoard and other trackers write to."""
         return self.root / "trackers"
+
+    def tracker_id(self, tracker: str) -> Path:
+        """The id of this run in a tracker; a copy of the folder goes on in the same one."""
+        return self.trackers / f"{tracker}.id"
 
     @property
     def launch(self) -> Path:

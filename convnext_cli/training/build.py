@@ -1,23 +1,18 @@
-"""A plan and a run directory become a Lightning Trainer with this project's callbacks.
+"""A plan becomes a Lightning Trainer with this project's callbacks.
 
-Lightning's own checkpointing, progress bar, samplers, signal handling and summary are off: what
-they do here is done by `checkpoint`, `progress`, the data room, `preempt` and the plan.
+Lightning's own checkpointing, progress bar, loggers, samplers, signal handling and summary are off:
+what they do here is done by `checkpoint`, `progress`, `trackers`, the data room, `preempt` and the
+plan.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
-from typing import assert_never
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from convnext_cli.errors import UserError
 from convnext_cli.plan.resolve import Plan
-from convnext_cli.recipe.schema import Tracker
-from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.devices import lightning_precision
 from convnext_cli.training.strategy import build_strategy, find_environment
 from convnext_cli.training.throughput import DataClock
@@ -27,73 +22,10 @@ _FIRST_SCALE = 2.0**13
 there is, and steps that are left out because of that are no sign of a run that diverges."""
 
 
-def chosen_trackers(plan: Plan) -> tuple[Tracker, ...]:
-    """The trackers of a recipe; auto: csv, and tensorboard where it is installed."""
-    asked = plan.recipe.log.trackers
-    if asked != "auto":
-        return asked
-    return ("csv", "tensorboard") if find_spec("tensorboard") else ("csv",)
-
-
-def build_loggers(plan: Plan, run: RunDir, *, first_step: int) -> list[Logger]:
-    """The trackers of a recipe.
-
-    Raises:
-        UserError: A tracker is asked for that is not installed.
-    """
-    return [
-        logger
-        for tracker in chosen_trackers(plan)
-        if (logger := _build_logger(tracker, run, first_step=first_step)) is not None
-    ]
-
-
-def _build_logger(tracker: Tracker, run: RunDir, *, first_step: int) -> Logger | None:
-    if tracker != "csv" and not find_spec(tracker):
-        raise UserError(
-            f"log.trackers: {tracker} is not installed",
-            hint="install the trackers: pip install 'convnext[trackers]'",
-        )
-    match tracker:
-        case "csv":
-            return None  # metrics.csv is written from metrics.jsonl by the recorder
-        case "tensorboard":
-            from lightning.pytorch.loggers import TensorBoardLogger  # noqa: PLC0415
-
-            return TensorBoardLogger(
-                run.trackers, name="", version="tensorboard", purge_step=first_step + 1
-            )
-        case "wandb":
-            from lightning.pytorch.loggers import WandbLogger  # noqa: PLC0415
-
-            return WandbLogger(
-                project="convnext",
-                name=run.name,
-                id=run.name,
-                resume="allow",
-                save_dir=run.trackers,
-            )
-        case "mlflow":
-            import mlflow  # noqa: PLC0415
-            from lightning.pytorch.loggers import MLFlowLogger  # noqa: PLC0415
-
-            run.trackers.mkdir(parents=True, exist_ok=True)
-            beside = f"sqlite:///{run.trackers.resolve() / 'mlflow.db'}"
-            return MLFlowLogger(
-                experiment_name="convnext",
-                run_name=run.name,
-                # a server that MLFLOW_TRACKING_URI names goes before a file beside the run
-                tracking_uri=mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else beside,
-            )
-        case _:
-            assert_never(tracker)
-
-
 def build_trainer(
     plan: Plan,
     *,
     callbacks: Sequence[pl.Callback],
-    loggers: Sequence[Logger],
     clock: DataClock,
     checkpoint_io: CheckpointIO,
 ) -> pl.Trainer:
@@ -127,7 +59,7 @@ def build_trainer(
         log_every_n_steps=1,
         profiler=clock,
         callbacks=list(callbacks),
-        logger=list(loggers),
+        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -34,7 +34,7 @@ from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import manifest_path
 from convnext_cli.runs.record import record_environment, write_event, write_json, writing_to
 from convnext_cli.training.agreement import Agreement
-from convnext_cli.training.build import build_loggers, build_trainer
+from convnext_cli.training.build import build_trainer
 from convnext_cli.training.checkpoint import (
     BackgroundWriter,
     Checkpoints,
@@ -58,6 +58,7 @@ from convnext_cli.training.start import Start, find_copies, find_start, read_ski
 from convnext_cli.training.strategy import WHOLE_WEIGHTS, compile_network
 from convnext_cli.training.task import Classifier
 from convnext_cli.training.throughput import DataClock
+from convnext_cli.training.trackers import build_senders
 from convnext_cli.training.watch import HangWatch, is_lost_peer, make_lost_peer_error
 
 
@@ -167,7 +168,10 @@ def _attempt(
     agreement = Agreement(request, writer, timer=timer)
     checkpoints = Checkpoints(run, plan, writer=writer, agreement=agreement)
     quarantine = Quarantine(run, plan, checkpoints=checkpoints, say=display.say)
-    recorder = Recorder(run, plan, clock=clock, quarantine=quarantine, show=display.show)
+    senders = build_senders(plan, run, first_step=start.step, say=display.say)
+    recorder = Recorder(
+        run, plan, clock=clock, quarantine=quarantine, senders=senders, show=display.show
+    )
     watch = HangWatch(run, plan, request=request)
     trainer = build_trainer(
         plan,
@@ -187,7 +191,6 @@ def _attempt(
             StopOnRequest(agreement, checkpoints, plan),
             display,
         ],
-        loggers=build_loggers(plan, run, first_step=start.step),
         clock=clock,
         checkpoint_io=writer,
     )
@@ -214,6 +217,8 @@ def _attempt(
     finally:
         writer.teardown()  # Lightning's own call may be cut short by a second loader that is lost
         watch.stop()  # no step is waited for any more, and copies may take longer than one
+        for sender in senders:
+            sender.finish(done=task.step == plan.total_steps)
         writer.finish_copies()
     return task.step
 

@@ -199,7 +199,7 @@ def train_ours(case, batches):
     seen = LossOfEachPass()
     quiet_lightning()
     trainer = build_trainer(
-        plan, callbacks=[seen], loggers=[], clock=DataClock(), checkpoint_io=TorchCheckpointIO()
+        plan, callbacks=[seen], clock=DataClock(), checkpoint_io=TorchCheckpointIO()
     )
     none = torch.full((IMAGES,), -1)
     choices = collate([Sample(pixels, 0, 0) for pixels in batches[0][0]]).choices

@@ -22,10 +22,12 @@ def test_every_path_is_where_the_drawing_says():
     assert {str(path.relative_to("runs/a")) for path in (
         run.recipe, run.plan, run.environment, run.metrics, run.metrics_csv, run.events, run.log,
         run.checkpoint(312), run.last, run.best, run.best_ema, run.curves, run.trackers,
+        run.tracker_id("wandb"),
     )} == {
         "recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "metrics.csv",
         "events.jsonl", "train.log", "checkpoints/step=00000312.ckpt", "checkpoints/last.ckpt",
         "checkpoints/best.ckpt", "checkpoints/best_ema.ckpt", "plots/curves.png", "trackers",
+        "trackers/wandb.id",
     }  # fmt: skip
 
 

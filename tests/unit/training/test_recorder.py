@@ -23,7 +23,9 @@ def test_a_validation_that_is_made_up_for_has_one_row(tmp_path, validation_due):
         for row in ({"step": 2, "val/loss": 3.0}, trained, validated, {"step": 5}):
             rows.write(row)
     plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="mine")
-    recorder = Recorder(run, plan, clock=DataClock(), quarantine=None, show=lambda _: None)
+    recorder = Recorder(
+        run, plan, clock=DataClock(), quarantine=None, senders=[], show=lambda _: None
+    )
     task = Classifier.__new__(Classifier)
     pl.LightningModule.__init__(task)
     task.step, task.validation_due = 4, validation_due
@@ -33,3 +35,30 @@ def test_a_validation_that_is_made_up_for_has_one_row(tmp_path, validation_due):
 
     kept = [trained] if validation_due else [trained, validated]
     assert read_jsonl(run.metrics) == [{"step": 2, "val/loss": 3.0}, *kept]
+
+
+def test_trackers_are_opened_where_training_begins_and_get_each_row(tmp_path):
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="mine")
+    calls: list[object] = []
+    sender = SimpleNamespace(
+        start=lambda: calls.append("start"),
+        send=lambda values, step: calls.append((step, values)),
+    )
+    recorder = Recorder(
+        RunDir(tmp_path),
+        plan,
+        clock=DataClock(),
+        quarantine=None,
+        senders=[sender],
+        show=lambda _: None,
+    )
+    task = Classifier.__new__(Classifier)
+    pl.LightningModule.__init__(task)
+    task.step, task.validation_due, task.validation = 4, False, {"val/loss": 2.0}
+    trainer = SimpleNamespace(is_global_zero=True)
+
+    recorder.on_train_start(trainer, task)
+    recorder.on_validation_end(trainer, task)
+    recorder.teardown(None, task, "fit")
+
+    assert calls == ["start", (4, {"val/loss": 2.0})]

@@ -25,7 +25,7 @@ def test_no_pass_asks_all_ranks_for_a_signal_and_waits_for_the_answer(monkeypatc
     plan = make_plan(recipe, Cluster(device="cpu"), name="test", facts=facts)
     quiet_lightning()  # as a training does: Lightning warns where it finds an srun
     trainer = build_trainer(
-        plan, callbacks=[], loggers=[], clock=DataClock(), checkpoint_io=TorchCheckpointIO()
+        plan, callbacks=[], clock=DataClock(), checkpoint_io=TorchCheckpointIO()
     )
     loop, asked = trainer.fit_loop.epoch_loop, []
     monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: asked.append("all"))
