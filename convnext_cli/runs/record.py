@@ -298,7 +298,7 @@ def record_environment(
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _list_gpus(),
         "variables": {
-            name: _REDACTED if _SECRET.search(name) else _redact_text(value)
+            name: _REDACTED if _SECRET.search(name) else redact_text(value)
             for name, value in sorted(variables.items())
             if _VARIABLES.fullmatch(name)
         },
@@ -438,13 +438,14 @@ def _redact_command(command: Iterable[str]) -> list[str]:
         elif equals and _SECRET.search(name):
             redacted.append(f"{name}={_REDACTED}")
         else:
-            redacted.append(_redact_text(argument))
+            redacted.append(redact_text(argument))
         secret_follows = (
             argument.startswith("-") and "=" not in argument and bool(_SECRET.search(argument))
         )
     return redacted
 
 
-def _redact_text(text: str) -> str:
+def redact_text(text: str) -> str:
+    """The text without users in URLs, and without what is assigned to the name of a secret."""
     without_users = _URL_USER.sub(rf"\g<scheme>{_REDACTED}@", text)
     return _SECRET_ASSIGNMENT.sub(rf"\1={_REDACTED}", without_users)

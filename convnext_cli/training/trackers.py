@@ -21,7 +21,7 @@ from convnext_cli.errors import UserError
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.schema import Tracker
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import written_whole
+from convnext_cli.runs.record import redact_text, written_whole
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -107,7 +107,7 @@ class Sender:
     def _tell(self, error: Exception, so: str) -> None:
         if self._given_up:
             return
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = redact_text(" ".join(str(error).split())) or type(error).__name__  # MLflow tells URLs
         self.say(f"log.trackers: {self.tracker}: {why}; {so}, and metrics.jsonl has every row")
 
 
@@ -185,7 +185,7 @@ def _open_mlflow(run: RunDir, *, say: Callable[[str], None]) -> Logger:
     client = mlflow.MlflowClient(uri)
     known = _read_id(run, "mlflow")
     if known is not None and not _knows_run(client, known):
-        say(f"mlflow at {uri} has no run {known}, or has deleted it: another begins")
+        say(f"mlflow has no run {known}, or has deleted it: another begins")
         known = None
     logger = MLFlowLogger(
         experiment_name="convnext", run_name=run.name, run_id=known, tracking_uri=uri

@@ -32,7 +32,7 @@ class Server:
 
     def answer(self) -> None:
         if not self.reachable:
-            raise ConnectionError("connection\nrefused")
+            raise ConnectionError("https://me:s3cr3t@host\nrefused")
 
 
 class MlflowException(Exception):  # noqa: N818  # their name
@@ -204,8 +204,8 @@ def test_a_server_that_is_away_for_an_attempt_ends_nothing_and_keeps_its_run(
     attempt(tracker, tmp_path, steps=[3])
 
     assert told == (
-        f"log.trackers: {tracker}: connection refused; the run goes on without it, and"
-        " metrics.jsonl has every row"
+        f"log.trackers: {tracker}: https://<redacted>@host refused; the run goes on without"
+        " it, and metrics.jsonl has every row"
     )
     assert list(server.steps.values()) == [[1, 3]]
 
