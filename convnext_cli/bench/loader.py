@@ -30,8 +30,9 @@ from convnext_cli.bench.loader_systems import POLICY, Cost, Setting, SystemName
 from convnext_cli.bench.report import LoaderReport, Rate, Ratio, Stage
 from convnext_cli.data.augment import TrainView
 from convnext_cli.data.card import DatasetCard, read_card
-from convnext_cli.data.decode import decode_region, read_image_size
+from convnext_cli.data.decode import decode_region
 from convnext_cli.data.fetch import Store
+from convnext_cli.data.header import read_image_size
 from convnext_cli.data.order import image_seed, own_global_random
 from convnext_cli.data.randaugment import apply_ops_pillow, build_policy
 from convnext_cli.data.reader import ImageReader

@@ -26,9 +26,10 @@ from convnext_cli.data.card import (
     read_card,
     shards_location,
 )
-from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.decode import decode_rgb
 from convnext_cli.data.fetch import Expected, Store
 from convnext_cli.data.foreign import class_numbers, label_source
+from convnext_cli.data.header import BadImage
 from convnext_cli.data.index import ShardIndex, read_index, read_index_sha256, scan_shard
 from convnext_cli.data.report import Damage, DatasetReport, SplitReport, Spread
 from convnext_cli.errors import DataError, StorageError, quote_path

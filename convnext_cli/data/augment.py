@@ -35,7 +35,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
 
-from convnext_cli.data.decode import CropBox, decode_region, decode_rgb, read_image_size
+from convnext_cli.data.decode import CropBox, decode_region, decode_rgb
+from convnext_cli.data.header import read_image_size
 from convnext_cli.data.order import seeded_random
 from convnext_cli.data.randaugment import Colour, apply_ops_pillow, build_policy, draw_ops
 from convnext_cli.data.shear import Interpolation

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from convnext_cli.data.augment import TrainView
-from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.decode import decode_rgb
+from convnext_cli.data.header import BadImage
 from convnext_cli.data.mix import BatchMix, denormalise
 from convnext_cli.data.order import Order
 from convnext_cli.data.reader import ImageReader, collate

@@ -1,12 +1,11 @@
 """Image bytes become pixels: JPEG, PNG and WEBP only, always RGB, never larger than a cap.
 
-Format and size are read from the header before anything is decoded: no other format reaches a
-decoder (Pillow alone would hand PostScript to Ghostscript), and a bomb is refused while it is
-still small. The decoder is torchvision's (libjpeg-turbo), whose pixels equal Pillow's; like
-Pillow, timm and torchvision's references it leaves the EXIF rotation unapplied, as the published
-accuracies were made. A PNG goes to Pillow, because torchvision's decoder dies of a damaged one, and
-the process with it. torchvision has announced that its decoder will move to another package; where
-it is gone, Pillow decodes everything, to the same pixels at four fifths of the speed.
+What the header says is checked before anything is decoded (`data/header.py`). The decoder is
+torchvision's (libjpeg-turbo), whose pixels equal Pillow's; like Pillow, timm and torchvision's
+references it leaves the EXIF rotation unapplied, as the published accuracies were made. A PNG goes
+to Pillow, because torchvision's decoder dies of a damaged one, and the process with it. torchvision
+has announced that its decoder will move to another package; where it is gone, Pillow decodes
+everything, to the same pixels at four fifths of the speed.
 
 Training looks at a crop. With nvImageCodec (`pip install 'convnext[decode]'`) only the crop of a
 JPEG is decoded (`decode_region`), on the CPU, to the same pixels: rows below it are never
@@ -27,20 +26,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from convnext_cli.data.header import FORMATS, BadImage, is_animated_webp, read_image_size
 
 try:
     from torchvision.io import ImageReadMode, decode_image
 except ImportError:
     decode_image = None
 
-MAX_PIXELS = 64_000_000
-"""Largest image that is packed or decoded: 192 MB of pixels."""
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-
-_WEBP_FLAGS, _WEBP_ANIMATION = 20, 0b10
 _JPEG_BEGINS, _JPEG_SCAN, _JPEG_ENDS = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
 _PNG_BEGINS = b"\x89PNG\r\n\x1a\n"
 
@@ -53,50 +48,6 @@ class CropBox:
     left: int
     height: int
     width: int
-
-
-class BadImage(ValueError):  # noqa: N818  # it is the image that is bad
-    """An image that cannot be used.
-
-    Args:
-        key: Name of the sample or file.
-        reason: Why, in a few words.
-    """
-
-    def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"{key}: {reason}")
-        self.key = key
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:
-        # An exception is rebuilt from its message alone when it crosses processes; this has two.
-        return type(self), (self.key, self.reason)
-
-
-def read_image_size(data: bytes | bytearray, *, key: str) -> tuple[int, int]:
-    """Width and height from the header, in pixels; decodes nothing.
-
-    Raises:
-        BadImage: Not a JPEG, PNG or WEBP, or more than `MAX_PIXELS`.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(key, f"more than {MAX_PIXELS:,} pixels") from error
-    except UnidentifiedImageError as error:
-        raise BadImage(key, _not_an_image(data)) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadImage(key, f"damaged header ({error})") from error
-    if width * height > MAX_PIXELS:
-        raise BadImage(key, f"{width} x {height} are more than {MAX_PIXELS:,} pixels")
-    return width, height
-
-
-def is_animated_webp(data: bytes | bytearray) -> bool:
-    """Whether the header says so: a flag of the extended format (RFC 9649, section 2.7)."""
-    extended = data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X"
-    return extended and len(data) > _WEBP_FLAGS and bool(data[_WEBP_FLAGS] & _WEBP_ANIMATION)
 
 
 def decode_rgb(data: bytes | bytearray, *, key: str) -> Tensor:
@@ -225,14 +176,3 @@ def _decode_pillow(data: bytes | bytearray, *, key: str) -> Tensor:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadImage(key, f"damaged data ({error})") from error
-
-
-def _not_an_image(data: bytes | bytearray) -> str:
-    if not data:
-        return "empty"
-    head = bytes(data[:512]).lstrip()
-    if head.startswith(b"%!PS"):
-        return "PostScript, not JPEG, PNG or WEBP"
-    if head.startswith((b"<", b"{")):
-        return "text, not JPEG, PNG or WEBP"
-    return "damaged, or not a JPEG, PNG or WEBP"

@@ -28,7 +28,6 @@ from typing import Literal
 import numpy as np
 from fsspec.core import url_to_fs
 from numpy.typing import NDArray
-from webdataset.shardlists import expand_urls
 from xxhash import xxh3_64_intdigest
 
 from convnext_cli.data.card import (
@@ -203,6 +202,8 @@ def list_shards(urls: Sequence[str]) -> list[str]:
     Raises:
         DataError: A folder holds no shard, one comes twice, or a `pipe:` URL is among them.
     """
+    from webdataset.shardlists import expand_urls  # noqa: PLC0415  # loads torch
+
     found: list[str] = []
     for url in urls:
         if url.startswith("pipe:"):

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from convnext_cli.data.decode import BadImage, read_image_size
+from convnext_cli.data.header import BadImage, read_image_size
 from convnext_cli.errors import DataError, quote_path
 from convnext_cli.runs.record import writing_to, written_whole
 

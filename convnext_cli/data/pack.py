@@ -50,7 +50,8 @@ from convnext_cli.data.card import (
     read_card,
     write_card,
 )
-from convnext_cli.data.decode import MAX_PIXELS, BadImage, decode_rgb
+from convnext_cli.data.decode import decode_rgb
+from convnext_cli.data.header import MAX_PIXELS, BadImage
 from convnext_cli.data.index import read_index_sha256, scan_shard, write_index
 from convnext_cli.data.pool import iter_done
 from convnext_cli.data.sources import Sample, Source, SourceKind, list_source

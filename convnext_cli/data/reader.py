@@ -40,8 +40,8 @@ from xxhash import xxh3_64_intdigest
 
 from convnext_cli.data.augment import NO_CHOICES, Choices, View, view_bytes
 from convnext_cli.data.card import DatasetCard, Shard, index_name, shards_location
-from convnext_cli.data.decode import BadImage
 from convnext_cli.data.fetch import Expected, Store
+from convnext_cli.data.header import BadImage
 from convnext_cli.data.index import ShardIndex, read_index
 from convnext_cli.data.order import Order, evaluation_share, image_seed, own_global_random
 from convnext_cli.data.slots import Slots

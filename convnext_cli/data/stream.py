@@ -38,7 +38,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from convnext_cli.data.augment import View, view_bytes
-from convnext_cli.data.decode import BadImage
+from convnext_cli.data.header import BadImage
 from convnext_cli.data.index import IMAGE_EXTENSIONS
 from convnext_cli.data.order import image_seed, philox
 from convnext_cli.data.reader import PADDING, Batch, Sample, Unusable, collate

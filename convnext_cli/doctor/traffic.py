@@ -12,8 +12,9 @@ from torch import distributed
 
 from convnext_cli.data.augment import EvalView
 from convnext_cli.data.card import read_card
-from convnext_cli.data.decode import BadImage, decode_rgb
+from convnext_cli.data.decode import decode_rgb
 from convnext_cli.data.fetch import Store
+from convnext_cli.data.header import BadImage
 from convnext_cli.data.reader import ImageReader
 from convnext_cli.doctor.findings import Finding
 from convnext_cli.errors import UserError

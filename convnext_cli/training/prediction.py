@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convnext_cli.data.decode import BadImage, decode_rgb, is_animated_webp
+from convnext_cli.data.decode import decode_rgb
+from convnext_cli.data.header import BadImage, is_animated_webp
 from convnext_cli.data.mix import normalise
 from convnext_cli.data.pack import Unreadable, make_jpeg
 from convnext_cli.plan.cluster import DeviceKind

@@ -70,3 +70,11 @@ def test_a_training_that_is_refused_has_not_loaded_the_trainer(more, tmp_path):
 
     assert "torch" in loaded
     assert loaded.isdisjoint({"lightning", "torchmetrics", "torchvision", "timm"})
+
+
+def test_a_process_that_indexes_shards_loads_no_torch():
+    code = "import sys, convnext_cli.data.foreign; print(*sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert {"torch", "torchvision", "webdataset"}.isdisjoint(done.stdout.split())

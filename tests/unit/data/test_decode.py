@@ -8,13 +8,8 @@ import pytest
 from PIL import Image
 
 from convnext_cli.data import decode
-from convnext_cli.data.decode import (
-    BadImage,
-    CropBox,
-    decode_region,
-    decode_rgb,
-    read_image_size,
-)
+from convnext_cli.data.decode import CropBox, decode_region, decode_rgb
+from convnext_cli.data.header import BadImage, read_image_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
 

@@ -28,7 +28,8 @@ from PIL import Image
 
 from convnext_cli.data import pack as pack_module
 from convnext_cli.data.card import index_name, read_card
-from convnext_cli.data.decode import MAX_PIXELS, decode_rgb
+from convnext_cli.data.decode import decode_rgb
+from convnext_cli.data.header import MAX_PIXELS
 from convnext_cli.data.index import read_index, scan_shard
 from convnext_cli.data.pack import PackOptions, Unreadable, is_complete, make_jpeg, pack
 from convnext_cli.data.sources import list_source
