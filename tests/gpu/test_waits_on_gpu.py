@@ -176,7 +176,8 @@ def test_recorded_as_cuda_graphs_the_losses_are_those_of_the_compiled_network(
     for graphs in ("false", "true"):
         done = run_cli(
             *("train", recipe, f"compute.cuda_graphs={graphs}", "log.every_steps=1"),
-            *("model.drop_path=0", "--data", tiny_shards, "--name", graphs),
+            *("compute.kernels=fused", "model.drop_path=0"),
+            *("--data", tiny_shards, "--name", graphs),
             *("--devices", 1, "--device", "cuda"),
         )
         assert done.exit_code == 0, done.stderr
