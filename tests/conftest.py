@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -16,7 +17,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
-import preloaded
 import pytest
 from PIL import Image
 
@@ -116,10 +116,13 @@ def run_process(tmp_path: Path) -> RunCli:
     """The same as `run_cli` in a process of its own, which sees no GPU: for training."""
 
     def run(*arguments: object, cwd: Path = tmp_path, timeout: float = 240) -> CliResult:
-        done = preloaded.run(
-            [sys.executable, "-m", "convnext_cli", *arguments],
+        done = subprocess.run(
+            [sys.executable, "-m", "convnext_cli", *map(str, arguments)],
             cwd=cwd,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
             timeout=timeout,
         )
         return CliResult(done.returncode, done.stdout, done.stderr)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from preloaded import Process, run
 
 RECIPE = """
 about: A few steps of the smallest model on shards behind a URL, for tests.
@@ -41,7 +40,9 @@ def command_of(recipe: Path, data: object, name: str) -> list[str]:
 
 
 def train(recipe: Path, data: object, name: str) -> subprocess.CompletedProcess:
-    return run(command_of(recipe, data, name), timeout=240)
+    return subprocess.run(
+        command_of(recipe, data, name), capture_output=True, text=True, timeout=240
+    )
 
 
 def losses(recipe: Path, name: str) -> list[float]:
@@ -93,7 +94,9 @@ def test_a_shard_that_is_refused_ends_the_run_with_a_sentence(recipe, remote):
 
 def test_the_end_of_the_prefetcher_does_not_end_the_run(recipe, remote):
     remote.faults["train-000002.tar"] = ["429 3"]  # the prefetcher still has something to do
-    process = Process(command_of(recipe, remote.url, "killed"))
+    process = subprocess.Popen(
+        command_of(recipe, remote.url, "killed"), stderr=subprocess.PIPE, text=True
+    )
     killed = []
     while process.poll() is None and not killed:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -102,7 +105,7 @@ def test_the_end_of_the_prefetcher_does_not_end_the_run(recipe, remote):
                     child.send_signal(signal.SIGKILL)
                     killed.append(child.pid)
         time.sleep(0.01)
-    _, told = process.communicate()
+    _, told = process.communicate(timeout=200)
 
     assert killed
     assert process.returncode == 0, told

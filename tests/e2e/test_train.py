@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from preloaded import run
 
 from convnext_cli.data.index import read_index
 from convnext_cli.runs.record import read_jsonl
@@ -37,14 +36,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def command_of(recipe: Path, data: Path, *more: str, name: str = "run") -> list[str]:
-    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data", str(data)]
-    command += ["--name", name, "--runs-dir", str(recipe.parent / "runs"), "--device", "cpu"]
-    return [*command, *more]
-
-
 def train(recipe: Path, data: Path, *more: str, name: str = "run") -> subprocess.CompletedProcess:
-    return run(command_of(recipe, data, *more, name=name), timeout=240)
+    command = [sys.executable, "-m", "convnext_cli", "train", str(recipe), "--data", str(data)]
+    command += ["--name", name, "--runs-dir", str(recipe.parent / "runs"), "--device", "cpu", *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def run_dir(recipe: Path, name: str = "run") -> Path:
@@ -64,10 +59,7 @@ class Finished:
 def finished(tmp_path_factory, tiny_shards) -> Finished:
     path = tmp_path_factory.mktemp("finished") / "tiny.yaml"
     path.write_text(RECIPE)
-    # as a person starts it; other tests here save the imports
-    done = subprocess.run(
-        command_of(path, tiny_shards), capture_output=True, text=True, timeout=240
-    )
+    done = train(path, tiny_shards)
     assert done.returncode == 0, done.stderr
     return Finished(path, run_dir(path), done)
 
