@@ -62,7 +62,7 @@ KERNELS: Final[Table] = (
     (r"^depthwise_weight_grad", "depthwise weight gradient"),
     (r"^depthwise_kernel", "depthwise forward"),
     (r"^mlp_\w+_kernel", "fused MLP"),
-    (r"^(normalise|gelu_grn)_(\w+_)?kernel", "normalisation"),
+    (r"^(normalise|(gelu_)?grn)_(\w+_)?kernel", "normalisation"),
     (r"^(gelu_(backward_)?|layer_scale_grad_)kernel", "elementwise"),
     # memory alone
     (r"^Mem[a-z]+ |copy_kernel_cuda|nchwToNhwc|nhwcToNchw|AddPaddingKernel", "copies"),

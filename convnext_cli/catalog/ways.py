@@ -3,7 +3,7 @@
 | way | what it is |
 |---|---|
 | plain | PyTorch's operators, one by one or compiled |
-| positions | depthwise convolution and LayerNorm in kernels of this project, the rest plain |
+| positions | convolution, LayerNorm, GELU and GRN in kernels of this project, the rest plain |
 | kept | the whole block in such kernels; its hidden units are kept for the backward pass |
 | recomputed | the same, and the hidden units are computed again: more arithmetic, fewer bytes |
 """
@@ -41,14 +41,14 @@ def count_kept_widths(way: Way, *, grn: bool, layer_scale: bool) -> int:
     """Values a position that a block keeps for its backward pass, in units of its width.
 
     Plain: the inputs of dwconv, norm and pwconv1 (3), of GELU and pwconv2 (8), of GRN (4) and of
-    LayerScale (1). Positions: no input of norm, and LayerScale is in the weights. The whole block
-    in kernels: its input and the normalised one (2), and the hidden units before GELU (4).
+    LayerScale (1). Positions: no input of norm or GRN, and LayerScale is in the weights. The whole
+    block in kernels: its input and the normalised one (2), and the hidden units before GELU (4).
     """
     match way:
         case "plain":
             return 11 + 4 * grn + layer_scale
         case "positions":
-            return 10 + 4 * grn
+            return 10
         case "kept":
             return 6
         case "recomputed":
@@ -60,12 +60,15 @@ def count_kept_widths(way: Way, *, grn: bool, layer_scale: bool) -> int:
 def count_grad_widths(way: Way, *, grn: bool) -> int:
     """Values a position of a block's gradients that there are at once, in units of its width.
 
-    Of its output (1), and: plain or in part, what pwconv2 gave (1), and what it and GRN took (4
-    each); kept, the hidden units' and GELU once more (8); recomputed, what LayerNorm gave (1).
+    Of its output (1), and: plain or in part, what pwconv2 gave (1), and what it and GRN, where it
+    is apart, took (4 each); kept, the hidden units' and GELU once more (8); recomputed, what
+    LayerNorm gave (1).
     """
     match way:
-        case "plain" | "positions":
+        case "plain":
             return 6 + 4 * grn
+        case "positions":
+            return 6
         case "kept":
             return 9
         case "recomputed":

@@ -1,9 +1,10 @@
 """A whole ConvNeXt block, and parts of it, as operators of PyTorch with gradients.
 
 ```
-positions  (x) -> xhat                 7x7 depthwise convolution, LayerNorm without its affine part
-activate   (h) -> keep gelu(h + bias)  between the two products
-block      (x) -> x + keep gamma mlp(positions(x))
+positions     (x) -> xhat                 7x7 depthwise convolution, LayerNorm without affine part
+activate      (h) -> keep gelu(h + bias)  between the two products
+activate_grn  (h) -> keep grn(gelu(h + bias))
+block         (x) -> x + keep gamma mlp(positions(x))
 ```
 
 All are `torch.library` operators: under torch.compile they are one node each, with a body for the
@@ -26,8 +27,7 @@ from convnext_cli.kernels.depthwise import (
     depthwise_weight_grad,
 )
 from convnext_cli.kernels.gelu import gelu, gelu_backward
-from convnext_cli.kernels.grn import gelu_grn_backward, make_scale, make_slope, sum_products
-from convnext_cli.kernels.grn import sum_squares as sum_squares_of
+from convnext_cli.kernels.grn import apply_scale, gelu_grn_backward, make_scale
 from convnext_cli.kernels.mlp import (
     Mlp,
     MlpGrads,
@@ -36,7 +36,6 @@ from convnext_cli.kernels.mlp import (
     finish_backward,
     forward_kept,
     forward_recomputed,
-    hidden,
     project,
     put_in,
 )
@@ -151,6 +150,68 @@ def _activate_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noq
 activate.register_autograd(_activate_grads, setup_context=_keep_hidden)
 
 
+@torch.library.custom_op("convnext::activate_grn", mutates_args=())
+@_without_autocast
+def activate_grn(
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(out, squares): GRN of GELU of h + bias by keep, and its sums (N, K) for the backward pass.
+
+    h and out are (N, H, W, K) of one dtype; bias, gamma and beta (K), keep (N).
+    """
+    h_MK = h.contiguous().view(-1, len(bias))
+    scale, squares = make_scale(h_MK, bias, gamma, images=len(h))
+    return apply_scale(h_MK, bias, scale, beta, keep).view(h.shape), squares
+
+
+@torch.library.custom_op("convnext::activate_grn_backward", mutates_args=())
+@_without_autocast
+def activate_grn_backward(
+    grad: Tensor, h: Tensor, squares: Tensor, bias: Tensor, gamma: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h, bias, gamma and beta."""
+    grad_MK, h_MK = (value.contiguous().view(-1, len(bias)) for value in (grad, h))
+    grads = gelu_grn_backward(grad_MK, h_MK, squares, bias, gamma, None, keep)
+    return grads.h.view(h.shape), grads.bias, grads.gamma, grads.beta
+
+
+@activate_grn.register_fake
+def _(
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    del gamma, beta, keep
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return out, _float(h, len(h), len(bias))
+
+
+@activate_grn_backward.register_fake
+def _(
+    grad: Tensor, h: Tensor, squares: Tensor, bias: Tensor, gamma: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del grad, squares, gamma, keep
+    sums = (_float(h, len(bias)), _float(h, len(bias)), _float(h, len(bias)))
+    return torch.empty_like(h, memory_format=torch.contiguous_format), *sums
+
+
+def _keep_hidden_and_squares(
+    ctx: Any,  # noqa: ANN401
+    inputs: tuple[Any, ...],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    h, bias, gamma, _beta, keep = inputs
+    _out, squares = output
+    ctx.mark_non_differentiable(squares)
+    ctx.set_materialize_grads(value=False)
+    ctx.save_for_backward(h, squares, bias, gamma, keep)
+
+
+def _activate_grn_grads(ctx: Any, grad: Tensor, _squares: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    return (*activate_grn_backward(grad, *ctx.saved_tensors), None)
+
+
+activate_grn.register_autograd(_activate_grn_grads, setup_context=_keep_hidden_and_squares)
+
+
 @torch.library.custom_op("convnext::block", mutates_args=())
 @_without_autocast
 def block(
@@ -170,7 +231,8 @@ def block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, xhat, rstd, h, squares): the output, and what the backward pass needs.
 
-    h is empty where it is recomputed, and squares, GRN's sums (N, K), where there is no GRN.
+    h is empty where it is recomputed, and squares, GRN's sums (N, K), where there is no GRN; with
+    GRN, b1 is not in h, as all that reads h adds it.
     """
     x = x.contiguous()
     channels = x.shape[-1]
@@ -183,9 +245,8 @@ def block(
     if grn_gamma is None:
         out_MC, h_MK = forward_kept(xhat_MC, x_MC, mlp)
         return out_MC.view(x.shape), xhat, rstd, h_MK, _float(x, 0)
-    h_MK = hidden(xhat_MC, mlp)
-    squares = sum_squares_of(h_MK, images=len(x))
-    scale = make_scale(squares, grn_gamma)
+    h_MK = xhat_MC @ w1.t()
+    scale, squares = make_scale(h_MK, b1, grn_gamma, images=len(x))
     out_MC = project(h_MK, x_MC, mlp, scale=scale, shift=grn_beta)
     return out_MC.view(x.shape), xhat, rstd, h_MK, squares
 
@@ -243,30 +304,20 @@ def _backward_grn(
     gamma: Tensor,
     beta: Tensor,
 ) -> tuple[MlpGrads, Tensor, Tensor]:
-    images = len(squares)
-    da_MK = grad_MC @ put_in(mlp.gamma, mlp.w2)  # without keep, which is in each image's factors
-    products, totals = sum_products(h_MK, da_MK, images=images)
-    scale, shift = make_scale(squares, gamma), beta.expand_as(squares)
-    if mlp.keep is not None:
-        keep_N1 = mlp.keep[:, None]
-        products, totals, scale, shift = (
-            value * keep_N1 for value in (products, totals, scale, shift)
-        )
-    slope, dgamma = make_slope(squares, gamma, products)
-    dh_MK, act_MK = gelu_grn_backward(
-        h_MK, da_MK, scale=scale, shift=shift.contiguous(), slope=slope
-    )
+    da_MK = grad_MC @ put_in(mlp.gamma, mlp.w2)  # without keep, which is in what follows
+    through = gelu_grn_backward(da_MK, h_MK, squares, mlp.b1, gamma, beta, mlp.keep)
+    assert through.out is not None
     grads = finish_backward(
         grad_MC,
         xhat_MC,
         rstd_M,
-        dh_MK=dh_MK,
-        dw1_KC=dh_MK.t() @ xhat_MC,
-        product_CK=grad_MC.t() @ act_MK,  # act has keep in it
-        db1_K=dh_MK.sum(dim=0, dtype=squares.dtype),
+        dh_MK=through.h,
+        dw1_KC=through.h.t() @ xhat_MC,
+        product_CK=grad_MC.t() @ through.out,  # which has keep in it
+        db1_K=through.bias,
         mlp=mlp,
     )
-    return grads, dgamma, totals.sum(dim=0)
+    return grads, through.gamma, through.beta
 
 
 @block.register_fake

@@ -1,138 +1,234 @@
-"""GELU followed by GRN over the hidden units of a V2 block, in two passes and without a copy.
+"""GELU and GRN between the two matrix products of a V2 block, with the bias of the first.
 
-GRN's output is `a scale + shift` with a = gelu(h), where scale, of each image and unit, is known
-once the squares of a are summed over the positions. The product after it applies both on its way.
+```
+a = gelu(h + bias)
+out = keep (a scale + beta)
+```
 
-Shapes: h (rows, K), rows = images x positions, K hidden units; gamma and beta (K); scale, shift,
-slope and the sums (images, K), float32.
+The scale of each image and unit is known once the squares of a are summed over the positions: one
+pass over h sums, another one applies. Backward, the first pass sums what scale and beta need, the
+second one writes the gradient of h and sums that of the bias on its way.
+
+Shapes: h (M, K), M = images x positions rows, K hidden units; bias, gamma and beta (K), keep
+(images), scale and squares (images, K), float32.
 
 Source: ConvNeXt V2 section 3.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional
 
-from convnext_cli.kernels.launch import uses_triton
-from convnext_cli.kernels.triton_rows import gelu_grn_backward_kernel, gelu_grn_sums_kernel
+from convnext_cli.kernels.gelu import keep_rows
+from convnext_cli.kernels.launch import count_programs, uses_triton
+from convnext_cli.kernels.triton_rows import (
+    gelu_grn_backward_kernel,
+    gelu_grn_kernel,
+    gelu_grn_sums_kernel,
+    grn_scale_kernel,
+    grn_slope_kernel,
+)
 
 EPS = 1e-6
 """Source: facebookresearch/ConvNeXt-V2@2553895 models/utils.py `GRN`."""
-_ROWS, _BLOCK = 16, 128
+_ROWS, _BLOCK, _UNITS = 16, 128, 1024
+_PROGRAMS = 32
+"""Of a sum over the positions, for each multiprocessor: several times what it holds at once, so
+that the last ones leave little of the device without work."""
 
 
-def sum_squares(h_MK: Tensor, *, images: int) -> Tensor:
-    """Sum of gelu(h) squared over the positions of each image."""
-    if not uses_triton(h_MK):
-        return sum_squares_twin(h_MK, images=images)
-    sums = _empty_sums(h_MK, images)
-    _launch_sums(h_MK, None, sums, sums, images=images)
-    return sums
+@dataclass(frozen=True)
+class GrnGrads:
+    """Gradients, that of h in its dtype, and `out` once more where it was asked for."""
+
+    h: Tensor
+    bias: Tensor
+    gamma: Tensor
+    beta: Tensor
+    out: Tensor | None
 
 
-def sum_squares_twin(h_MK: Tensor, *, images: int) -> Tensor:
-    """Define `sum_squares`."""
-    return _gelu(h_MK).square().view(images, -1, h_MK.shape[1]).sum(dim=1)
-
-
-def sum_products(h_MK: Tensor, grad_MK: Tensor, *, images: int) -> tuple[Tensor, Tensor]:
-    """Sums of grad times gelu(h), and of grad, over the positions of each image."""
-    if not uses_triton(h_MK):
-        return sum_products_twin(h_MK, grad_MK, images=images)
-    products, totals = _empty_sums(h_MK, images), _empty_sums(h_MK, images)
-    _launch_sums(h_MK, grad_MK, products, totals, images=images)
-    return products, totals
-
-
-def sum_products_twin(h_MK: Tensor, grad_MK: Tensor, *, images: int) -> tuple[Tensor, Tensor]:
-    """Define `sum_products`."""
-    shape = (images, -1, h_MK.shape[1])
-    a_MK = _gelu(h_MK)
-    grad = grad_MK.to(a_MK.dtype)
-    return (grad * a_MK).view(shape).sum(dim=1), grad.view(shape).sum(dim=1)
-
-
-def make_scale(squares: Tensor, gamma_K: Tensor) -> Tensor:
-    """Scale of each image and unit: 1 + gamma times the unit's share of the image's energy."""
-    energy = squares.sqrt()
-    return 1 + gamma_K * energy / (energy.mean(dim=1, keepdim=True) + EPS)
-
-
-def make_slope(squares: Tensor, gamma_K: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
-    """(slope, gradient of gamma): what a's gradient has besides grad times scale, divided by a."""
-    energy = squares.sqrt()
-    mean = energy.mean(dim=1, keepdim=True) + EPS
-    share = energy / mean
-    d_share = gamma_K * products
-    d_energy = (d_share - (d_share * share).mean(dim=1, keepdim=True)) / mean
-    slope = torch.where(energy > 0, d_energy / energy, 0.0)
-    return slope, (share * products).sum(dim=0)
-
-
-def gelu_grn_backward(
-    h_MK: Tensor, grad_MK: Tensor, *, scale: Tensor, shift: Tensor, slope: Tensor
+def make_scale(
+    h_MK: Tensor, bias_K: Tensor, gamma_K: Tensor, *, images: int
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of h, a scale + shift), in the dtype of h.
-
-    Drop path's factor of an image may be in scale and shift: both results have it then.
-    """
+    """(scale, squares): 1 + gamma times the unit's share of the image's energy; its square."""
     if not uses_triton(h_MK):
-        return gelu_grn_backward_twin(h_MK, grad_MK, scale=scale, shift=shift, slope=slope)
+        return make_scale_twin(h_MK, bias_K, gamma_K, images=images)
+    (squares,) = _sum_over_positions(h_MK, None, bias_K, images=images)
+    scale = torch.empty_like(squares)
+    units = len(bias_K)
+    grn_scale_kernel[(images,)](squares, gamma_K, scale, EPS, HIDDEN=units, BLOCK=_UNITS)
+    return scale, squares
+
+
+def make_scale_twin(
+    h_MK: Tensor, bias_K: Tensor, gamma_K: Tensor, *, images: int
+) -> tuple[Tensor, Tensor]:
+    """Define `make_scale`."""
+    squares = functional.gelu(h_MK + bias_K).square().view(images, -1, len(bias_K)).sum(dim=1)
+    return 1 + gamma_K * _share(squares), squares
+
+
+def apply_scale(
+    h_MK: Tensor, bias_K: Tensor, scale: Tensor, beta_K: Tensor, keep_N: Tensor | None
+) -> Tensor:
+    """`out`, in the dtype of h."""
+    if not uses_triton(h_MK):
+        return apply_scale_twin(h_MK, bias_K, scale, beta_K, keep_N)
     images, units = scale.shape
     positions = len(h_MK) // images
-    dh_MK, out_MK = torch.empty_like(h_MK), torch.empty_like(h_MK)
-    grid = (images, triton.cdiv(units, _BLOCK), triton.cdiv(positions, _ROWS))
-    gelu_grn_backward_kernel[grid](
+    out_MK = torch.empty_like(h_MK)
+    grid = (triton.cdiv(units, _BLOCK) * images, triton.cdiv(positions, _ROWS))
+    gelu_grn_kernel[grid](
         h_MK,
-        grad_MK,
+        bias_K,
         scale,
-        shift,
-        slope,
-        dh_MK,
+        beta_K,
+        bias_K if keep_N is None else keep_N,
         out_MK,
         positions,
         HIDDEN=units,
         ROWS=_ROWS,
         BLOCK=_BLOCK,
+        HAS_KEEP=keep_N is not None,
     )
-    return dh_MK, out_MK
+    return out_MK
+
+
+def apply_scale_twin(
+    h_MK: Tensor, bias_K: Tensor, scale: Tensor, beta_K: Tensor, keep_N: Tensor | None
+) -> Tensor:
+    """Define `apply_scale`."""
+    scale_MK = scale.repeat_interleave(len(h_MK) // len(scale), dim=0)
+    out = torch.addcmul(beta_K, functional.gelu(h_MK + bias_K), scale_MK)
+    return keep_rows(out, keep_N).to(h_MK.dtype)
+
+
+def gelu_grn_backward(
+    grad_MK: Tensor,
+    h_MK: Tensor,
+    squares: Tensor,
+    bias_K: Tensor,
+    gamma_K: Tensor,
+    beta_K: Tensor | None,
+    keep_N: Tensor | None,
+) -> GrnGrads:
+    """All gradients from that of `out`, the same to the bit every time; with beta `out` again."""
+    if not uses_triton(h_MK):
+        return gelu_grn_backward_twin(grad_MK, h_MK, squares, bias_K, gamma_K, beta_K, keep_N)
+    images, units = squares.shape
+    keep = bias_K if keep_N is None else keep_N
+    products, totals = _sum_over_positions(h_MK, grad_MK, bias_K, images=images)
+    scale, slope = torch.empty_like(squares), torch.empty_like(squares)
+    grn_slope_kernel[(images,)](
+        squares,
+        products,
+        totals,
+        gamma_K,
+        keep,
+        scale,
+        slope,
+        EPS,
+        HIDDEN=units,
+        BLOCK=_UNITS,
+        HAS_KEEP=keep_N is not None,
+    )
+    dgamma_K, dbeta_K = products.sum(dim=0), totals.sum(dim=0)  # what the kernel made of them
+    steps, parts = _cut_positions(h_MK, images)
+    dh_MK = torch.empty_like(h_MK)
+    out_MK = None if beta_K is None else torch.empty_like(h_MK)
+    part = torch.empty((images * parts, units), dtype=torch.float32, device=h_MK.device)
+    gelu_grn_backward_kernel[(triton.cdiv(units, _BLOCK) * images, parts)](
+        grad_MK,
+        h_MK,
+        bias_K,
+        scale,
+        slope,
+        bias_K if beta_K is None else beta_K,
+        keep,
+        dh_MK,
+        dh_MK if out_MK is None else out_MK,
+        part,
+        len(h_MK) // images,
+        steps,
+        HIDDEN=units,
+        ROWS=_ROWS,
+        BLOCK=_BLOCK,
+        HAS_KEEP=keep_N is not None,
+        STORE_OUT=out_MK is not None,
+    )
+    return GrnGrads(dh_MK, part.sum(dim=0), dgamma_K, dbeta_K, out_MK)
 
 
 def gelu_grn_backward_twin(
-    h_MK: Tensor, grad_MK: Tensor, *, scale: Tensor, shift: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad_MK: Tensor,
+    h_MK: Tensor,
+    squares: Tensor,
+    bias_K: Tensor,
+    gamma_K: Tensor,
+    beta_K: Tensor | None,
+    keep_N: Tensor | None,
+) -> GrnGrads:
     """Define `gelu_grn_backward`."""
-    images = len(scale)
-    a = _gelu(h_MK)
-    grad = grad_MK.to(a.dtype)
-    scale_MK, shift_MK, slope_MK = (
-        value.repeat_interleave(len(h_MK) // images, dim=0) for value in (scale, shift, slope)
+    images, units = squares.shape
+    h = h_MK + bias_K
+    a = functional.gelu(h)
+    grad = keep_rows(grad_MK.to(a.dtype), keep_N)
+    products, totals = (value.view(images, -1, units).sum(dim=1) for value in (grad * a, grad))
+    energy, share = squares.sqrt(), _share(squares)
+    d_share = gamma_K * products
+    d_energy = d_share - (d_share * share).mean(dim=1, keepdim=True)
+    d_energy = d_energy / (energy.mean(dim=1, keepdim=True) + EPS)
+    slope = torch.where(energy > 0, d_energy / energy, 0.0)
+    scale = 1 + gamma_K * share
+    scale_MK, slope_MK = (
+        value.repeat_interleave(len(h) // images, dim=0) for value in (scale, slope)
     )
-    dh = torch.ops.aten.gelu_backward(grad * scale_MK + a * slope_MK, h_MK.to(a.dtype))
-    return dh.to(h_MK.dtype), (a * scale_MK + shift_MK).to(h_MK.dtype)
+    dh = torch.ops.aten.gelu_backward(grad * scale_MK + a * slope_MK, h)
+    out_MK = None
+    if beta_K is not None:
+        out_MK = apply_scale_twin(h_MK, bias_K, scale, beta_K, keep_N)
+    dgamma_K, dbeta_K = (share * products).sum(dim=0), totals.sum(dim=0)
+    return GrnGrads(dh.to(h_MK.dtype), dh.sum(dim=0), dgamma_K, dbeta_K, out_MK)
 
 
-def _gelu(h_MK: Tensor) -> Tensor:
-    return functional.gelu(h_MK.to(torch.promote_types(h_MK.dtype, torch.float32)))
+def _share(squares: Tensor) -> Tensor:
+    energy = squares.sqrt()
+    return energy / (energy.mean(dim=1, keepdim=True) + EPS)
 
 
-def _empty_sums(h_MK: Tensor, images: int) -> Tensor:
-    return torch.empty((images, h_MK.shape[1]), dtype=torch.float32, device=h_MK.device)
+def _cut_positions(h_MK: Tensor, images: int) -> tuple[int, int]:
+    """(steps, parts): blocks of rows of a program, and programs along an image's positions."""
+    tiles = triton.cdiv(len(h_MK) // images, _ROWS)
+    others = triton.cdiv(h_MK.shape[1], _BLOCK) * images
+    wanted = triton.cdiv(count_programs(h_MK.device, each=_PROGRAMS), others)
+    steps = triton.cdiv(tiles, min(tiles, wanted))
+    return steps, triton.cdiv(tiles, steps)
 
 
-def _launch_sums(
-    h_MK: Tensor, grad_MK: Tensor | None, first: Tensor, second: Tensor, *, images: int
-) -> None:
-    units = h_MK.shape[1]
-    gelu_grn_sums_kernel[(images, triton.cdiv(units, _BLOCK))](
-        h_MK,
+def _sum_over_positions(
+    h_MK: Tensor, grad_MK: Tensor | None, bias_K: Tensor, *, images: int
+) -> Tensor:
+    """(1, images, K): a squared. With a gradient (2, images, K): grad times a, and grad."""
+    units = len(bias_K)
+    steps, parts = _cut_positions(h_MK, images)
+    shape = (1 if grad_MK is None else 2, parts, images, units)
+    sums = torch.empty(shape, dtype=torch.float32, device=h_MK.device)
+    gelu_grn_sums_kernel[(triton.cdiv(units, _BLOCK) * images, parts)](
         h_MK if grad_MK is None else grad_MK,
-        first,
-        second,
+        h_MK,
+        bias_K,
+        sums[0],
+        sums[-1],
+        images,
         len(h_MK) // images,
+        steps,
         HIDDEN=units,
         ROWS=_ROWS,
         BLOCK=_BLOCK,
         BACKWARD=grad_MK is not None,
     )
+    return sums[:, 0] if parts == 1 else sums.sum(dim=1)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convnext_cli.kernels.gelu import count_positions, keep_rows
+from convnext_cli.kernels.grn import apply_scale_twin
 from convnext_cli.kernels.launch import (
     count_programs,
     count_shared_bytes,
@@ -259,7 +260,7 @@ def project(
     """The block's output from h.
 
     Args:
-        h_MK: Before GELU.
+        h_MK: Before GELU; where GRN follows it, before b1 is added, too.
         x_MC: What the block began with.
         mlp: Its weights.
         scale: (N, K), by which GRN multiplies after GELU; None: no GRN.
@@ -274,6 +275,7 @@ def project(
     block, (tile, pieces) = 64, cut_columns(channels, most=128 if grn else 256)
     mlp_project_kernel[(channels // (tile * pieces) * triton.cdiv(rows, block),)](
         h_MK,
+        mlp.b1,
         h_MK if scale is None else scale,
         mlp.b2 if shift is None else shift,
         mlp.w2,
@@ -308,11 +310,11 @@ def project_twin(
     shift: Tensor | None = None,
 ) -> Tensor:
     """Define `project`."""
-    a_MK = functional.gelu(h_MK)
-    if scale is not None:
+    if scale is None:
+        a_MK = functional.gelu(h_MK)
+    else:
         assert shift is not None
-        scale_MK = scale.repeat_interleave(len(h_MK) // len(scale), dim=0)
-        a_MK = torch.addcmul(shift, a_MK, scale_MK).to(h_MK.dtype)
+        a_MK = apply_scale_twin(h_MK, mlp.b1, scale, shift, None)
     y_MC = functional.linear(a_MK, mlp.w2, mlp.b2.to(h_MK.dtype))
     if mlp.gamma is not None:
         y_MC = y_MC * mlp.gamma

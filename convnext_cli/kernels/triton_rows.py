@@ -128,58 +128,163 @@ def gelu_backward_kernel(
     tl.store(part_ptr + place, tl.sum(sums, axis=0), mask=unit < HIDDEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["steps"])  # it depends on the device
 def gelu_grn_sums_kernel(
-    h_ptr, grad_ptr, first_ptr, second_ptr, positions,
+    grad_ptr, h_ptr, bias_ptr, first_ptr, second_ptr, images, positions, steps,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the positions of an image, with a = gelu(h), each (images, HIDDEN).
+    """Sums over `steps` times ROWS positions, with a = gelu(h + bias): (parts, images, HIDDEN).
 
     Forward: of a squared. BACKWARD: of grad times a, and of grad.
     """
-    EXACT: tl.constexpr = h_ptr.dtype.element_ty == tl.float32
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    COLUMNS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
+    unit = tl.program_id(0) % COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    image = (tl.program_id(0) // COLUMNS).to(tl.int64)
+    bias = tl.load(bias_ptr + unit, mask=unit < HIDDEN, other=0.0)[None, :]
     first = tl.zeros((ROWS, BLOCK), tl.float32)
     second = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, positions, ROWS):
-        row = start + tl.arange(0, ROWS)
-        used = (row < positions)[:, None] & (channel < HIDDEN)[None, :]
-        place = (image * positions + row)[:, None] * HIDDEN + channel[None, :]
-        a = gelu(tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32), EXACT)
+    for step in range(steps):
+        row = (tl.program_id(1) * steps + step) * ROWS + tl.arange(0, ROWS)
+        used = (row < positions)[:, None] & (unit < HIDDEN)[None, :]
+        place = (image * positions + row)[:, None] * HIDDEN + unit[None, :]
+        h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32) + bias
+        a = gelu(h, h_ptr.dtype.element_ty == tl.float32)
         if BACKWARD:
             grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
             first += grad * a
             second += grad
         else:
-            first += a * a
-    place = image * HIDDEN + channel
-    tl.store(first_ptr + place, tl.sum(first, axis=0), mask=channel < HIDDEN)
+            first += tl.where(used, a * a, 0.0)  # of a row that is none, a is that of the bias
+    place = (tl.program_id(1).to(tl.int64) * images + image) * HIDDEN + unit
+    tl.store(first_ptr + place, tl.sum(first, axis=0), mask=unit < HIDDEN)
     if BACKWARD:
-        tl.store(second_ptr + place, tl.sum(second, axis=0), mask=channel < HIDDEN)
+        tl.store(second_ptr + place, tl.sum(second, axis=0), mask=unit < HIDDEN)
 
 
 @triton.jit
-def gelu_grn_backward_kernel(
-    h_ptr, grad_ptr, scale_ptr, shift_ptr, slope_ptr, dh_ptr, act_ptr, positions,
-    HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dh = (grad scale + a slope) gelu'(h), and again the output a scale + shift.
+def _mean_energy(squares_ptr, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean of the roots of an image's HIDDEN squares, plus eps."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, HIDDEN, BLOCK):
+        unit = start + tl.arange(0, BLOCK)
+        total += tl.sqrt(tl.load(squares_ptr + unit, mask=unit < HIDDEN, other=0.0))
+    return tl.sum(total) / HIDDEN + eps
 
-    scale, slope and shift are (images, HIDDEN).
+
+@triton.jit
+def grn_scale_kernel(
+    squares_ptr, gamma_ptr, scale_ptr, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """GRN's factor of each image and unit, from the sums of squares, both (images, HIDDEN)."""
+    start_of_image = tl.program_id(0).to(tl.int64) * HIDDEN
+    squares_ptr += start_of_image
+    mean = _mean_energy(squares_ptr, eps, HIDDEN, BLOCK)
+    for start in range(0, HIDDEN, BLOCK):
+        unit = start + tl.arange(0, BLOCK)
+        used = unit < HIDDEN
+        energy = tl.sqrt(tl.load(squares_ptr + unit, mask=used, other=0.0))
+        gamma = tl.load(gamma_ptr + unit, mask=used, other=0.0)
+        tl.store(scale_ptr + start_of_image + unit, 1 + gamma * (energy / mean), mask=used)
+
+
+@triton.jit
+def grn_slope_kernel(
+    squares_ptr, products_ptr, totals_ptr, gamma_ptr, keep_ptr, scale_ptr, slope_ptr, eps,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
+):  # fmt: skip
+    """GRN's factor again, and what a's gradient has besides grad times it, divided by a.
+
+    products and totals, sums of grad times a and of grad, become the image's part of the gradients
+    of gamma and beta. All are (images, HIDDEN).
     """
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    lane = channel < HIDDEN
+    image = tl.program_id(0)
+    start_of_image = image.to(tl.int64) * HIDDEN
+    squares_ptr += start_of_image
+    products_ptr += start_of_image
+    totals_ptr += start_of_image
+    keep = tl.load(keep_ptr + image) if HAS_KEEP else 1.0
+    mean = _mean_energy(squares_ptr, eps, HIDDEN, BLOCK)
+    along = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, HIDDEN, BLOCK):
+        unit = start + tl.arange(0, BLOCK)
+        used = unit < HIDDEN
+        energy = tl.sqrt(tl.load(squares_ptr + unit, mask=used, other=0.0))
+        product = tl.load(products_ptr + unit, mask=used, other=0.0)
+        gamma = tl.load(gamma_ptr + unit, mask=used, other=0.0)
+        along += gamma * product * (energy / mean)
+    common = tl.sum(along) / HIDDEN
+    for start in range(0, HIDDEN, BLOCK):
+        unit = start + tl.arange(0, BLOCK)
+        used = unit < HIDDEN
+        energy = tl.sqrt(tl.load(squares_ptr + unit, mask=used, other=0.0))
+        product = tl.load(products_ptr + unit, mask=used, other=0.0)
+        total = tl.load(totals_ptr + unit, mask=used, other=0.0)
+        gamma = tl.load(gamma_ptr + unit, mask=used, other=0.0)
+        share = energy / mean
+        slope = keep * (gamma * product - common) / mean / tl.where(energy > 0, energy, 1.0)
+        place = start_of_image + unit
+        tl.store(scale_ptr + place, 1 + gamma * share, mask=used)
+        tl.store(slope_ptr + place, tl.where(energy > 0, slope, 0.0), mask=used)
+        tl.store(products_ptr + unit, keep * share * product, mask=used)
+        tl.store(totals_ptr + unit, keep * total, mask=used)
+
+
+@triton.jit
+def gelu_grn_kernel(
+    h_ptr, bias_ptr, scale_ptr, beta_ptr, keep_ptr, out_ptr, positions,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
+):  # fmt: skip
+    """keep (gelu(h + bias) scale + beta); scale is (images, HIDDEN)."""
+    COLUMNS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
+    unit = tl.program_id(0) % COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    image = (tl.program_id(0) // COLUMNS).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    lane = unit < HIDDEN
     used = (row < positions)[:, None] & lane[None, :]
-    place = (image * positions + row)[:, None] * HIDDEN + channel[None, :]
-    scale = tl.load(scale_ptr + image * HIDDEN + channel, mask=lane, other=0.0)[None, :]
-    slope = tl.load(slope_ptr + image * HIDDEN + channel, mask=lane, other=0.0)[None, :]
-    shift = tl.load(shift_ptr + image * HIDDEN + channel, mask=lane, other=0.0)[None, :]
-    grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32)
-    a, da = gelu_and_slope(h, h_ptr.dtype.element_ty == tl.float32)
-    dh = (grad * scale + a * slope) * da
-    tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=used)
-    tl.store(act_ptr + place, (a * scale + shift).to(act_ptr.dtype.element_ty), mask=used)
+    place = (image * positions + row)[:, None] * HIDDEN + unit[None, :]
+    bias = tl.load(bias_ptr + unit, mask=lane, other=0.0)[None, :]
+    keep = tl.load(keep_ptr + image) if HAS_KEEP else 1.0
+    scale = keep * tl.load(scale_ptr + image * HIDDEN + unit, mask=lane, other=0.0)[None, :]
+    beta = keep * tl.load(beta_ptr + unit, mask=lane, other=0.0)[None, :]
+    h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32) + bias
+    out = gelu(h, h_ptr.dtype.element_ty == tl.float32) * scale + beta
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit(do_not_specialize=["steps"])  # it depends on the device
+def gelu_grn_backward_kernel(
+    grad_ptr, h_ptr, bias_ptr, scale_ptr, slope_ptr, beta_ptr, keep_ptr, dh_ptr, out_ptr, part_ptr,
+    positions, steps,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
+    STORE_OUT: tl.constexpr,
+):  # fmt: skip
+    """dh = (keep grad scale + a slope) gelu'(h + bias), and with STORE_OUT the output again.
+
+    And sums of dh over `steps` times ROWS positions of an image (images x parts, HIDDEN). scale and
+    slope are (images, HIDDEN); the latter has keep in it.
+    """
+    COLUMNS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
+    unit = tl.program_id(0) % COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    image = (tl.program_id(0) // COLUMNS).to(tl.int64)
+    lane = unit < HIDDEN
+    bias = tl.load(bias_ptr + unit, mask=lane, other=0.0)[None, :]
+    keep = tl.load(keep_ptr + image) if HAS_KEEP else 1.0
+    scale = keep * tl.load(scale_ptr + image * HIDDEN + unit, mask=lane, other=0.0)[None, :]
+    slope = tl.load(slope_ptr + image * HIDDEN + unit, mask=lane, other=0.0)[None, :]
+    beta = keep * tl.load(beta_ptr + unit, mask=lane, other=0.0)[None, :]
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(steps):
+        row = (tl.program_id(1) * steps + step) * ROWS + tl.arange(0, ROWS)
+        used = (row < positions)[:, None] & lane[None, :]
+        place = (image * positions + row)[:, None] * HIDDEN + unit[None, :]
+        grad = tl.load(grad_ptr + place, mask=used, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + place, mask=used, other=0.0).to(tl.float32) + bias
+        a, da = gelu_and_slope(h, h_ptr.dtype.element_ty == tl.float32)
+        dh = tl.where(used, (grad * scale + a * slope) * da, 0.0)
+        sums += dh
+        tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=used)
+        if STORE_OUT:
+            out = a * scale + beta
+            tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=used)
+    place = (image * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + unit
+    tl.store(part_ptr + place, tl.sum(sums, axis=0), mask=lane)

@@ -242,35 +242,73 @@ def test_kept_forward_however_it_is_cut(cut, dtype):
     assert_as_exact(kernel, twin, mlp.forward_kept_twin(*exactly((xhat, x)), weights_exact), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("images", "positions", "units", "keep"),
+    [
+        (1, 49, 128, None),
+        (3, 20, 160, (0.0, 1.25, 1.25)),
+        (2, 130, 1184, (2.0, 0.0)),  # more units than a program of one image takes at a time
+        (2, 1, 40, None),
+    ],
+)
+def test_gelu_and_grn(images, positions, units, keep, dtype):
+    h, grad = torch.randn(2, images * positions, units).to(dtype).unbind()
+    bias, gamma, beta = torch.randn(3, units).unbind()
+    h[:, 7], bias[7] = 0, 0  # a unit that is silent has no energy to divide by
+    factor = None if keep is None else torch.tensor(keep)
+
+    def run(make_scale, apply_scale, backward, h, grad, bias, gamma, beta, factor):
+        scale, squares = make_scale(h, bias, gamma, images=images)
+        grads = [
+            backward(grad, h, squares, bias, gamma, optional, factor) for optional in (beta, None)
+        ]
+        both = [value for one in grads for value in dataclasses.astuple(one)]
+        assert both.pop() is None
+        return [scale, squares, apply_scale(h, bias, scale, beta, factor), *both]
+
+    given = (h, grad, bias, gamma, beta, factor)
+    kernel = run(grn.make_scale, grn.apply_scale, grn.gelu_grn_backward, *given)
+
+    twins = (grn.make_scale_twin, grn.apply_scale_twin, grn.gelu_grn_backward_twin)
+    assert_as_exact(kernel, run(*twins, *given), run(*twins, *exactly(given)), dtype)
+
+
+@pytest.mark.parametrize(("programs", "parts"), [(1, 1), (24, 3), (10_000, 9)])
+def test_grn_sums_alike_however_its_positions_are_cut(programs, parts, monkeypatch):
+    monkeypatch.setattr(grn, "count_programs", lambda *_, **__: programs)
+    h, grad = torch.randn(2, 4 * 130, 256).unbind()
+    bias, gamma, beta = torch.randn(3, 256).unbind()
+
+    scale, squares = grn.make_scale(h, bias, gamma, images=4)
+    got = grn.gelu_grn_backward(grad, h, squares, bias, gamma, beta, None)
+
+    assert grn._cut_positions(h, 4)[1] == parts
+    scale_twin, squares_twin = grn.make_scale_twin(h, bias, gamma, images=4)
+    right = grn.gelu_grn_backward_twin(grad, h, squares_twin, bias, gamma, beta, None)
+    torch.testing.assert_close((scale, squares), (scale_twin, squares_twin), rtol=1e-4, atol=1e-4)
+    for value, twin in zip(dataclasses.astuple(got), dataclasses.astuple(right), strict=True):
+        torch.testing.assert_close(value, twin, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(
     ("images", "positions", "dim"),
     [(1, 49, 32), (3, 20, 96), (2, 40, 160)],  # the last in several programs a row
 )
-def test_gelu_and_grn(images, positions, dim, dtype, monkeypatch):
+def test_the_second_product_applies_grn_on_its_way(images, positions, dim, dtype):
     weights = make_mlp(dim, gamma=False, keep=None, dtype=dtype)
-    h, dh = torch.randn(2, images * positions, 4 * dim).to(dtype).unbind()
+    h = torch.randn(images * positions, 4 * dim).to(dtype)
     x = torch.randn(images * positions, dim).to(dtype)
-    gamma, beta = torch.randn(2, 4 * dim).unbind()
+    scale, beta = torch.randn(images, 4 * dim), torch.randn(4 * dim)
 
-    def run(h, dh, x, gamma, beta, weights):
-        squares = grn.sum_squares(h, images=images)
-        scale = grn.make_scale(squares, gamma)
-        products, totals = grn.sum_products(h, dh, images=images)
-        slope, dgamma = grn.make_slope(squares, gamma, products)
-        both = grn.gelu_grn_backward(
-            h, dh, scale=scale, shift=beta.expand_as(scale).contiguous(), slope=slope
-        )
-        out = mlp.project(h, x, weights, scale=scale, shift=beta)
-        return [squares, products, totals, dgamma, *both, out]
+    kernel = mlp.project(h, x, weights, scale=scale, shift=beta)
 
-    kernel = run(h, dh, x, gamma, beta, weights)
-
-    for module in (mlp, grn):
-        monkeypatch.setattr(module, "uses_triton", lambda _: False)
-    twin = run(h, dh, x, gamma, beta, weights)
+    twin = mlp.project_twin(h, x, weights, scale=scale, shift=beta)
     weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
-    assert_as_exact(kernel, twin, run(*exactly((h, dh, x, gamma, beta)), weights_exact), dtype)
+    h, x, scale, beta = exactly((h, x, scale, beta))
+    exact = mlp.project_twin(h, x, weights_exact, scale=scale, shift=beta)
+    assert_as_exact([kernel], [twin], [exact], dtype)
 
 
 @pytest.mark.parametrize("recomputed", [True, False])
@@ -294,7 +332,11 @@ def test_a_young_layer_scale_leaves_gradients_in_fp16(recomputed, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("way", "grn"), [("recomputed", False), ("kept", False), ("kept", True), ("positions", False)]
+    ("way", "grn"),
+    [
+        *(("recomputed", False), ("kept", False), ("kept", True)),
+        *(("positions", False), ("positions", True)),
+    ],
 )
 def test_results_lie_in_memory_as_the_compiler_is_told(way, grn):
     # What is compiled around an operator asserts the strides that its fake promises.
@@ -371,13 +413,15 @@ def test_a_large_batch_has_room_on_every_axis_of_a_grid(dim, monkeypatch):
     depthwise.depthwise_weight_grad(x_NHWC, x_NHWC)
     gelu.gelu(h, weights.b1, weights.keep)
     gelu.gelu_backward(h, h, weights.b1, weights.keep)
-    grn.sum_squares(h, images=images)
-    grn.gelu_grn_backward(h, h, scale=sums, shift=sums, slope=sums)
+    b1 = weights.b1
+    grn.make_scale(h, b1, b1, images=images)
+    grn.apply_scale(h, b1, sums, b1, weights.keep)
+    grn.gelu_grn_backward(h, h, sums, b1, b1, b1, weights.keep)
     mlp.forward_kept(x, x, weights)
     mlp.backward_kept(x, x, rstd, h, weights)
     mlp.forward_recomputed(x, x, weights)
     mlp.backward_recomputed(x, x, rstd, weights)
-    mlp.project(h, x, weights, scale=sums, shift=weights.b1)
+    mlp.project(h, x, weights, scale=sums, shift=b1)
     mlp.hidden_grad(x, h, weights)
 
     assert len(grids) >= 16

@@ -99,23 +99,29 @@ def test_the_operators_keep_the_contract_of_their_registration(grn, recomputed):
     keep = torch.tensor([0.0, 2.0])
     for factor in (None, keep):
         torch.library.opcheck(operators.activate, (leaf(2, 5, 4, 128), leaf(128), factor))
+        vectors = (leaf(128), leaf(128), leaf(128))
+        torch.library.opcheck(operators.activate_grn, (leaf(2, 5, 4, 128), *vectors, factor))
     torch.library.opcheck(
         operators.block,
         (x, weight, bias, *matrices, gamma, *pair, keep, 1e-6, recomputed),
     )
 
 
-def make_model() -> ConvNeXt:
+def make_model(*, grn: bool = False) -> ConvNeXt:
     torch.manual_seed(0)
-    model = ConvNeXt(depths=(1, 2), dims=(32, 64), num_classes=3, layer_scale_init=1.0)
-    model.use_ways(("recomputed", "kept"))
+    layer_scale_init = None if grn else 1.0
+    model = ConvNeXt(
+        depths=(1, 2), dims=(32, 64), num_classes=3, layer_scale_init=layer_scale_init, grn=grn
+    )
+    model.use_ways(("positions" if grn else "recomputed", "kept"))
     return model
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("grn", [False, True])
 @pytest.mark.parametrize("mode", ["none", "selective", "stages", "blocks"])
-def test_a_fused_network_compiles_as_one_graph_under_checkpointing(mode):
-    model = make_model()
+def test_a_fused_network_compiles_as_one_graph_under_checkpointing(mode, grn):
+    model = make_model(grn=grn)
     model.gradient_checkpointing = mode
     images = torch.randn(2, 3, 32, 32)
     expected = model(images)
