@@ -152,13 +152,12 @@ def main() -> None:
             side = FIRST_SIDE >> stage
             for kernel, arguments, options in record_block(dim, side, grn=variant.grn):
                 stores_h = arguments.get("STORE_H", False)
-                key = (kernel.__name__ + " (h)" * stores_h, dim, side, variant.grn)
-                alike = "mlp_project" not in key[0] and (*key[:3], False) in seen
-                if key in seen or alike:
+                key = (kernel.__name__ + " (h)" * stores_h, dim, side)
+                if key in seen:
                     continue
                 seen.add(key)
                 row = compile_launch(kernel, arguments, options)
-                shape = {"channels": dim, "side": side, "grn": variant.grn, "stores_h": stores_h}
+                shape = {"channels": dim, "side": side, "stores_h": stores_h}
                 rows.append(shape | row)
     if asked.json:
         report = {"triton": triton.__version__, "target": "sm_90", "kernels": rows}
@@ -170,7 +169,7 @@ def main() -> None:
     for row in rows:
         total = row["loop_instructions"]
         shares = " | ".join(f"{row[name] / total:.0%}" for name in ("FFMA", "HGMMA", "MUFU"))
-        name = row["kernel"] + " (GRN)" * row["grn"] + " (h)" * row["stores_h"]
+        name = row["kernel"] + " (h)" * row["stores_h"]
         print(
             f"| {name} | {row['channels']} | {row['side']}"
             f" | {row['registers']} | {row['spilled_bytes']} | {row['shared_bytes'] / 1024:.0f}"

@@ -29,12 +29,12 @@ anyway, and computing them twice would cost more than the bytes."""
 def list_ways(dim: int, *, grn: bool) -> tuple[Way, ...]:
     """The ways of a block of `dim` channels, the most fused one last.
 
-    GRN needs all hidden units of an image at once, so they cannot be recomputed a tile at a time.
+    GRN needs all hidden units of an image before the second product, which so cannot be fused.
     """
     ways: tuple[Way, ...] = ("plain", "positions")
-    if dim % NARROWEST:
+    if grn or dim % NARROWEST:
         return ways
-    return (*ways, "kept") if grn or dim > WIDEST_RECOMPUTED else (*ways, "kept", "recomputed")
+    return (*ways, "kept") if dim > WIDEST_RECOMPUTED else (*ways, "kept", "recomputed")
 
 
 def count_kept_widths(way: Way, *, grn: bool, layer_scale: bool) -> int:

@@ -15,7 +15,7 @@ Shapes: x (N, H, W, C); M = N H W rows; otherwise as in `mlp` and `depthwise`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -27,17 +27,13 @@ from convnext_cli.kernels.depthwise import (
     depthwise_weight_grad,
 )
 from convnext_cli.kernels.gelu import gelu, gelu_backward
-from convnext_cli.kernels.grn import apply_scale, gelu_grn_backward, make_scale
+from convnext_cli.kernels.grn import gelu_grn, gelu_grn_backward
 from convnext_cli.kernels.mlp import (
     Mlp,
-    MlpGrads,
     backward_kept,
     backward_recomputed,
-    finish_backward,
     forward_kept,
     forward_recomputed,
-    project,
-    put_in,
 )
 from convnext_cli.kernels.norm import normalise_backward
 
@@ -160,8 +156,8 @@ def activate_grn(
     h and out are (N, H, W, K) of one dtype; bias, gamma and beta (K), keep (N).
     """
     h_MK = h.contiguous().view(-1, len(bias))
-    scale, squares = make_scale(h_MK, bias, gamma, images=len(h))
-    return apply_scale(h_MK, bias, scale, beta, keep).view(h.shape), squares
+    out_MK, squares = gelu_grn(h_MK, bias, gamma, beta, keep, images=len(h))
+    return out_MK.view(h.shape), squares
 
 
 @torch.library.custom_op("convnext::activate_grn_backward", mutates_args=())
@@ -171,8 +167,8 @@ def activate_grn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of h, bias, gamma and beta."""
     grad_MK, h_MK = (value.contiguous().view(-1, len(bias)) for value in (grad, h))
-    grads = gelu_grn_backward(grad_MK, h_MK, squares, bias, gamma, None, keep)
-    return grads.h.view(h.shape), grads.bias, grads.gamma, grads.beta
+    dh_MK, dbias, dgamma, dbeta = gelu_grn_backward(grad_MK, h_MK, squares, bias, gamma, keep)
+    return dh_MK.view(h.shape), dbias, dgamma, dbeta
 
 
 @activate_grn.register_fake
@@ -223,16 +219,13 @@ def block(
     w2: Tensor,
     b2: Tensor,
     gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
     keep: Tensor | None,
     eps: float,
     recomputed: bool,  # noqa: FBT001  # an operator's schema
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, xhat, rstd, h, squares): the output, and what the backward pass needs.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, xhat, rstd, h): the output, and what the backward pass needs.
 
-    h is empty where it is recomputed, and squares, GRN's sums (N, K), where there is no GRN; with
-    GRN, b1 is not in h, as all that reads h adds it.
+    h is empty where it is recomputed.
     """
     x = x.contiguous()
     channels = x.shape[-1]
@@ -241,14 +234,9 @@ def block(
     x_MC, xhat_MC = x.view(-1, channels), xhat.view(-1, channels)
     if recomputed:
         out_MC = forward_recomputed(xhat_MC, x_MC, mlp)
-        return out_MC.view(x.shape), xhat, rstd, x.new_empty(0), _float(x, 0)
-    if grn_gamma is None:
-        out_MC, h_MK = forward_kept(xhat_MC, x_MC, mlp)
-        return out_MC.view(x.shape), xhat, rstd, h_MK, _float(x, 0)
-    h_MK = xhat_MC @ w1.t()
-    scale, squares = make_scale(h_MK, b1, grn_gamma, images=len(x))
-    out_MC = project(h_MK, x_MC, mlp, scale=scale, shift=grn_beta)
-    return out_MC.view(x.shape), xhat, rstd, h_MK, squares
+        return out_MC.view(x.shape), xhat, rstd, x.new_empty(0)
+    out_MC, h_MK = forward_kept(xhat_MC, x_MC, mlp)
+    return out_MC.view(x.shape), xhat, rstd, h_MK
 
 
 @torch.library.custom_op("convnext::block_backward", mutates_args=())
@@ -259,65 +247,29 @@ def block_backward(
     xhat: Tensor,
     rstd: Tensor,
     h: Tensor,
-    squares: Tensor,
     weight: Tensor,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
     gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
     keep: Tensor | None,
     recomputed: bool,  # noqa: FBT001  # an operator's schema
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, w1, b1, w2, b2, gamma, grn_gamma and grn_beta; empty: none."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, w1, b1, w2, b2 and gamma; empty: none."""
     grad, x = grad.contiguous(), x.contiguous()
     mlp = Mlp(w1, b1, w2, b2, gamma, keep)
     grad_MC, xhat_MC, rstd_M = grad.view(-1, x.shape[-1]), xhat.view(-1, x.shape[-1]), rstd.view(-1)
-    dgrn_gamma, dgrn_beta = _float(x, 0), _float(x, 0)
     if recomputed:
         grads = backward_recomputed(grad_MC, xhat_MC, rstd_M, mlp)
-    elif grn_gamma is None:
-        grads = backward_kept(grad_MC, xhat_MC, rstd_M, h, mlp)
     else:
-        assert grn_beta is not None
-        grads, dgrn_gamma, dgrn_beta = _backward_grn(
-            grad_MC, xhat_MC, rstd_M, h, squares, mlp=mlp, gamma=grn_gamma, beta=grn_beta
-        )
+        grads = backward_kept(grad_MC, xhat_MC, rstd_M, h, mlp)
     dz = grads.z.view(x.shape)
     dweight, dbias = depthwise_weight_grad(x, dz)
     dx = depthwise_input_grad(dz, weight, add_NHWC=grad)
     dgamma = _float(x, 0) if grads.gamma is None else grads.gamma
-    rest = (grads.w1, grads.b1, grads.w2, grads.b2, dgamma, dgrn_gamma, dgrn_beta)
+    rest = (grads.w1, grads.b1, grads.w2, grads.b2, dgamma)
     return dx, dweight.to(weight.dtype), dbias, *rest
-
-
-def _backward_grn(
-    grad_MC: Tensor,
-    xhat_MC: Tensor,
-    rstd_M: Tensor,
-    h_MK: Tensor,
-    squares: Tensor,
-    *,
-    mlp: Mlp,
-    gamma: Tensor,
-    beta: Tensor,
-) -> tuple[MlpGrads, Tensor, Tensor]:
-    da_MK = grad_MC @ put_in(mlp.gamma, mlp.w2)  # without keep, which is in what follows
-    through = gelu_grn_backward(da_MK, h_MK, squares, mlp.b1, gamma, beta, mlp.keep)
-    assert through.out is not None
-    grads = finish_backward(
-        grad_MC,
-        xhat_MC,
-        rstd_M,
-        dh_MK=through.h,
-        dw1_KC=through.h.t() @ xhat_MC,
-        product_CK=grad_MC.t() @ through.out,  # which has keep in it
-        db1_K=through.bias,
-        mlp=mlp,
-    )
-    return grads, through.gamma, through.beta
 
 
 @block.register_fake
@@ -330,18 +282,15 @@ def _(
     w2: Tensor,
     b2: Tensor,
     gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
     keep: Tensor | None,
     eps: float,
     recomputed: bool,  # noqa: FBT001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    del weight, bias, b1, w2, b2, gamma, grn_beta, keep, eps
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    del weight, bias, b1, w2, b2, gamma, keep, eps
     images, height, width, _channels = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     h = x.new_empty(0) if recomputed else x.new_empty(images * height * width, len(w1))
-    squares = _float(x, 0) if grn_gamma is None else _float(x, images, len(w1))
-    return out, torch.empty_like(out), _float(x, images, height, width), h, squares
+    return out, torch.empty_like(out), _float(x, images, height, width), h
 
 
 @block_backward.register_fake
@@ -351,28 +300,24 @@ def _(
     xhat: Tensor,
     rstd: Tensor,
     h: Tensor,
-    squares: Tensor,
     weight: Tensor,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
     b2: Tensor,
     gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
     keep: Tensor | None,
     recomputed: bool,  # noqa: FBT001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    del grad, x, rstd, h, squares, b1, grn_beta, keep, recomputed
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    del grad, x, rstd, h, b1, keep, recomputed
     dim, units = w2.shape
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    dgrn = [_float(xhat, 0 if grn_gamma is None else units) for _ in range(2)]
     dgamma = _float(xhat, 0 if gamma is None else dim)
     matrices = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w1, w2)]
     vectors = [_float(xhat, length) for length in (dim, units, len(b2))]
     return (
         *(torch.empty_like(xhat), dweight, vectors[0], matrices[0], vectors[1], matrices[1]),
-        *(vectors[2], dgamma, dgrn[0], dgrn[1]),
+        *(vectors[2], dgamma),
     )
 
 
@@ -387,17 +332,12 @@ def _keep_block(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _block_grads(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-    x, xhat, rstd, h, squares, weight, *given = ctx.saved_tensors
+    x, xhat, rstd, h, weight, *given = ctx.saved_tensors
     left = iter(given)
     rest = [next(left) if there else None for there in ctx.present]
-    grads: Sequence[Tensor] = block_backward(
-        grad, x, xhat, rstd, h, squares, weight, *rest, ctx.recomputed
-    )
-    # gamma and GRN's two, in the order of the inputs; then keep, eps and recomputed have none
-    optional = [
-        dt if there else None for dt, there in zip(grads[7:], ctx.present[4:7], strict=True)
-    ]
-    return (*grads[:7], *optional, None, None, None)
+    *grads, dgamma = block_backward(grad, x, xhat, rstd, h, weight, *rest, ctx.recomputed)
+    # keep, eps and recomputed have none
+    return (*grads, dgamma if ctx.present[4] else None, None, None, None)
 
 
 block.register_autograd(_block_grads, setup_context=_keep_block)

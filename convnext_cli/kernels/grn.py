@@ -15,8 +15,6 @@ Shapes: h (M, K), M = images x positions rows, K hidden units; bias, gamma and b
 Source: ConvNeXt V2 section 3.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
@@ -40,46 +38,22 @@ _PROGRAMS = 32
 that the last ones leave little of the device without work."""
 
 
-@dataclass(frozen=True)
-class GrnGrads:
-    """Gradients, that of h in its dtype, and `out` once more where it was asked for."""
-
-    h: Tensor
-    bias: Tensor
-    gamma: Tensor
-    beta: Tensor
-    out: Tensor | None
-
-
-def make_scale(
-    h_MK: Tensor, bias_K: Tensor, gamma_K: Tensor, *, images: int
+def gelu_grn(
+    h_MK: Tensor,
+    bias_K: Tensor,
+    gamma_K: Tensor,
+    beta_K: Tensor,
+    keep_N: Tensor | None,
+    *,
+    images: int,
 ) -> tuple[Tensor, Tensor]:
-    """(scale, squares): 1 + gamma times the unit's share of the image's energy; its square."""
+    """(out, in the dtype of h; squares, which the backward pass needs)."""
     if not uses_triton(h_MK):
-        return make_scale_twin(h_MK, bias_K, gamma_K, images=images)
+        return gelu_grn_twin(h_MK, bias_K, gamma_K, beta_K, keep_N, images=images)
+    units, positions = len(bias_K), len(h_MK) // images
     (squares,) = _sum_over_positions(h_MK, None, bias_K, images=images)
     scale = torch.empty_like(squares)
-    units = len(bias_K)
     grn_scale_kernel[(images,)](squares, gamma_K, scale, EPS, HIDDEN=units, BLOCK=_UNITS)
-    return scale, squares
-
-
-def make_scale_twin(
-    h_MK: Tensor, bias_K: Tensor, gamma_K: Tensor, *, images: int
-) -> tuple[Tensor, Tensor]:
-    """Define `make_scale`."""
-    squares = functional.gelu(h_MK + bias_K).square().view(images, -1, len(bias_K)).sum(dim=1)
-    return 1 + gamma_K * _share(squares), squares
-
-
-def apply_scale(
-    h_MK: Tensor, bias_K: Tensor, scale: Tensor, beta_K: Tensor, keep_N: Tensor | None
-) -> Tensor:
-    """`out`, in the dtype of h."""
-    if not uses_triton(h_MK):
-        return apply_scale_twin(h_MK, bias_K, scale, beta_K, keep_N)
-    images, units = scale.shape
-    positions = len(h_MK) // images
     out_MK = torch.empty_like(h_MK)
     grid = (triton.cdiv(units, _BLOCK) * images, triton.cdiv(positions, _ROWS))
     gelu_grn_kernel[grid](
@@ -95,16 +69,23 @@ def apply_scale(
         BLOCK=_BLOCK,
         HAS_KEEP=keep_N is not None,
     )
-    return out_MK
+    return out_MK, squares
 
 
-def apply_scale_twin(
-    h_MK: Tensor, bias_K: Tensor, scale: Tensor, beta_K: Tensor, keep_N: Tensor | None
-) -> Tensor:
-    """Define `apply_scale`."""
-    scale_MK = scale.repeat_interleave(len(h_MK) // len(scale), dim=0)
-    out = torch.addcmul(beta_K, functional.gelu(h_MK + bias_K), scale_MK)
-    return keep_rows(out, keep_N).to(h_MK.dtype)
+def gelu_grn_twin(
+    h_MK: Tensor,
+    bias_K: Tensor,
+    gamma_K: Tensor,
+    beta_K: Tensor,
+    keep_N: Tensor | None,
+    *,
+    images: int,
+) -> tuple[Tensor, Tensor]:
+    """Define `gelu_grn`."""
+    a = functional.gelu(h_MK + bias_K)
+    squares = a.square().view(images, -1, len(bias_K)).sum(dim=1)
+    scale_MK = (1 + gamma_K * _share(squares)).repeat_interleave(len(a) // images, dim=0)
+    return keep_rows(torch.addcmul(beta_K, a, scale_MK), keep_N).to(h_MK.dtype), squares
 
 
 def gelu_grn_backward(
@@ -113,12 +94,11 @@ def gelu_grn_backward(
     squares: Tensor,
     bias_K: Tensor,
     gamma_K: Tensor,
-    beta_K: Tensor | None,
     keep_N: Tensor | None,
-) -> GrnGrads:
-    """All gradients from that of `out`, the same to the bit every time; with beta `out` again."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h, in its dtype, bias, gamma and beta: the same to the bit every time."""
     if not uses_triton(h_MK):
-        return gelu_grn_backward_twin(grad_MK, h_MK, squares, bias_K, gamma_K, beta_K, keep_N)
+        return gelu_grn_backward_twin(grad_MK, h_MK, squares, bias_K, gamma_K, keep_N)
     images, units = squares.shape
     keep = bias_K if keep_N is None else keep_N
     products, totals = _sum_over_positions(h_MK, grad_MK, bias_K, images=images)
@@ -139,7 +119,6 @@ def gelu_grn_backward(
     dgamma_K, dbeta_K = products.sum(dim=0), totals.sum(dim=0)  # what the kernel made of them
     steps, parts = _cut_positions(h_MK, images)
     dh_MK = torch.empty_like(h_MK)
-    out_MK = None if beta_K is None else torch.empty_like(h_MK)
     part = torch.empty((images * parts, units), dtype=torch.float32, device=h_MK.device)
     gelu_grn_backward_kernel[(triton.cdiv(units, _BLOCK) * images, parts)](
         grad_MK,
@@ -147,20 +126,15 @@ def gelu_grn_backward(
         bias_K,
         scale,
         slope,
-        bias_K if beta_K is None else beta_K,
-        keep,
         dh_MK,
-        dh_MK if out_MK is None else out_MK,
         part,
         len(h_MK) // images,
         steps,
         HIDDEN=units,
         ROWS=_ROWS,
         BLOCK=_BLOCK,
-        HAS_KEEP=keep_N is not None,
-        STORE_OUT=out_MK is not None,
     )
-    return GrnGrads(dh_MK, part.sum(dim=0), dgamma_K, dbeta_K, out_MK)
+    return dh_MK, part.sum(dim=0), dgamma_K, dbeta_K
 
 
 def gelu_grn_backward_twin(
@@ -169,9 +143,8 @@ def gelu_grn_backward_twin(
     squares: Tensor,
     bias_K: Tensor,
     gamma_K: Tensor,
-    beta_K: Tensor | None,
     keep_N: Tensor | None,
-) -> GrnGrads:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Define `gelu_grn_backward`."""
     images, units = squares.shape
     h = h_MK + bias_K
@@ -183,16 +156,12 @@ def gelu_grn_backward_twin(
     d_energy = d_share - (d_share * share).mean(dim=1, keepdim=True)
     d_energy = d_energy / (energy.mean(dim=1, keepdim=True) + EPS)
     slope = torch.where(energy > 0, d_energy / energy, 0.0)
-    scale = 1 + gamma_K * share
     scale_MK, slope_MK = (
-        value.repeat_interleave(len(h) // images, dim=0) for value in (scale, slope)
+        value.repeat_interleave(len(h) // images, dim=0) for value in (1 + gamma_K * share, slope)
     )
     dh = torch.ops.aten.gelu_backward(grad * scale_MK + a * slope_MK, h)
-    out_MK = None
-    if beta_K is not None:
-        out_MK = apply_scale_twin(h_MK, bias_K, scale, beta_K, keep_N)
     dgamma_K, dbeta_K = (share * products).sum(dim=0), totals.sum(dim=0)
-    return GrnGrads(dh.to(h_MK.dtype), dh.sum(dim=0), dgamma_K, dbeta_K, out_MK)
+    return dh.to(h_MK.dtype), dh.sum(dim=0), dgamma_K, dbeta_K
 
 
 def _share(squares: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from convnext_cli.kernels.gelu import count_positions, keep_rows
-from convnext_cli.kernels.grn import apply_scale_twin
 from convnext_cli.kernels.launch import (
     count_programs,
     count_shared_bytes,
@@ -249,73 +248,40 @@ def backward_recomputed(grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, mlp: M
     return _collect(dz_MC, dw1.sum(dim=0), db1.sum(dim=0), product_CK, db2.sum(dim=0), mlp)
 
 
-def project(
-    h_MK: Tensor,
-    x_MC: Tensor,
-    mlp: Mlp,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """The block's output from h.
-
-    Args:
-        h_MK: Before GELU; where GRN follows it, before b1 is added, too.
-        x_MC: What the block began with.
-        mlp: Its weights.
-        scale: (N, K), by which GRN multiplies after GELU; None: no GRN.
-        shift: (K), which GRN adds.
-    """
+def project(h_MK: Tensor, x_MC: Tensor, mlp: Mlp) -> Tensor:
+    """The block's output from h and what it began with."""
     if not uses_triton(x_MC):
-        return project_twin(h_MK, x_MC, mlp, scale=scale, shift=shift)
+        return project_twin(h_MK, x_MC, mlp)
     rows, channels = x_MC.shape
     out_MC = torch.empty_like(x_MC)
-    images = len(scale) if scale is not None else 1 if mlp.keep is None else len(mlp.keep)
-    grn = scale is not None
-    block, (tile, pieces) = 64, cut_columns(channels, most=128 if grn else 256)
+    block, (tile, pieces) = 64, cut_columns(channels, most=256)
     mlp_project_kernel[(channels // (tile * pieces) * triton.cdiv(rows, block),)](
         h_MK,
-        mlp.b1,
-        h_MK if scale is None else scale,
-        mlp.b2 if shift is None else shift,
         mlp.w2,
         mlp.b2,
         *_factors(mlp),
         x_MC,
         out_MC,
         rows,
-        rows // images,
+        count_positions(rows, mlp.keep),
         CHANNELS=channels,
         HIDDEN=h_MK.shape[1],
         ROWS=block,
         TILE=tile,
         PIECES=pieces,
         UNITS=power_of_two_in(channels, most=64),
-        GRN=grn,
         HAS_GAMMA=mlp.gamma is not None,
         HAS_KEEP=mlp.keep is not None,
         PRECISION=dot_precision(x_MC.dtype),
         num_warps=4,
-        num_stages=2 if grn else 3,
+        num_stages=3,
     )
     return out_MC
 
 
-def project_twin(
-    h_MK: Tensor,
-    x_MC: Tensor,
-    mlp: Mlp,
-    *,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
+def project_twin(h_MK: Tensor, x_MC: Tensor, mlp: Mlp) -> Tensor:
     """Define `project`."""
-    if scale is None:
-        a_MK = functional.gelu(h_MK)
-    else:
-        assert shift is not None
-        a_MK = apply_scale_twin(h_MK, mlp.b1, scale, shift, None)
-    y_MC = functional.linear(a_MK, mlp.w2, mlp.b2.to(h_MK.dtype))
+    y_MC = functional.linear(functional.gelu(h_MK), mlp.w2, mlp.b2.to(h_MK.dtype))
     if mlp.gamma is not None:
         y_MC = y_MC * mlp.gamma
     return (x_MC + keep_rows(y_MC, mlp.keep)).to(x_MC.dtype)
@@ -326,38 +292,8 @@ def backward_kept(
 ) -> MlpGrads:
     """All gradients but that of the residual, where h was kept."""
     dh_MK, dw1_KC, product_CK, db1_K = kept_grads(grad_MC, xhat_MC, h_MK, mlp)
-    return finish_backward(
-        grad_MC,
-        xhat_MC,
-        rstd_M,
-        dh_MK=dh_MK,
-        dw1_KC=dw1_KC,
-        product_CK=product_CK,
-        db1_K=db1_K,
-        mlp=mlp,
-    )
-
-
-def finish_backward(
-    grad_MC: Tensor,
-    xhat_MC: Tensor,
-    rstd_M: Tensor,
-    *,
-    dh_MK: Tensor,
-    dw1_KC: Tensor,
-    product_CK: Tensor,
-    db1_K: Tensor,
-    mlp: Mlp,
-) -> MlpGrads:
-    """What is left once the gradients of h and both matrices are known; w2's is without gamma."""
-    return _collect(
-        normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M),
-        dw1_KC,
-        db1_K,
-        product_CK,
-        _sum_kept(grad_MC, mlp),
-        mlp,
-    )
+    dz_MC = normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M)
+    return _collect(dz_MC, dw1_KC, db1_K, product_CK, _sum_kept(grad_MC, mlp), mlp)
 
 
 def kept_grads(
@@ -392,7 +328,7 @@ def kept_grads(
         grad_MC,
         xhat_MC,
         h_MK,
-        put_in(mlp.gamma, mlp.w2, lift=lift),
+        _put_in(mlp.gamma, mlp.w2, lift=lift),
         _factors(mlp)[1],
         dh_MK,
         dw1,
@@ -433,7 +369,7 @@ def hidden_grad(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, Tensor
     units = h_MK.shape[1]
     block, columns = 64, power_of_two_in(units, most=64)
     lift = _lift(h_MK.dtype)
-    w2_CK = put_in(mlp.gamma, mlp.w2, lift=lift)
+    w2_CK = _put_in(mlp.gamma, mlp.w2, lift=lift)
     dh_MK, act_MK = torch.empty_like(h_MK), torch.empty_like(h_MK)
     parts = torch.empty((triton.cdiv(rows, block), units), dtype=torch.float32, device=h_MK.device)
     mlp_hidden_grad_kernel[(units // columns * len(parts),)](
@@ -473,7 +409,7 @@ def hidden_grad_twin(grad_MC: Tensor, h_MK: Tensor, mlp: Mlp) -> tuple[Tensor, T
     )
 
 
-def put_in(gamma_C: Tensor | None, w2_CK: Tensor, *, lift: float = 1.0) -> Tensor:
+def _put_in(gamma_C: Tensor | None, w2_CK: Tensor, *, lift: float = 1.0) -> Tensor:
     """w2 with gamma in it, `lift` times as large, in its own dtype; w2 itself without gamma."""
     if gamma_C is None:
         return w2_CK

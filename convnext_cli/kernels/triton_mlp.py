@@ -242,37 +242,25 @@ def mlp_weight_grad_kernel(
 
 @triton.jit
 def mlp_project_kernel(
-    h_ptr, b1_ptr, scale_ptr, shift_ptr, w2_ptr, b2_ptr, gamma_ptr, keep_ptr, x_ptr, out_ptr,
-    num_rows, positions,
+    h_ptr, w2_ptr, b2_ptr, gamma_ptr, keep_ptr, x_ptr, out_ptr, num_rows, positions,
     CHANNELS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    PIECES: tl.constexpr, UNITS: tl.constexpr, GRN: tl.constexpr, HAS_GAMMA: tl.constexpr,
-    HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, UNITS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = x + keep gamma (act(h) w2' + b2); act is GELU, and GRN's scale and shift after it.
-
-    scale (images, HIDDEN) and shift (HIDDEN) are what GRN comes to once its sums are known. With
-    GRN, b1 is still to be added to h.
-    """
+    """out = x + keep gamma (gelu(h) w2' + b2)."""
     COLUMNS: tl.constexpr = CHANNELS // (PIECES * TILE)  # on the axis of the rows: see `launch`
     dtype = h_ptr.dtype.element_ty
     row = tl.program_id(0) // COLUMNS * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % COLUMNS * PIECES * TILE
     used = (row < num_rows)[:, None]
     place = row.to(tl.int64)[:, None] * HIDDEN
-    image = (row // positions).to(tl.int64)[:, None] * HIDDEN
     sums = ()
     for _k in tl.static_range(PIECES):
         sums = sums + (tl.zeros((ROWS, TILE), tl.float32),)
     for start in range(0, HIDDEN, UNITS):
         unit = start + tl.arange(0, UNITS)
-        h = tl.load(h_ptr + place + unit[None, :], mask=used, other=0.0).to(tl.float32)
-        if GRN:
-            h += tl.load(b1_ptr + unit)[None, :]
-        a = gelu(h, dtype == tl.float32)
-        if GRN:
-            scale = tl.load(scale_ptr + image + unit[None, :], mask=used, other=0.0)
-            a = a * scale + tl.load(shift_ptr + unit)[None, :]
-        a = a.to(dtype)
+        h = tl.load(h_ptr + place + unit[None, :], mask=used, other=0.0)
+        a = gelu(h.to(tl.float32), dtype == tl.float32).to(dtype)
         sums = _add_products(a, sums, w2_ptr, first, unit, PIECES * TILE, HIDDEN, TILE, PRECISION)
     factor = load_factor(keep_ptr, row, num_rows, positions, HAS_KEEP)[:, None]
     _store_output(

@@ -192,7 +192,7 @@ def grn_slope_kernel(
     squares_ptr, products_ptr, totals_ptr, gamma_ptr, keep_ptr, scale_ptr, slope_ptr, eps,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
 ):  # fmt: skip
-    """GRN's factor again, and what a's gradient has besides grad times it, divided by a.
+    """keep times GRN's factor, and what a's gradient has besides grad times that, divided by a.
 
     products and totals, sums of grad times a and of grad, become the image's part of the gradients
     of gamma and beta. All are (images, HIDDEN).
@@ -223,7 +223,7 @@ def grn_slope_kernel(
         share = energy / mean
         slope = keep * (gamma * product - common) / mean / tl.where(energy > 0, energy, 1.0)
         place = start_of_image + unit
-        tl.store(scale_ptr + place, 1 + gamma * share, mask=used)
+        tl.store(scale_ptr + place, keep * (1 + gamma * share), mask=used)
         tl.store(slope_ptr + place, tl.where(energy > 0, slope, 0.0), mask=used)
         tl.store(products_ptr + unit, keep * share * product, mask=used)
         tl.store(totals_ptr + unit, keep * total, mask=used)
@@ -253,25 +253,20 @@ def gelu_grn_kernel(
 
 @triton.jit(do_not_specialize=["steps"])  # it depends on the device
 def gelu_grn_backward_kernel(
-    grad_ptr, h_ptr, bias_ptr, scale_ptr, slope_ptr, beta_ptr, keep_ptr, dh_ptr, out_ptr, part_ptr,
-    positions, steps,
-    HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_KEEP: tl.constexpr,
-    STORE_OUT: tl.constexpr,
+    grad_ptr, h_ptr, bias_ptr, scale_ptr, slope_ptr, dh_ptr, part_ptr, positions, steps,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dh = (keep grad scale + a slope) gelu'(h + bias), and with STORE_OUT the output again.
+    """dh = (grad scale + a slope) gelu'(h + bias); scale and slope are (images, HIDDEN).
 
-    And sums of dh over `steps` times ROWS positions of an image (images x parts, HIDDEN). scale and
-    slope are (images, HIDDEN); the latter has keep in it.
+    And sums of dh over `steps` times ROWS positions of an image (images x parts, HIDDEN).
     """
     COLUMNS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
     unit = tl.program_id(0) % COLUMNS * BLOCK + tl.arange(0, BLOCK)
     image = (tl.program_id(0) // COLUMNS).to(tl.int64)
     lane = unit < HIDDEN
     bias = tl.load(bias_ptr + unit, mask=lane, other=0.0)[None, :]
-    keep = tl.load(keep_ptr + image) if HAS_KEEP else 1.0
-    scale = keep * tl.load(scale_ptr + image * HIDDEN + unit, mask=lane, other=0.0)[None, :]
+    scale = tl.load(scale_ptr + image * HIDDEN + unit, mask=lane, other=0.0)[None, :]
     slope = tl.load(slope_ptr + image * HIDDEN + unit, mask=lane, other=0.0)[None, :]
-    beta = keep * tl.load(beta_ptr + unit, mask=lane, other=0.0)[None, :]
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for step in range(steps):
         row = (tl.program_id(1) * steps + step) * ROWS + tl.arange(0, ROWS)
@@ -283,8 +278,5 @@ def gelu_grn_backward_kernel(
         dh = tl.where(used, (grad * scale + a * slope) * da, 0.0)
         sums += dh
         tl.store(dh_ptr + place, dh.to(dh_ptr.dtype.element_ty), mask=used)
-        if STORE_OUT:
-            out = a * scale + beta
-            tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=used)
     place = (image * tl.num_programs(1) + tl.program_id(1)) * HIDDEN + unit
     tl.store(part_ptr + place, tl.sum(sums, axis=0), mask=lane)

@@ -133,12 +133,9 @@ def list_usable(block: Block, *, device: torch.device, dtype: torch.dtype) -> tu
     """The ways of a block that a device has room for.
 
     A GPU has none for whole blocks in fp32: compiled for sm_90, they want up to 288 KiB of shared
-    memory, and 34 KiB of local memory for each thread. With GRN and LayerScale, w2 with the latter
-    in it is an operand of their backward pass, and a young one makes it too small for fp16.
+    memory, and 34 KiB of local memory for each thread.
     """
-    too_large = device.type == "cuda" and dtype == torch.float32
-    too_small = block.grn is not None and block.gamma is not None and dtype == torch.float16
-    if too_large or too_small:
+    if device.type == "cuda" and dtype == torch.float32:
         return tuple(way for way in block.ways() if way not in WHOLE)
     room, dim = count_shared_bytes(device), block.pwconv1.in_features
     return tuple(way for way in block.ways() if _shared_bytes(way, dim) <= room)

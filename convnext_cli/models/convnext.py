@@ -176,8 +176,6 @@ class Block(nn.Module):
             self.pwconv2.weight.to(x_NHWC.dtype),
             self.pwconv2.bias,
             self.gamma,
-            None if self.grn is None else self.grn.gamma.view(-1),
-            None if self.grn is None else self.grn.beta.view(-1),
             factor_N,
             self.norm.eps,
             recomputed,

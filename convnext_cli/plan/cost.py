@@ -171,9 +171,9 @@ def estimate_activations(
     kept = most = images * 3 * image_px**2
     if not variant.isotropic:  # what the stem's LayerNorm takes
         kept += images * side**2 * variant.dims[0]
-    for depth, dim in zip(variant.depths, variant.dims, strict=True):
+    ways = [list_ways(dim, grn=variant.grn)[-1 if fused else 0] for dim in variant.dims]
+    for depth, dim, way in zip(variant.depths, variant.dims, ways, strict=True):
         values = side**2 * dim
-        way = list_ways(dim, grn=variant.grn)[-1] if fused else "plain"
         widths = count_kept_widths(
             way, grn=variant.grn, layer_scale=variant.layer_scale_init is not None
         )
@@ -206,7 +206,8 @@ def estimate_activations(
         copied = sum(
             depth * 4 * dim**2 for depth, dim in zip(variant.depths, variant.dims, strict=True)
         )
-    if checkpointing in {"stages", "blocks"} or (checkpointing == "selective" and not fused):
+    in_parts = ways[-1] not in WHOLE  # the last stage has most of the weights
+    if checkpointing in {"stages", "blocks"} or (checkpointing == "selective" and in_parts):
         copied = 0
     return (most + copied) * (4 if precision == "fp32" else 2)
 

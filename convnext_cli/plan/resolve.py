@@ -275,9 +275,8 @@ def make_plan(
         parameters=parameters,
         precision=precision,
         fused=compute.kernels == "fused"
-        # whole blocks: in fp32 a GPU has no room for them, in fp16 LayerScale and GRN rule them out
-        and not (on_gpu and precision == "fp32")
-        and not (variant.grn and variant.layer_scale_init is not None and precision == "fp16"),
+        # whole blocks, which GRN has none of: in fp32 a GPU has no room for them
+        and (variant.grn or not (on_gpu and precision == "fp32")),
     )
     computed = None
     skipped_macs = [0.0] * len(sizes)

@@ -258,19 +258,14 @@ def test_gelu_and_grn(images, positions, units, keep, dtype):
     h[:, 7], bias[7] = 0, 0  # a unit that is silent has no energy to divide by
     factor = None if keep is None else torch.tensor(keep)
 
-    def run(make_scale, apply_scale, backward, h, grad, bias, gamma, beta, factor):
-        scale, squares = make_scale(h, bias, gamma, images=images)
-        grads = [
-            backward(grad, h, squares, bias, gamma, optional, factor) for optional in (beta, None)
-        ]
-        both = [value for one in grads for value in dataclasses.astuple(one)]
-        assert both.pop() is None
-        return [scale, squares, apply_scale(h, bias, scale, beta, factor), *both]
+    def run(forward, backward, h, grad, bias, gamma, beta, factor):
+        out, squares = forward(h, bias, gamma, beta, factor, images=images)
+        return [out, squares, *backward(grad, h, squares, bias, gamma, factor)]
 
     given = (h, grad, bias, gamma, beta, factor)
-    kernel = run(grn.make_scale, grn.apply_scale, grn.gelu_grn_backward, *given)
+    kernel = run(grn.gelu_grn, grn.gelu_grn_backward, *given)
 
-    twins = (grn.make_scale_twin, grn.apply_scale_twin, grn.gelu_grn_backward_twin)
+    twins = (grn.gelu_grn_twin, grn.gelu_grn_backward_twin)
     assert_as_exact(kernel, run(*twins, *given), run(*twins, *exactly(given)), dtype)
 
 
@@ -280,35 +275,14 @@ def test_grn_sums_alike_however_its_positions_are_cut(programs, parts, monkeypat
     h, grad = torch.randn(2, 4 * 130, 256).unbind()
     bias, gamma, beta = torch.randn(3, 256).unbind()
 
-    scale, squares = grn.make_scale(h, bias, gamma, images=4)
-    got = grn.gelu_grn_backward(grad, h, squares, bias, gamma, beta, None)
+    out, squares = grn.gelu_grn(h, bias, gamma, beta, None, images=4)
+    grads = grn.gelu_grn_backward(grad, h, squares, bias, gamma, None)
 
     assert grn._cut_positions(h, 4)[1] == parts
-    scale_twin, squares_twin = grn.make_scale_twin(h, bias, gamma, images=4)
-    right = grn.gelu_grn_backward_twin(grad, h, squares_twin, bias, gamma, beta, None)
-    torch.testing.assert_close((scale, squares), (scale_twin, squares_twin), rtol=1e-4, atol=1e-4)
-    for value, twin in zip(dataclasses.astuple(got), dataclasses.astuple(right), strict=True):
-        torch.testing.assert_close(value, twin, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize(
-    ("images", "positions", "dim"),
-    [(1, 49, 32), (3, 20, 96), (2, 40, 160)],  # the last in several programs a row
-)
-def test_the_second_product_applies_grn_on_its_way(images, positions, dim, dtype):
-    weights = make_mlp(dim, gamma=False, keep=None, dtype=dtype)
-    h = torch.randn(images * positions, 4 * dim).to(dtype)
-    x = torch.randn(images * positions, dim).to(dtype)
-    scale, beta = torch.randn(images, 4 * dim), torch.randn(4 * dim)
-
-    kernel = mlp.project(h, x, weights, scale=scale, shift=beta)
-
-    twin = mlp.project_twin(h, x, weights, scale=scale, shift=beta)
-    weights_exact = Mlp(*exactly(dataclasses.astuple(weights)))
-    h, x, scale, beta = exactly((h, x, scale, beta))
-    exact = mlp.project_twin(h, x, weights_exact, scale=scale, shift=beta)
-    assert_as_exact([kernel], [twin], [exact], dtype)
+    right, squares_twin = grn.gelu_grn_twin(h, bias, gamma, beta, None, images=4)
+    torch.testing.assert_close((out, squares), (right, squares_twin), rtol=1e-4, atol=1e-4)
+    grads_twin = grn.gelu_grn_backward_twin(grad, h, squares_twin, bias, gamma, None)
+    torch.testing.assert_close(grads, grads_twin, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recomputed", [True, False])
@@ -334,7 +308,7 @@ def test_a_young_layer_scale_leaves_gradients_in_fp16(recomputed, monkeypatch):
 @pytest.mark.parametrize(
     ("way", "grn"),
     [
-        *(("recomputed", False), ("kept", False), ("kept", True)),
+        *(("recomputed", False), ("kept", False)),
         *(("positions", False), ("positions", True)),
     ],
 )
@@ -413,15 +387,13 @@ def test_a_large_batch_has_room_on_every_axis_of_a_grid(dim, monkeypatch):
     depthwise.depthwise_weight_grad(x_NHWC, x_NHWC)
     gelu.gelu(h, weights.b1, weights.keep)
     gelu.gelu_backward(h, h, weights.b1, weights.keep)
-    b1 = weights.b1
-    grn.make_scale(h, b1, b1, images=images)
-    grn.apply_scale(h, b1, sums, b1, weights.keep)
-    grn.gelu_grn_backward(h, h, sums, b1, b1, b1, weights.keep)
+    grn.gelu_grn(h, weights.b1, weights.b1, weights.b1, weights.keep, images=images)
+    grn.gelu_grn_backward(h, h, sums, weights.b1, weights.b1, weights.keep)
     mlp.forward_kept(x, x, weights)
     mlp.backward_kept(x, x, rstd, h, weights)
     mlp.forward_recomputed(x, x, weights)
     mlp.backward_recomputed(x, x, rstd, weights)
-    mlp.project(h, x, weights, scale=sums, shift=b1)
+    mlp.project(h, x, weights)
     mlp.hidden_grad(x, h, weights)
 
     assert len(grids) >= 16
@@ -453,7 +425,7 @@ def test_a_whole_block_takes_any_strides(grn):
         torch.nn.init.normal_(parameter, std=0.2)
     x = torch.randn(2, 32, 4, 6)  # contiguous, so that a block's NHWC view of it is not
     results = []
-    for way in ("plain", "positions", "kept"):
+    for way in block.ways()[:3]:
         block.way = way
         leaf = x.clone().requires_grad_()
         out = block(leaf)

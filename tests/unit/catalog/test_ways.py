@@ -10,7 +10,7 @@ def test_narrow_blocks_need_not_keep_their_hidden_units_and_wide_ones_do():
 
 
 def test_grn_needs_all_hidden_units_at_once():
-    assert list_ways(96, grn=True)[-1] == "kept"
+    assert list_ways(96, grn=True)[-1] == "positions"
 
 
 def test_widths_that_the_tensor_cores_do_not_take_have_half_of_a_block_in_kernels():
@@ -21,8 +21,7 @@ def test_widths_that_the_tensor_cores_do_not_take_have_half_of_a_block_in_kernel
 def test_the_more_is_fused_the_less_is_kept():
     for grn in (False, True):
         kept = [
-            count_kept_widths(way, grn=grn, layer_scale=not grn)
-            for way in ("plain", "positions", "kept")
+            count_kept_widths(way, grn=grn, layer_scale=not grn) for way in list_ways(96, grn=grn)
         ]
         assert kept == sorted(kept, reverse=True)
     assert count_kept_widths("recomputed", grn=False, layer_scale=True) == 2
