@@ -327,7 +327,7 @@ def _describe_head(start: Start) -> str:
 
 
 def fit_recipe(recipe: str, start: Start, *, overrides: Sequence[str] = ()) -> Choice:
-    """A named recipe with the checkpoint's architecture.
+    """A named recipe with the checkpoint's architecture and, where it names none, normalisation.
 
     A recipe for a published data set is one for its architecture; any other recipe takes the
     checkpoint's.
@@ -337,12 +337,14 @@ def fit_recipe(recipe: str, start: Start, *, overrides: Sequence[str] = ()) -> C
     """
     asked = load_recipe(recipe, overrides)
     wanted, found = asked.model.name, start.variant.name
+    said = {f"data.{name}" for name in asked.data.model_fields_set}
+    images = tuple(o for o in _prepare_images(start, None) if o.partition("=")[0] not in said)
     if wanted == found:
-        return Choice(recipe=recipe, overrides=(), reason=f"as asked, from a {found}")
+        return Choice(recipe=recipe, overrides=images, reason=f"as asked, from a {found}")
     if asked.data.dataset is None and find_override("model.name", overrides) is None:
         return Choice(
             recipe=recipe,
-            overrides=(f"model.name={found}",),
+            overrides=(f"model.name={found}", *images),
             reason=f"as asked, with the checkpoint's architecture, {found}",
         )
     raise RecipeError(

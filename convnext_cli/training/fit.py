@@ -7,6 +7,7 @@ fit    builds data and model and loads weights; then makes the run's folder; the
 """
 
 import gc
+import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -339,5 +340,11 @@ def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]
             f"{weights.path}: {bad:,} of its values are NaN or infinite, so nothing is learned from"
             " it",
             hint="use an earlier checkpoint of the run that it comes from",
+        )
+    data, card = plan.recipe.data, weights.card
+    if card is not None and (card.mean, card.std) != (data.mean, data.std):
+        report += (
+            "; it knows images normalised with"
+            f" data.mean={json.dumps(card.mean)} data.std={json.dumps(card.std)}, not as here"
         )
     return report

@@ -20,10 +20,11 @@ from convnext_cli.data.card import DatasetCard, write_card
 from convnext_cli.errors import CheckpointError, DataError, RecipeError
 from convnext_cli.models.build import build_model
 from convnext_cli.models.convnext import build_convnext
+from convnext_cli.models.weights import CARD_KEY
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, make_plan
 from convnext_cli.recipe.files import list_recipes, load_recipe
-from convnext_cli.training.fit import load_start_weights
+from convnext_cli.training.fit import load_start_weights, make_card
 
 IN1K = TargetData(kind="imagenet1k", classes=imagenet1k_wnids())
 IN22K = TargetData(kind="imagenet22k", classes=imagenet22k_wnids())
@@ -130,6 +131,17 @@ def test_images_are_normalised_as_the_checkpoint_knows_them(num_classes):
 
     data = load_recipe(choice.recipe, [*choice.overrides, "init.weights=x"]).data
     assert (data.mean, data.std) == (half, half)
+
+
+@pytest.mark.parametrize("name", ["small_data", "in1k_tiny"])
+def test_a_named_recipe_normalises_as_the_checkpoint_knows_it_unless_it_says_how(name):
+    half, own = (0.5, 0.5, 0.5), ("data.std=[0.2,0.2,0.2]",)
+
+    choice = fit_recipe(name, start("convnext_tiny", 3, mean=half, std=half), overrides=own)
+
+    data = load_recipe(name, [*choice.overrides, *own]).data
+    assert (data.mean, data.std) == (half, (0.2, 0.2, 0.2))
+    assert not any(override.startswith("data.std") for override in choice.overrides)
 
 
 def list_choices() -> dict[tuple[str, str], list[str]]:
@@ -248,3 +260,20 @@ def test_weights_that_are_not_finite_are_no_start_unless_they_are_left_out(tmp_p
     else:
         with pytest.raises(CheckpointError, match="1 of its values are NaN or infinite"):
             load_start_weights(build_model(plan), plan, classes=CATS.classes)
+
+
+def test_other_normalisation_than_the_weights_know_is_told(tmp_path):
+    asked = ["model.name=convnextv2_atto", f"init.weights={tmp_path / 'x.pth'}"]
+    facts = DataFacts(train_images=99, val_images=0, num_classes=3, source="packed")
+    plans = [
+        make_plan(load_recipe("small_data", [*asked, *own]), Cluster(), name="x", facts=facts)
+        for own in ([], ["data.mean=[0.5,0.5,0.5]"])
+    ]
+    model = build_model(plans[0])
+    card = make_card(plans[1], classes=CATS.classes)
+    torch.save({"state_dict": model.state_dict(), CARD_KEY: card.to_dict()}, tmp_path / "x.pth")
+
+    told, same = (load_start_weights(model, plan, classes=CATS.classes) for plan in plans)
+
+    assert "normalised with data.mean=[0.5, 0.5, 0.5] data.std=[0.229, 0.224, 0.225]" in told
+    assert "normalised" not in same
