@@ -473,7 +473,8 @@ def _add_members(found: _Found, tar: Path, *, name: str, begin: int, end: int | 
     images: set[str] = set()
     others: set[str] = set()
     with tar.open("rb") as file:
-        for member in iter_members(file, where=f"{tar} ({name})", begin=begin, end=end):
+        where = f"{tar} ({name}.tar in it)" if end is not None else str(tar)
+        for member in iter_members(file, where=where, begin=begin, end=end):
             path = f"{name}/{member.name.removeprefix('./')}"
             stem, _, ending = path.rpartition(".")
             if _is_image(path, found):

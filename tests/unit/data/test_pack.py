@@ -516,6 +516,15 @@ def imagenet(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_damaged_tar_of_a_class_is_named(tmp_path):
+    good, bad = (tar_bytes({"x.JPEG": jpeg(seed)}) for seed in (1, 2))
+    tars = {"n01440764.tar": good, "n01443537.tar": b"?" + bad[1:]}
+    (tmp_path / "train.tar").write_bytes(tar_bytes(tars))
+
+    with pytest.raises(DataError, match=r"train\.tar \(n01443537\.tar in it\): the header at byte"):
+        pack(tmp_path / "train.tar", tmp_path / "out")
+
+
 VAL_WNIDS = (WNIDS[2], WNIDS[0], WNIDS[1], WNIDS[0])
 
 
