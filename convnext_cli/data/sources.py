@@ -292,8 +292,9 @@ def _list_folders(source: Path, *, val_labels: Path | None) -> Source:
         raise _no_use_of_labels(source, "folders", val_labels)
     if train is None:
         found = _Found()
-        empty = _walk_classes(source, found, prefix="", split="train")
-        return _with_sorted_classes("folders", found, source=source, notes=_tell_empty(empty))
+        notes = _tell_empty(_walk_classes(source, found, prefix="", split="train"))
+        notes += _tell_parts(source, found)
+        return _with_sorted_classes("folders", found, source=source, notes=notes)
     found = _Found()
     _tell_passed(_scan_both(source)[1], found, prefix="")
     empty = _walk_classes(source / train, found, prefix=f"{train}/", split="train")
@@ -327,6 +328,25 @@ def _find_parts(source: Path, folders: Sequence[str]) -> tuple[str | None, str |
         any(_is_dir(entry) for entry in _scan(source / part)) for part in (train, val)
     )
     return (train, val) if parted else (None, None)
+
+
+def _tell_parts(source: Path, found: _Found) -> list[str]:
+    """Folders that are called as parts are, and lie where classes or their images do."""
+    below = {tuple(names[:2]) for row in found.rows if len(names := row[0].split("/")) > 2}
+    notes = []
+    if inside := sorted("/".join(names) for names in below if names[1].lower() in _VAL_NAMES):
+        more = f" and {len(inside) - 1:,} more" if len(inside) > 1 else ""
+        name, part = inside[0].split("/")
+        notes.append(
+            f"packed for training: {inside[0]}{more}, for a part lies above its classes, as in"
+            f" {part}/{name}"
+        )
+    if train := [name for name, _ in sorted(below) if name.lower() in _TRAIN_NAMES]:
+        notes.append(
+            f"{train[0]} is packed as a class; if its folders are the classes:"
+            f" convnext data pack {quote_path(source / train[0])} OUT"
+        )
+    return notes
 
 
 def _tell_empty(folders: Sequence[str]) -> list[str]:
@@ -427,7 +447,7 @@ def _with_sorted_classes(
     if len(classes) < 2:
         raise DataError(
             f"{source} holds 1 class ({classes[0]}), but 2 or more are needed",
-            hint=_deeper(source) or "give images of 2 or more classes",
+            hint=_deeper(source / classes[0]) or "give images of 2 or more classes",
         )
     return Source(
         kind=kind,
@@ -438,16 +458,11 @@ def _with_sorted_classes(
     )
 
 
-def _deeper(source: Path) -> str | None:
-    """A hint where the class folders lie one level below."""
-    if not source.is_dir():
+def _deeper(folder: Path) -> str | None:
+    """A hint where the only class of a source is a folder of folders."""
+    if not folder.is_dir() or not any(_is_dir(entry) for entry in _scan(folder)):
         return None
-    folders = [entry for entry in _scan(source) if _is_dir(entry)]
-    if len(folders) == 1 and any(_is_dir(entry) for entry in _scan(Path(folders[0].path))):
-        return (
-            f"if its folders are the classes: convnext data pack {quote_path(folders[0].path)} OUT"
-        )
-    return None
+    return f"if its folders are the classes: convnext data pack {quote_path(folder)} OUT"
 
 
 def _text(name: str) -> str:

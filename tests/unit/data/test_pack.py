@@ -339,6 +339,48 @@ def test_classes_that_are_called_train_and_boat_are_classes(tmp_path):
     assert pack(tmp_path / "images", tmp_path / "out").card.classes == ("boat", "train")
 
 
+def test_a_folder_of_folders_called_train_beside_classes_is_said_to_be_one(tmp_path):
+    images = write_folders(tmp_path / "images", {"train/a": 1, "train/b": 1, "boat": 1})
+
+    packed = pack(images, tmp_path / "out")
+
+    assert packed.card.classes == ("boat", "train")
+    assert packed.notes == (
+        "train is packed as a class; if its folders are the classes:"
+        f" convnext data pack {images / 'train'} OUT",
+    )
+
+
+def test_parts_inside_the_classes_are_said_to_be_packed_for_training(tmp_path):
+    images = write_folders(
+        tmp_path / "images", {"a/train": 2, "a/val": 1, "b/train": 2, "b/val": 1}
+    )
+
+    packed = pack(images, tmp_path / "out")
+
+    assert packed.card.splits["train"].class_images == (3, 3)
+    assert packed.notes == (
+        "packed for training: a/val and 1 more, for a part lies above its classes, as in val/a",
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "hint"),
+    [
+        ({"train/a": 1, "train/b": 1, "annotations": 0}, "data pack .*/images/train OUT"),
+        ({"photos/a": 1, "photos/b": 1}, "data pack .*/images/photos OUT"),
+        ({"train/a": 1}, "give images of 2 or more classes"),
+    ],
+)
+def test_a_single_class_whose_folders_are_the_classes_is_named(tmp_path, images, hint):
+    write_folders(tmp_path / "images", images)
+
+    with pytest.raises(DataError, match="holds 1 class") as caught:
+        pack(tmp_path / "images", tmp_path / "out")
+
+    assert re.search(hint, caught.value.hint)
+
+
 def test_images_in_folders_below_a_class_belong_to_it(tmp_path):
     write_folders(tmp_path / "images", {"a": 1, "b/2024/may": 2})
 
