@@ -22,7 +22,7 @@ from convnext_cli.cli._inputs import (
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
-from convnext_cli.errors import CheckpointError, Hung, RecipeError, Stopped, UserError, quote_path
+from convnext_cli.errors import CheckpointError, RecipeError, UserError, quote_path
 from convnext_cli.plan.cluster import Cluster, read_attempt, read_deadline, read_job
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.schema import Init, Recipe
@@ -39,7 +39,7 @@ ResumeOption = Annotated[
     str,
     typer.Option(
         help="auto: go on where the run stopped; never: refuse to; must: refuse to start anew;"
-        " or the PATH of a checkpoint.",
+        " or the PATH of a checkpoint to go back to, once.",
         metavar="auto|never|must|PATH",
     ),
 ]
@@ -150,8 +150,6 @@ def run_training(
         except UserError as error:
             if cluster.rank == 0 and run.is_run():
                 log_error(run.log, error)
-            if isinstance(error, Stopped | Hung) and isinstance(mode, Path):
-                error.hint = f"{error.hint}; without --resume, which goes back to {mode} each time"
             raise
     if cluster.rank == 0:
         _tell_result(run, recipe=recipe, steps=steps, has_val=plan.val_images > 0)

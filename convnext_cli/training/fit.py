@@ -202,16 +202,18 @@ def _attempt(
             cuda_graphs=plan.cuda_graphs,
             passes=plan.accumulate_steps,
         )
-    if start.checkpoint is None and not back:
-        _record(run, plan, event="started", step=start.step)
-    else:
-        lost = max(0, last_step(run) - start.step)
-        _record(run, plan, event="resumed", step=start.step, lost_steps=lost)
     if plan.cluster.rank == 0 and start.abandoned:
         _set_aside(run, start.abandoned)
         names = [path.name for path in start.abandoned]
         display.say(f"newer checkpoints are set aside in {run.abandoned}: {', '.join(names)}")
         _record(run, plan, event="abandoned", step=start.step, files=names)
+    if start.checkpoint is None and not back:
+        _record(run, plan, event="started", step=start.step)
+    else:
+        lost = max(0, last_step(run) - start.step)
+        # told when newer ones are out of the way: what is newer from now on was made since
+        asked = {} if start.asked is None else {"asked": str(start.asked.absolute())}
+        _record(run, plan, event="resumed", step=start.step, lost_steps=lost, **asked)
     watch.start()
     try:
         _run_trainer(trainer, task, data, start=start, run=run, plan=plan)

@@ -14,11 +14,11 @@ from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_value
 from convnext_cli.recipe.schema import Recipe
-from convnext_cli.runs.compare import read_recipe_keys
+from convnext_cli.runs.compare import ENDS, STARTS, number, read_recipe_keys
 from convnext_cli.runs.copies import RemoteFolder
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
-from convnext_cli.runs.record import read_json
+from convnext_cli.runs.record import read_json, read_jsonl
 
 ResumeMode = Literal["auto", "never", "must"]
 
@@ -60,10 +60,15 @@ class Start:
     """Newer checkpoints that are passed over."""
     abandoned: Sequence[Path] = ()
     """Newer checkpoints whose steps are taken again, and which no later start may take up."""
+    asked: Path | None = None
+    """The checkpoint that the run was told to go back to, where this attempt does."""
 
 
 def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
     """The checkpoint where the same run goes on: the newest one that is whole. Writes nothing.
+
+    A run that is told to go back to a checkpoint does so once: a launcher repeats the command after
+    each interruption, and by then there are newer ones.
 
     Raises:
         RunError: The folder holds another run, or none where one must be.
@@ -77,7 +82,7 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
                 f"{run.root} holds a run already, and --resume never starts a new one",
                 hint="give the new run its own folder with --name NAME",
             )
-    if isinstance(resume, Path):
+    if isinstance(resume, Path) and not _has_gone_back(run, resume):
         if not resume.is_file():
             raise RunError(
                 f"--resume {resume}: there is no such file",
@@ -95,7 +100,7 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
                 hint=f"lengthen the run: schedule.length={2 * start.step}st; or begin another with"
                 f" its weights: init.weights={quote_path(resume)} in the place of --resume",
             )
-        return replace(start, abandoned=run.list_newer(start.step))
+        return replace(start, abandoned=run.list_newer(start.step), asked=resume)
     newest, damaged = find_newest_whole(run)
     if newest is not None:
         return _start_from(newest.path, plan, damaged)
@@ -136,6 +141,16 @@ def _start_from(checkpoint: Path, plan: Plan, damaged: Sequence[CheckpointState]
                 f" init.weights={quote_path(checkpoint)} --name NAME",
             )
     return Start(checkpoint, step, damaged)
+
+
+def _has_gone_back(run: RunDir, asked: Path) -> bool:
+    """Whether a run that has not ended went back to what is asked, and has newer checkpoints."""
+    events = read_jsonl(run.events)
+    turns = [event["event"] for event in events if event.get("event") in (*STARTS, *ENDS)]
+    told = [event for event in events if "asked" in event]
+    if not told or turns[-1] == "finished" or told[-1]["asked"] != str(asked.absolute()):
+        return False
+    return run.newest_step() > (number(told[-1], "step") or 0)
 
 
 def _check_same_run(plan: Plan, run: RunDir) -> None:

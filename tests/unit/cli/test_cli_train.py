@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 
 from convnext_cli.cli._inputs import read_facts
 from convnext_cli.cli.train import _tell_result, check_name, check_start_weights
@@ -70,23 +69,6 @@ def test_a_recipe_for_fine_tuning_goes_on_from_a_checkpoint_that_is_given(run_cl
 
     assert done.exit_code == 2
     assert "--resume nowhere.ckpt: there is no such file" in done.stderr
-
-
-def test_a_run_that_went_back_to_a_checkpoint_is_gone_on_with_by_another_command(
-    run_cli, tiny_shards, tmp_path, monkeypatch
-):
-    def stop(*_: object, **__: object) -> int:
-        raise Stopped("stopped by SIGINT", hint="run the same command again to go on")
-
-    monkeypatch.setattr("convnext_cli.training.fit.fit", stop)
-    path = tmp_path / "older.ckpt"
-    torch.save({"convnext": {"step": 1}}, path)
-
-    done = run_cli("train", "small_data", "--data", tiny_shards, "--device", "cpu", "--resume",
-                   path, "batch.global_images=8", "optim.lr_rule=linear")  # fmt: skip
-
-    assert done.exit_code == 75
-    assert f"to go on; without --resume, which goes back to {path} each time" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import Plan, make_plan
 from convnext_cli.recipe.files import load_recipe, render_recipe
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import write_json
+from convnext_cli.runs.record import write_event, write_json
+from convnext_cli.training.checkpoint import write_checkpoint
 from convnext_cli.training.start import find_start
 
 
@@ -45,6 +46,33 @@ def test_a_start_from_an_older_checkpoint_of_the_run_abandons_the_newer_ones(pla
     start = find_start(plan, run, resume=older)
 
     assert (start.step, start.abandoned) == (3, newer)
+
+
+def test_a_command_that_is_repeated_goes_back_to_a_checkpoint_once(plan, tmp_path):
+    run = RunDir(tmp_path / "mine")
+    older = tmp_path / "older.ckpt"
+    torch.save({"convnext": {"step": 3}}, older)
+
+    def tell(event: str, **more: object) -> None:
+        write_event(run.events, event, step=3, **more)
+
+    def begins_at() -> Path | None:
+        return find_start(plan, run, resume=older).checkpoint
+
+    write_checkpoint({"convnext": {"step": 12}}, run.checkpoint(12), world_size=1)
+    tell("started")
+    assert begins_at() == older
+    run.checkpoint(12).unlink()
+    tell("resumed", asked=str(older))
+    assert begins_at() == older
+    write_checkpoint({"convnext": {"step": 8}}, run.checkpoint(8), world_size=1)
+    tell("stopped")
+    assert begins_at() == run.checkpoint(8)
+    older.rename(tmp_path / "gone")
+    assert begins_at() == run.checkpoint(8)
+    (tmp_path / "gone").rename(older)
+    tell("finished")
+    assert begins_at() == older
 
 
 @pytest.mark.parametrize(
