@@ -181,7 +181,11 @@ inside=()
 srun_more=()
 case ${CONTAINER:-} in
     '') ;;
-    *.sif) inside=(apptainer exec --nv ${MOUNTS:+--bind "$MOUNTS"} --pwd "$PWD" "$CONTAINER") ;;
+    *.sif) # apptainer would end with 255, as if a signal had ended it
+        [[ -r $CONTAINER ]] || fail "CONTAINER=$CONTAINER is no file that can be read on $(hostname)" \
+            "name an image on a file system that all nodes share"
+        inside=(apptainer exec --nv ${MOUNTS:+--bind "$MOUNTS"} --pwd "$PWD" "$CONTAINER")
+        ;;
     *) srun_more=(--container-image="$CONTAINER" --container-workdir="$PWD"
         ${MOUNTS:+--container-mounts="$MOUNTS"}) ;;
 esac

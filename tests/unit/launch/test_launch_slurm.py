@@ -144,6 +144,7 @@ def test_a_value_that_is_not_plain_is_quoted_for_sbatch(option, line):
     [
         ({"EXTRA": "seed=1 'optim.lr=2e-3"}, "a quote in it has no end"),
         ({"VENV": "/nowhere"}, "VENV=/nowhere has no bin/python"),
+        ({"CONTAINER": "/nowhere/a.sif"}, "CONTAINER=/nowhere/a.sif is no file"),
         ({"SLURM_NTASKS_PER_NODE": ""}, "does not say how many processes"),  # salloc --ntasks=4
     ],
 )
@@ -183,7 +184,9 @@ def test_a_python_without_the_package_is_final(tmp_path, fake, there):
     path = f"PYTHONPATH={Path(convnext_cli.__file__).parents[1]}" if there else ""
     fake("python", f'{train}\n{path} exec {sys.executable} -S "$@"')
 
-    done = run_script(tmp_path, {"CONTAINER": "/images/a b.sif", "PYTHONPATH": ""})
+    (tmp_path / "a b.sif").touch()
+
+    done = run_script(tmp_path, {"CONTAINER": "a b.sif", "PYTHONPATH": ""})
 
     assert done.returncode == (0 if there else 2), done.stderr
     assert (tmp_path / "began").exists() == there
