@@ -304,12 +304,15 @@ def _read_shard_names(path: Path) -> list[str]:
 
 
 _ZIP = b"PK\x03\x04"
+_PLAIN_PICKLES = (b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""Of Python's own protocols; torch.save writes the second."""
 _SAFETENSORS = b"\0\0\0\0{"
 """From the fifth byte on: a length of 64 bits, which is below 100 MB, and a JSON object."""
 
 
 def _parse_file(path: Path) -> tuple[object, Mapping[str, str]]:
     """What a file holds, whatever it is, and the metadata of a safetensors file."""
+    head = b""
     try:
         with path.open("rb") as begun:
             head = begun.read(9)
@@ -320,12 +323,17 @@ def _parse_file(path: Path) -> tuple[object, Mapping[str, str]]:
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(_ARGUMENTS)):
             # an unusual pickle either reads or raises; the warnings say no more
             warnings.simplefilter("ignore")
-            mapped = head.startswith(_ZIP)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), {}
+            # by this ending torch takes a file for safetensors, whatever it is
+            opened = io.BytesIO(path.read_bytes()) if path.suffix == ".safetensors" else None
+            mapped = opened is None and head.startswith(_ZIP)
+            read = torch.load(opened or path, map_location="cpu", weights_only=True, mmap=mapped)
+            return read, {}
     except pickle.UnpicklingError as error:
         # torch names what the file wants to call, but only in the text of its error
         if what := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise _refused(path, f"to read it, {what[1]} would have to be run") from error
+        if head.startswith(_PLAIN_PICKLES):
+            raise _refused(path, "it is a pickle that torch.save did not write") from error
         raise _unreadable(path, error) from error
     except Exception as error:  # foreign bytes: a damaged pickle may raise anything
         if "TorchScript" in str(error):

@@ -199,6 +199,22 @@ def test_safetensors_are_read_under_any_ending(tmp_path):
         read_weights(tmp_path / "cut.pth")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_torch_saved_is_read_under_the_ending_of_safetensors(tmp_path, zipped):
+    state = atto().state_dict()
+    torch.save(state, tmp_path / "x.safetensors", _use_new_zipfile_serialization=zipped)
+
+    assert read_weights(tmp_path / "x.safetensors").state.keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", ["x.pkl", "x.safetensors"])
+def test_a_pickle_of_somebody_else_is_called_one(tmp_path, name):
+    (tmp_path / name).write_bytes(pickle.dumps({"head.bias": [0.0]}))
+
+    with pytest.raises(CheckpointError, match=r"it is a pickle that torch\.save did not write"):
+        read_weights(tmp_path / name)
+
+
 def test_another_network_is_no_convnext(tmp_path):
     torch.save({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}, tmp_path / "resnet.pth")
 
