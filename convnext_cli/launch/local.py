@@ -90,8 +90,16 @@ class LocalLaunch:
             torchrun = psutil.Process(self._torchrun.pid)
             workers = torchrun.children()
             for process in workers:
-                process.send_signal(number)
+                # Python tells of SIGINT by a traceback as long as nothing else is made of it.
+                process.send_signal(number if _listens(process.pid) else signal.SIGTERM)
             if not workers:
                 torchrun.terminate()
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process has installed its handlers; until then SIGTERM ends it without a word."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> signal.SIGTERM - 1 & 1)
