@@ -141,6 +141,13 @@ def run_training(
     lock = RunLock(run.lock, job=read_job(), attempt=read_attempt(), say=console.print)
     with lock if cluster.rank == 0 else nullcontext():
         start = find_start(plan, run, resume=mode)  # type: ignore[arg-type]  # checked above
+        if isinstance(mode, Path) and start.asked is None:
+            console.print(
+                f"this run went back to {mode} before, and goes on from what it made since; to go"
+                " back to it once more, ask for a copy of it under another name",
+                soft_wrap=True,
+                markup=False,
+            )
         # what could be refused is refused by now: this takes seconds to load
         from convnext_cli.training.fit import fit
         from convnext_cli.training.progress import log_error

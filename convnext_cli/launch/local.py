@@ -100,6 +100,8 @@ class LocalLaunch:
 
 def _listens(pid: int) -> bool:
     """Whether a process has installed its handlers; until then SIGTERM ends it without a word."""
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
-    return bool(caught >> signal.SIGTERM - 1 & 1)
+    status = Path(f"/proc/{pid}/status")
+    if not status.exists():  # gone, or not on Linux
+        return True
+    caught = int(status.read_text(encoding="utf-8").partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from convnext_cli.cli._inputs import read_facts
 from convnext_cli.cli.train import _tell_result, check_name, check_start_weights
@@ -12,7 +13,8 @@ from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import Plan, make_plan
 from convnext_cli.recipe.files import load_recipe, render_recipe
 from convnext_cli.runs.layout import RunDir
-from convnext_cli.runs.record import JsonLines, write_json
+from convnext_cli.runs.record import JsonLines, write_event, write_json
+from convnext_cli.training.checkpoint import write_checkpoint
 from convnext_cli.training.start import find_start
 
 
@@ -69,6 +71,27 @@ def test_a_recipe_for_fine_tuning_goes_on_from_a_checkpoint_that_is_given(run_cl
 
     assert done.exit_code == 2
     assert "--resume nowhere.ckpt: there is no such file" in done.stderr
+
+
+def test_a_command_that_went_back_before_says_that_it_goes_on(
+    run_cli, tiny_shards, tmp_path, monkeypatch
+):
+    def stop(*_: object, **__: object) -> int:
+        raise Stopped("stopped by SIGINT")
+
+    monkeypatch.setattr("convnext_cli.training.fit.fit", stop)
+    older, run = tmp_path / "older.ckpt", RunDir(tmp_path / "runs/small_data")
+    torch.save({"convnext": {"step": 1}}, older)
+    told = []
+    for _ in range(2):
+        done = run_cli("train", "small_data", "--data", tiny_shards, "--device", "cpu", "--resume",
+                       older, "batch.global_images=8", "optim.lr_rule=linear")  # fmt: skip
+        assert done.exit_code == 75
+        told.append(f"this run went back to {older} before" in done.stderr)
+        write_event(run.events, "resumed", step=1, asked=str(older))
+        write_checkpoint({"convnext": {"step": 2}}, run.checkpoint(2), world_size=1)
+
+    assert told == [False, True]
 
 
 @pytest.mark.parametrize(
