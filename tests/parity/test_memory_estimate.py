@@ -53,8 +53,14 @@ def test_activations_are_those_that_autograd_keeps(name, precision, drop_path_ki
 
 
 @pytest.mark.parametrize("drop_path_kind", ["scale", "skip"])
-@pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_nano", "convnext_isotropic_small"])
-def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, drop_path_kind):
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        *(("convnext_tiny", False), ("convnext_isotropic_small", False)),
+        *(("convnextv2_nano", False), ("convnextv2_nano", True)),
+    ],
+)
+def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, fused, drop_path_kind):
     variant = find_variant(name)
     model = build_convnext(
         variant,
@@ -63,6 +69,8 @@ def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, drop_pa
         drop_path_kind=drop_path_kind,
         gradient_checkpointing="selective",
     )
+    if fused:
+        model.use_ways([blocks[-1].ways()[-1] for blocks in model.list_stages()])
 
     def measure(count: int) -> int:
         gc.collect()
@@ -87,6 +95,7 @@ def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, drop_pa
             parameters=0,
             precision="bf16",
             checkpointing="selective",
+            fused=fused,
             computed=block_images(variant, images=count, drop_path=0.6)
             if drop_path_kind == "skip"
             else None,
