@@ -83,7 +83,7 @@ class AbsentH100:
 
 def compile_launch(kernel: JITFunction, arguments: dict, options: dict) -> dict:
     """Compile one launch as a run on an H100 would, and read its machine code."""
-    for name in arguments.keys() & {"num_groups", "num_rows"}:
+    for name in arguments.keys() & {"images", "num_groups", "num_rows"}:
         arguments = arguments | {name: IMAGES * arguments[name]}
     compiled = kernel.warmup(**arguments, grid=(1,), **options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
