@@ -18,6 +18,7 @@ and the batch names it with the reason; in evaluation it ends the run.
 """
 
 import atexit
+import faulthandler
 import os
 import signal
 import weakref
@@ -59,6 +60,9 @@ MAX_READ_INDEXES = 512
 
 _PREFETCH, _HELD = 2, 4
 """Batches that each worker has in hand, and that the main process holds."""
+
+TELL_AND_END = signal.SIGUSR2
+"""On this signal a worker writes its Python stacks to stderr and ends, whatever it waits for."""
 
 _NEIGHBOURS, _SHARDS_AFTER = 8, 64
 """Samples next to a bad one, and shards after its own, that are tried in its place."""
@@ -502,6 +506,8 @@ def start_worker(worker: int, *, leaving: "Synchronized[bool]") -> None:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end_with_main)
+    # In C, for a worker that waits for a lock runs no Python; then what the signal does by itself.
+    faulthandler.register(TELL_AND_END, file=os.dup(2), chain=True)
     leave_to_main()
 
 

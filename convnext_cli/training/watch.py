@@ -3,23 +3,28 @@
 Each rank watches itself: without an optimizer step or a validation batch for
 `guard.hang_minutes` (`guard.start_minutes` for the first ones), it writes the Python stacks of
 all its threads to `stacks/rank=00000.txt` and to stderr, with what it was doing, and ends with
-exit code 76. The stacks show which collective a rank waited in for another. When the interpreter
-itself is held, a timer of the C library writes the stacks a minute later; the exit code is 1 then.
+exit code 76. The stacks show which collective a rank waited in for another. Its loader processes
+write theirs to stderr and end with it: one that hangs would not see that it is gone. When the
+interpreter itself is held, a timer of the C library writes the stacks a minute later; the exit code
+is 1 then.
 
 A rank that is asked to stop while it still looks for the others is ended with 75: torch waits for
 them in C++, where no signal handler of Python runs.
 """
 
 import faulthandler
+import multiprocessing
 import os
 import sys
 import threading
 import time
-from typing import TextIO
+from contextlib import suppress
+from typing import TextIO, cast
 
 import lightning.pytorch as pl
 from torch import distributed
 
+from convnext_cli.data.reader import TELL_AND_END
 from convnext_cli.errors import Hung, Stopped
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.exit_code import leave_exit_code
@@ -170,6 +175,9 @@ class HangWatch(pl.Callback):
                     _tell(told, file)
             except OSError as error:
                 sys.stderr.write(f"cannot write {path}: {error.strerror or error}\n")
+            for process in multiprocessing.active_children():
+                with suppress(ProcessLookupError):
+                    os.kill(cast("int", process.pid), TELL_AND_END)
             leave_exit_code(Hung.exit_code, os.environ, wait_seconds=0)
             os._exit(Hung.exit_code)
 

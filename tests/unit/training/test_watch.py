@@ -43,6 +43,44 @@ def test_a_hang_ends_with_76_where_its_stacks_cannot_be_written(tmp_path):
     assert "cannot write gone/stacks/rank=00000.txt: Not a directory" in done.stderr
 
 
+STUCK_LOADER = PROGRAM.replace(
+    "time.sleep(10)",
+    """
+import threading
+
+import torch
+
+from convnext_cli.data.reader import build_loader
+
+
+class Stuck(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        lock = threading.Lock()
+        lock.acquire()
+        print("waits", flush=True)
+        lock.acquire()
+        yield torch.zeros(1)
+
+
+next(iter(build_loader(Stuck(), sampler=None, num_workers=1, pin_memory=False)))
+""",
+).replace("0.002", "0.1")
+
+
+def test_a_hang_shows_where_a_loader_process_stands_and_leaves_none_behind(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STUCK_LOADER],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=40,  # until the loader process is gone too, which holds the streams
+    )
+
+    assert done.returncode == 76, done.stderr
+    assert done.stdout == "waits\n"
+    assert "in __iter__" in done.stderr
+
+
 LONELY = """
 from pathlib import Path
 
