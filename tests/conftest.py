@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,6 +32,10 @@ USER_SETTINGS = (
     *("MASTER_ADDR", "MASTER_PORT", "COLUMNS", "FORCE_COLOR", "CLICOLOR_FORCE"),
 )
 TEST_SETTINGS = ("CONVNEXT_GOLDEN", "CONVNEXT_TEST_DATA")
+
+# A machine that is busy is not a failure; pytest's limit ends what hangs.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,7 +54,7 @@ def test_the_remainder_is_another_one_each_epoch(kind):
     assert len(left_out) == 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     shards=st.lists(st.integers(1, 150), min_size=1, max_size=6),
     batch=st.integers(1, 48),
@@ -81,7 +81,7 @@ def test_the_shares_of_any_world_are_the_same_global_batch(
     np.testing.assert_array_equal(np.concatenate(shares), order.batch(epoch, step))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(images=st.integers(1, 400), batch=st.integers(1, 64), kind=st.sampled_from(KINDS))
 def test_any_sizes_give_epochs_without_repetition(images, batch, kind):
     images = max(images, batch)
@@ -161,7 +161,7 @@ def test_the_window_order_reads_from_few_shards_at_a_time():
     assert len(np.unique(near // 1000)) <= 68
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(images=st.integers(1, 300), world=st.integers(1, 9), batch=st.integers(1, 40))
 def test_evaluation_counts_each_image_once_in_equally_many_batches(images, world, batch):
     shares = [

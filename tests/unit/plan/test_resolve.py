@@ -63,7 +63,7 @@ def test_more_devices_take_fewer_images_each():
 
 @given(world=st.integers(1, 512), images=st.integers(1, 8192), limit=st.integers(1, 512))
 @example(world=2, images=5, limit=1)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_batch_equation_holds_or_the_batch_is_refused(world, images, limit):
     overrides = (
         f"batch.global_images={images}",
@@ -214,7 +214,7 @@ def test_data_smaller_than_a_batch_is_refused_with_a_batch_that_works(devices, r
 
 
 @given(train=st.integers(1, 200), world=st.integers(1, 5), limit=st.integers(2, 64))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_batch_offered_for_few_images_plans_when_followed(train, world, limit):
     facts = dataclasses.replace(PHOTOS, train_images=train)
     cluster = Cluster(devices_per_node=world)
@@ -596,7 +596,7 @@ def test_planning_twice_gives_the_same_plan(name):
     from_px=st.one_of(st.none(), st.integers(1, 128).map(lambda n: 32 * n), st.integers(16, 4096)),
     drop_path_kind=st.sampled_from(["scale", "skip"]),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_recipe_plans_or_says_why_not(
     train, val, classes, world, images, length, warmup, px, from_px, drop_path_kind
 ):
