@@ -142,6 +142,7 @@ SELECTIVE, STAGES, BLOCKS = (
 FUSED = "compute.kernels=fused"
 NHWC = "compute.channels_last=true"
 SHORT = ["compute.precision=bf16", "schedule.length=4st"]
+V1 = ["model.name=convnext_tiny", "schedule.length=4st"]
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,9 @@ def lab(tmp_path_factory, tiny_shards) -> Lab:
         "ddp-to-fsdp": resume(root, "ddp", FSDP, SELECTIVE),
         "ddp-fused": [DDP, FUSED, NHWC],
         "fsdp-fused": [FSDP, FUSED, BLOCKS],
+        "v1": [DDP, *V1],
+        "v1-ddp-fused": [DDP, FUSED, NHWC, *V1],
+        "v1-fsdp-fused": [FSDP, FUSED, BLOCKS, *V1],
         "ddp-bf16": [DDP, *SHORT],
         "fsdp-bf16": [FSDP, *SHORT],
     }
@@ -175,10 +179,21 @@ def test_devices_that_share_everything_learn_what_one_learns(lab):
 
 
 @pytest.mark.parametrize("name", ["ddp-fused", "fsdp-fused"])
-def test_blocks_that_are_one_operator_learn_the_same(lab, name):
+def test_blocks_in_kernels_between_products_learn_the_same(lab, name):
     lab.assert_same("one", name)
     log = (lab.root / "runs" / name / "train.log").read_text()
-    assert "kernels of the stages: positions, positions, kept, kept" in log
+    assert "kernels of the stages: positions, positions, positions, positions" in log
+
+
+@pytest.mark.parametrize("name", ["v1-ddp-fused", "v1-fsdp-fused"])
+def test_blocks_that_are_one_operator_learn_the_same(lab, name):
+    log = (lab.root / "runs" / name / "train.log").read_text()
+    assert "kernels of the stages: recomputed, recomputed, kept, kept" in log
+    plain, fused = lab.rows("v1"), lab.rows(name)
+    assert [row["step"] for row in fused] == [row["step"] for row in plain] != []
+    for one, other in zip(plain, fused, strict=True):
+        for key in one.keys() & {"train/loss", "train/grad_norm", "val/loss", "val_ema/loss"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-5), (key, one["step"])
 
 
 def test_clipping_and_averaging_were_at_work(lab):
