@@ -108,7 +108,7 @@ def summarise_run(run: RunDir) -> RunSummary:
     return RunSummary(
         name=run.name,
         root=run.root,
-        state=_state(events),
+        state=state_of(events),
         step=max([_step(item) for item in (*rows[-1:], *events[-1:])], default=0),
         total_steps=total_steps,
         epoch=epochs[-1] if epochs else None,
@@ -206,7 +206,8 @@ def _step(item: Mapping[str, object]) -> int:
     return int(number(item, "step") or 0)
 
 
-def _state(events: Sequence[Mapping[str, object]]) -> State:
+def state_of(events: Sequence[Mapping[str, object]]) -> State:
+    """How the last attempt ended, if it told."""
     turns = [event["event"] for event in events if event.get("event") in (*STARTS, *ENDS)]
     match turns[-1] if turns else None:
         case "finished":

@@ -14,7 +14,7 @@ from convnext_cli.errors import CheckpointError, RunError, quote_path
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import flatten_keys, render_value
 from convnext_cli.recipe.schema import Recipe
-from convnext_cli.runs.compare import ENDS, STARTS, number, read_recipe_keys
+from convnext_cli.runs.compare import number, read_recipe_keys, state_of
 from convnext_cli.runs.copies import RemoteFolder
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import CheckpointState, find_newest_whole, require_whole
@@ -146,9 +146,8 @@ def _start_from(checkpoint: Path, plan: Plan, damaged: Sequence[CheckpointState]
 def _has_gone_back(run: RunDir, asked: Path) -> bool:
     """Whether a run that has not ended went back to what is asked, and has newer checkpoints."""
     events = read_jsonl(run.events)
-    turns = [event["event"] for event in events if event.get("event") in (*STARTS, *ENDS)]
     told = [event for event in events if "asked" in event]
-    if not told or turns[-1] == "finished" or told[-1]["asked"] != str(asked.absolute()):
+    if not told or told[-1]["asked"] != str(asked.absolute()) or state_of(events) == "finished":
         return False
     return run.newest_step() > (number(told[-1], "step") or 0)
 
