@@ -57,16 +57,17 @@ def count_kept_widths(way: Way, *, grn: bool, layer_scale: bool) -> int:
             assert_never(way)
 
 
-def count_grad_widths(way: Way, *, grn: bool) -> int:
+def count_grad_widths(way: Way, *, grn: bool, half: bool) -> int:
     """Values a position of a block's gradients that there are at once, in units of its width.
 
     Of its output (1), and: plain or in part, what pwconv2 gave (1), and what it and GRN, where it
     is apart, took (4 each); kept, the hidden units' and GELU once more (8); recomputed, what
-    LayerNorm gave (1).
+    LayerNorm gave (1). GRN apart makes them in float32, which in half precision are three more
+    tensors of twice the hidden units (24), else one (4).
     """
     match way:
         case "plain":
-            return 6 + 4 * grn
+            return 6 + grn * (28 if half else 8)
         case "positions":
             return 6
         case "kept":

@@ -180,7 +180,8 @@ def estimate_activations(
         stage, left = left[:depth], left[depth:]
         at_work = 0
         # Where little else is kept, they weigh: of one block at a time.
-        grads = max(stage) * values * count_grad_widths(way, grn=variant.grn)
+        grad_widths = count_grad_widths(way, grn=variant.grn, half=precision != "fp32")
+        grads = max(stage) * values * grad_widths
         match checkpointing:
             case "selective" if way not in WHOLE:
                 kept += (depth * images + sum(stage) * PRODUCT_WIDTHS) * values

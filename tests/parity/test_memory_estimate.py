@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from convnext_cli.bench.memory import find_peak
 from convnext_cli.bench.trace import record_events
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.convnext import build_convnext
@@ -103,3 +104,36 @@ def test_selective_checkpointing_leaves_what_is_said_of_each_image(name, fused, 
 
     said = estimate(3 * IMAGES) - estimate(IMAGES)
     assert said == pytest.approx(measure(3 * IMAGES) - measure(IMAGES), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["stages", "blocks"])
+def test_what_is_computed_again_takes_what_is_said_of_each_image(checkpointing, precision):
+    """With GRN, whose gradients are float32: in half precision they weigh more than all else."""
+    variant = find_variant("convnextv2_atto")
+    model = build_convnext(variant, num_classes=10, gradient_checkpointing=checkpointing)
+
+    def measure(count: int) -> int:
+        images = torch.rand(count, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+
+        def run() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss = model(images).sum()
+            loss.backward()
+
+        return find_peak(record_events(run, memory=True))
+
+    def estimate(count: int) -> int:
+        return estimate_activations(
+            variant,
+            image_px=96,
+            images=count,
+            parameters=0,
+            precision=precision,
+            checkpointing=checkpointing,
+        )
+
+    measure(2)  # gradients of weights are there from now on
+    images = 3 * 96 * 96 * 4 * 16  # stand outside of what is measured, and are no autocast's
+    said = estimate(32) - estimate(16) - (images if precision == "fp32" else images // 2)
+    assert said == pytest.approx(measure(32) - measure(16), rel=0.08)
