@@ -14,6 +14,7 @@ from convnext_cli.data.decode import decode_rgb
 from convnext_cli.data.header import BadImage, is_animated_webp
 from convnext_cli.data.mix import normalise
 from convnext_cli.data.pack import Unreadable, make_jpeg
+from convnext_cli.errors import Diverged, quote_path
 from convnext_cli.plan.cluster import DeviceKind
 from convnext_cli.training.loading import LoadedModel
 from convnext_cli.training.report import Guess, Prediction, Unread
@@ -34,6 +35,9 @@ def predict_images(
         paths: Files of the formats that can be packed.
         device: Where the network runs.
         top: Classes to propose for each image, at most as many as there are.
+
+    Raises:
+        Diverged: Some outputs were not finite.
     """
     network = model.network.to(device)
     left = iter(paths)
@@ -49,6 +53,12 @@ def predict_images(
             )
             with torch.inference_mode():
                 logits_NK: Tensor = network(x_NCHW)
+            if not torch.isfinite(logits_NK).all():
+                raise Diverged(
+                    f"{model.path} gave non-finite outputs",
+                    hint="see whether its weights are finite, and use an earlier checkpoint if not:"
+                    f" convnext weights inspect {quote_path(model.path)}",
+                )
             best = logits_NK.float().softmax(1).topk(min(top, model.num_classes), dim=1)
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, view in zip(chunk, read, strict=True):

@@ -1,11 +1,13 @@
 """Which files `predict_images` can open, and what it says of the others."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from torch import nn
 
+from convnext_cli.errors import Diverged
 from convnext_cli.training.loading import LoadedModel, Preprocessing
 from convnext_cli.training.prediction import predict_images
 from convnext_cli.training.report import Prediction, Unread
@@ -60,3 +62,11 @@ def test_a_cut_bitmap_says_why_it_is_left_out(model, tmp_path):
 
     assert isinstance(seen, Unread)
     assert seen.reason.startswith("damaged: ")
+
+
+def test_outputs_that_are_not_finite_are_no_guesses(model, tmp_path):
+    RED.save(tmp_path / "a.png")
+    broken = replace(model, network=nn.Sequential(model.network, nn.Threshold(2.0, float("nan"))))
+
+    with pytest.raises(Diverged, match="none gave non-finite outputs"):
+        see(broken, tmp_path / "a.png")
