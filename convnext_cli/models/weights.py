@@ -539,7 +539,8 @@ def _check_shapes(state: State, own: State, weights: Weights) -> None:
     raise CheckpointError(
         f"{weights.path}: {key} is {shapes[0]} there and {shapes[1]} in the model"
         f" ({len(differing)} keys differ)",
-        hint="model.layer_scale_init=auto builds the published form of the architecture"
+        hint="build the network as the weights are: model.layer_scale_init="
+        + ("1e-6" if key in state else "null")
         if scale
         else "name another file: this one was changed after training, or not written to its end",
     )
@@ -563,8 +564,7 @@ def _map_head(
         raise CheckpointError(
             f"{weights.path}: its head cannot be mapped: none of the {num_classes} classes is known"
             f" among its {weights.num_classes}",
-            hint="start the head afresh with init.head=reset (weights convert: leave out"
-            " --map-head)",
+            hint="leave out --map-head; in a recipe, start the head afresh with init.head=reset",
         )
     return rows, missing
 

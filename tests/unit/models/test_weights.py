@@ -528,6 +528,22 @@ def test_a_head_without_its_bias_is_not_taken_for_whole(tmp_path):
         load_into(atto(), read_weights(tmp_path / "x.pth"))
 
 
+@pytest.mark.parametrize(("there", "here"), [(None, 1e-6), (1e-6, None)])
+def test_weights_with_another_layer_scale_are_told_what_builds_theirs(there, here, tmp_path):
+    atto_v2 = find_variant("convnextv2_atto")
+    model, other = (
+        build_convnext(atto_v2, num_classes=3, layer_scale_init=init) for init in (there, here)
+    )
+    torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
+    weights = read_weights(tmp_path / "x.pth")
+
+    with pytest.raises(CheckpointError, match=r"gamma is .* there") as caught:
+        load_into(other, weights)
+
+    value = str(caught.value.hint).partition("model.layer_scale_init=")[2]
+    assert value == ("null" if there is None else "1e-6")
+
+
 def test_layer_scale_is_built_as_the_weights_have_it():
     tiny = find_variant("convnext_tiny")
     with torch.device("meta"):
