@@ -63,7 +63,10 @@ HeadRule = Literal["keep", "reset", "map"]
 _EMA_KEYS = ("model_ema", "state_dict_ema")
 _RAW_KEYS = ("model", "state_dict", "module")
 _HEAD_STD = 0.02
+_HUB_NAMES = ("model", "pytorch_model")
 _HF_WARP_FROM_PX = 384
+_HF_FILTERS: dict[Literal["bilinear", "bicubic"], int] = {"bilinear": 2, "bicubic": 3}
+"""Pillow's numbers."""
 
 _PUBLISHED_ONLY = (
     "the papers' classifiers are read, no detection or segmentation models; those that timm alone"
@@ -170,6 +173,8 @@ def read_weights(path: Path, *, prefer: WeightChoice = "auto") -> Weights:
             ) from error
         variant = _recognise_variant(state, path)
         num_classes = len(state["head.weight"]) if "head.weight" in state else None
+        if card is None and num_classes is not None:
+            card = _read_preparation(path, layout, variant, num_classes)
     if card is not None:
         _check_card(card, variant, num_classes, path)
     return Weights(
@@ -725,7 +730,74 @@ def _hf_preprocessor(card: ModelCard | None) -> dict[str, Any] | None:
         "image_processor_type": "ConvNextImageProcessor",
         "size": {"shortest_edge": card.image_px},
         "crop_pct": card.crop_frac,
-        "resample": {"bilinear": 2, "bicubic": 3}[card.interpolation],  # Pillow's numbers
+        "resample": _HF_FILTERS[card.interpolation],
         "image_mean": list(card.mean),
         "image_std": list(card.std),
     }
+
+
+def _read_preparation(
+    path: Path, layout: Layout, variant: Variant, num_classes: int
+) -> ModelCard | None:
+    """What other libraries' files beside the weights say of images; None: there are none.
+
+    Class names are left: those of published models are words, not the data set's own names.
+
+    Raises:
+        CheckpointError: It is nothing that evaluation here does.
+    """
+    weights = _find_file(path)
+    names: dict[Layout, str] = {"huggingface": "preprocessor_config.json", "timm": "config.json"}
+    file = weights.parent / names.get(layout, "")
+    # Hugging Face's own file names: others may lie beside a config.json of anything
+    if layout not in names or not weights.name.startswith(_HUB_NAMES) or not file.is_file():
+        return None
+    try:
+        said = json.loads(file.read_bytes())
+        if layout == "timm" and "pretrained_cfg" not in said:
+            return None
+        view = _read_hf_view(said) if layout == "huggingface" else _read_timm_view(said)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} does not say how images are prepared as that of a ConvNeXt does",
+            hint="move it away, and images are prepared as published",
+        ) from error
+    return ModelCard(variant=variant.name, num_classes=num_classes, classes=(), **view)
+
+
+def _read_hf_view(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's part of a preprocessor_config.json; `_hf_preprocessor` is the way back."""
+    size = said["size"]
+    image_px = int(size["shortest_edge"] if isinstance(size, dict) else size)
+    filters = {number: name for name, number in _HF_FILTERS.items()}
+    warps = image_px >= _HF_WARP_FROM_PX
+    return {
+        "image_px": image_px,
+        "crop": "warp" if warps else "center",
+        "crop_frac": 1.0 if warps else float(said.get("crop_pct") or 0.875),
+        "interpolation": filters[said.get("resample", 3)],
+        "mean": _read_colour(said["image_mean"]),
+        "std": _read_colour(said["image_std"]),
+    }
+
+
+def _read_timm_view(said: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's part of the config.json that timm puts beside weights on Hugging Face."""
+    view = said["pretrained_cfg"]
+    _, height, width = view["input_size"]
+    crops = {("center", True): "center", ("center", False): "center", ("squash", True): "warp"}
+    if height != width or view["interpolation"] not in _HF_FILTERS:
+        raise ValueError(view)
+    return {
+        "image_px": int(height),
+        "crop": crops[view.get("crop_mode", "center"), view["crop_pct"] == 1.0],
+        "crop_frac": float(view["crop_pct"]),
+        "interpolation": view["interpolation"],
+        "mean": _read_colour(view["mean"]),
+        "std": _read_colour(view["std"]),
+    }
+
+
+def _read_colour(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)

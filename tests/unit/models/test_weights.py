@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from convnext_cli.catalog.datasets import imagenet1k_wnids, imagenet22k_wnids, map_classes
 from convnext_cli.catalog.models import find_variant
@@ -542,6 +542,60 @@ def test_weights_with_another_layer_scale_are_told_what_builds_theirs(there, her
 
     value = str(caught.value.hint).partition("model.layer_scale_init=")[2]
     assert value == ("null" if there is None else "1e-6")
+
+
+@pytest.mark.parametrize(("image_px", "crop"), [(224, "center"), (384, "warp")])
+def test_a_folder_of_transformers_says_how_images_are_prepared(image_px, crop, tmp_path):
+    frac = 0.9 if crop == "center" else 1.0
+    card = dataclasses.replace(
+        CARD, image_px=image_px, classes=(), interpolation="bilinear", crop=crop, crop_frac=frac
+    )
+    write_weights(weights_of(atto(), card=card), tmp_path, layout="huggingface")
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file), file)  # as transformers itself writes it: our own card is gone
+
+    assert read_weights(tmp_path).card == card
+    assert read_weights(file).card == card
+
+
+def test_a_published_preparation_in_its_older_form_is_read(tmp_path):
+    write_weights(weights_of(atto(), card=None), tmp_path, layout="huggingface")
+    said = {"size": 384, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | {"crop_pct": None}))
+
+    card = read_weights(tmp_path).card
+
+    assert card is not None
+    assert (card.image_px, card.crop, card.interpolation) == (384, "warp", "bicubic")
+    assert (card.mean, card.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_the_configuration_of_timm_beside_weights_is_read(tmp_path):
+    write_weights(weights_of(atto(), card=None), tmp_path / "model.safetensors", layout="timm")
+    view = {"input_size": [3, 384, 384], "crop_pct": 1.0, "crop_mode": "squash"}
+    view |= {"interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"architecture": "convnextv2_atto", "pretrained_cfg": view}))
+
+    card = read_weights(tmp_path).card
+
+    assert card is not None
+    assert (card.image_px, card.crop, card.interpolation) == (384, "warp", "bilinear")
+    assert (card.mean, card.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    config.write_text('{"of": "another program"}')
+    assert read_weights(tmp_path).card is None
+    config.write_text(json.dumps({"pretrained_cfg": view | {"interpolation": "random"}}))
+    with pytest.raises(CheckpointError, match="does not say how images are prepared"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["<html>", "{}", "[]", '{"size": {"height": 224, "width": 224}}'])
+def test_a_preparation_of_another_kind_is_not_passed_over(said, tmp_path):
+    write_weights(weights_of(atto(), card=None), tmp_path, layout="huggingface")
+    (tmp_path / "preprocessor_config.json").write_text(said)
+
+    with pytest.raises(CheckpointError, match="does not say how images are prepared"):
+        read_weights(tmp_path)
 
 
 def test_layer_scale_is_built_as_the_weights_have_it():
