@@ -7,9 +7,10 @@ timm:NAME           a timm model whose pretrained weights are on this machine al
 timm:NAME:PATH      a timm model with a local checkpoint
 ```
 
-Nothing is downloaded. How images are prepared comes from the checkpoint's card; without one, as
-published: a central crop of 0.875 below 384 px, a warp from there on (ConvNeXt A.2 and the official
-evaluation). A timm model brings its own.
+Nothing is downloaded. How images are prepared comes from the checkpoint's card, or from the files
+that timm and transformers put beside weights; without one, as published: a central crop of 0.875
+below 384 px, a warp from there on (ConvNeXt A.2 and the official evaluation); in torchvision's
+layout at 224 px as torchvision's own weights. A timm model brings its own.
 """
 
 import difflib
@@ -49,6 +50,15 @@ CENTER_FRAC = 0.875
 
 WARP_FROM_PX = 384
 """From this size on, published evaluations warp the image instead of cropping it."""
+
+_TORCHVISION_SHORT_PX = {
+    "convnext_tiny": 236,
+    "convnext_small": 230,
+    "convnext_base": 232,
+    "convnext_large": 232,
+}
+"""Short side before the central crop of 224 px, by bilinear resizing.
+Source: pytorch/vision torchvision/models/convnext.py, `transforms` of IMAGENET1K_V1."""
 
 _PX_IN_NAME = re.compile(r"(?<![a-z\d])(?<!checkpoint-)(224|288|384|512)(?!\d)", re.IGNORECASE)
 """Not the batch of convnext_tiny_bs512.pth, nor the epoch of the official checkpoint-288.pth."""
@@ -231,6 +241,14 @@ def choose_preprocessing(weights: Weights, asked: AskedView, *, file_name: str) 
             std=IMAGENET_STD,
             reason="size from the file's name, as published" if named_px else "as published",
         )
+        short_px = _TORCHVISION_SHORT_PX.get(variant.name)
+        if weights.layout == "torchvision" and default.image_px == 224 and short_px is not None:
+            default = replace(
+                default,
+                crop_frac=224 / short_px,
+                interpolation="bilinear",
+                reason="as torchvision's weights",
+            )
     else:
         default = Preprocessing(
             image_px=card.image_px,
@@ -239,7 +257,7 @@ def choose_preprocessing(weights: Weights, asked: AskedView, *, file_name: str) 
             interpolation=card.interpolation,
             mean=card.mean,
             std=card.std,
-            reason="as in its training run",
+            reason="as the checkpoint says",
         )
     return apply_asked(default, asked)
 

@@ -16,8 +16,10 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torchmetrics.classification import MulticlassCalibrationError
+from torchvision import models
 
 from convnext_cli.catalog.models import find_variant
+from convnext_cli.data.augment import eval_side_px
 from convnext_cli.data.card import DatasetCard, Shard, Split, index_name, write_card
 from convnext_cli.data.index import scan_shard, write_index
 from convnext_cli.errors import CheckpointError, DataError, DeviceError, Hung, UserError
@@ -48,7 +50,7 @@ VIEW = Preprocessing(
     interpolation="bicubic",
     mean=(0.5, 0.5, 0.5),
     std=(0.25, 0.25, 0.25),
-    reason="as in its training run",
+    reason="as the checkpoint says",
 )
 
 
@@ -336,7 +338,7 @@ def test_what_is_asked_replaces_what_the_model_says(asked: AskedView, expected: 
     [("convnext_tiny", 31, 32), ("convnext_isotropic_small", 15, 16)],
 )
 def test_images_of_which_nothing_would_be_left_are_refused(name, image_px, smallest_px):
-    weights = SimpleNamespace(variant=find_variant(name), card=None)
+    weights = SimpleNamespace(variant=find_variant(name), card=None, layout="official")
 
     with pytest.raises(CheckpointError, match=f"--image-px {image_px}: {name} halves") as refused:
         choose_preprocessing(weights, AskedView(image_px=image_px), file_name="model.pth")
@@ -344,6 +346,22 @@ def test_images_of_which_nothing_would_be_left_are_refused(name, image_px, small
     assert f"--image-px {smallest_px}" in str(refused.value.hint)
     smallest = AskedView(image_px=smallest_px)
     assert choose_preprocessing(weights, smallest, file_name="model.pth").image_px == smallest_px
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+def test_weights_of_torchvision_are_evaluated_as_torchvision_does(size):
+    name = f"convnext_{size}"
+    weights = SimpleNamespace(variant=find_variant(name), card=None, layout="torchvision")
+    theirs = models.get_model_weights(name).IMAGENET1K_V1.transforms()
+
+    plain = choose_preprocessing(weights, AskedView(), file_name=f"{name}-983f1562.pth")
+    large = choose_preprocessing(weights, AskedView(image_px=384), file_name="model.pth")
+
+    short_px = eval_side_px(plain.image_px, crop_frac=plain.crop_frac)
+    assert ([short_px], [plain.image_px]) == (theirs.resize_size, theirs.crop_size)
+    assert plain.interpolation == theirs.interpolation.value
+    assert (list(plain.mean), list(plain.std)) == (theirs.mean, theirs.std)
+    assert (large.crop, large.crop_frac) == ("warp", 1.0)
 
 
 def test_a_share_of_a_warp_makes_no_sense():
