@@ -257,11 +257,17 @@ def draw_crop(
 ) -> CropBox:
     """A random crop box, drawn from the global `random` state exactly as timm draws it.
 
-    differs: timm's box may have no pixels when the image has a few of them; this keeps one.
+    differs: timm's box may have no pixels when the image has a few of them, and lie at its very end
+    then; this keeps one.
     """
     size = torch.empty((3, height, width), device="meta")
-    top, left, height, width = RandomResizedCropAndInterpolation.get_params(size, scale, ratio)
-    return CropBox(top=top, left=left, height=max(height, 1), width=max(width, 1))
+    top, left, rows, columns = RandomResizedCropAndInterpolation.get_params(size, scale, ratio)
+    return CropBox(
+        top=min(top, height - 1),
+        left=min(left, width - 1),
+        height=max(rows, 1),
+        width=max(columns, 1),
+    )
 
 
 def draw_erased(image_px: int, *, prob: float) -> NDArray[np.int32]:

@@ -31,6 +31,16 @@ def smooth_image(height: int, width: int) -> torch.Tensor:
 PHOTO = smooth_image(75, 100)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_crop_of_a_few_pixels_lies_inside_the_image(size):
+    height, width = size
+    random.seed(0)
+    boxes = [draw_crop(height, width, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)) for _ in range(500)]
+
+    assert all(0 < box.height <= height - box.top for box in boxes)
+    assert all(0 < box.width <= width - box.left for box in boxes)
+
+
 @pytest.mark.parametrize("size", [(75, 100), (8, 8), (1, 1), (32, 300), (400, 3)])
 @pytest.mark.parametrize(
     "view",
