@@ -9,7 +9,7 @@ import typer
 
 from convnext_cli.data.card import read_card
 from convnext_cli.errors import DataError, RecipeError, StorageError
-from convnext_cli.plan.cluster import Cluster, count_cpus, read_rank, read_shape
+from convnext_cli.plan.cluster import Cluster, check_place, count_cpus, read_rank, read_shape
 from convnext_cli.plan.resolve import DataFacts
 from convnext_cli.recipe.files import load_recipe, render_override
 from convnext_cli.recipe.schema import Precision, Recipe
@@ -54,16 +54,23 @@ def check_folder_of(path: Path) -> None:
 
 
 def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cluster:
-    """The devices of flags and launcher; without flags all GPUs of this machine, or one CPU."""
+    """The devices of flags and launcher; without flags all GPUs of this machine, or one CPU.
+
+    Raises:
+        LaunchError: This process has a place that the run does not have, or none of several nodes.
+    """
     import torch
 
     kind = device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if (shape := read_shape()) is not None:
+    shape = read_shape()
+    if shape is not None:
         nodes, devices = shape
     if devices is None:
         devices = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    if shape is None:
+        check_place(os.environ, nodes=nodes, devices=devices)
     return Cluster(
         num_nodes=nodes,
         devices_per_node=devices,

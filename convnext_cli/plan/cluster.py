@@ -5,7 +5,7 @@ What launchers say of a process in its environment is read here:
 ```
 torchrun          RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE
 a step of srun    SLURM_STEP_*; what Slurm says of the job alone holds in a batch script's shell too
-Lightning's own   LOCAL_RANK and NODE_RANK
+Lightning's own   LOCAL_RANK; NODE_RANK where a person has set it on each node
 ```
 """
 
@@ -48,10 +48,8 @@ def read_rank(environ: Mapping[str, str] = os.environ) -> int:
         return int(environ["RANK"])
     if _is_in_step(environ):
         return int(environ["SLURM_PROCID"])
-    if "LOCAL_RANK" in environ:
-        world = int(environ.get("WORLD_SIZE", "1"))
-        return int(environ.get("NODE_RANK", "0")) * world + int(environ["LOCAL_RANK"])
-    return 0
+    world = int(environ.get("WORLD_SIZE", "1"))
+    return int(environ.get("NODE_RANK", "0")) * world + int(environ.get("LOCAL_RANK", "0"))
 
 
 def read_local_rank(environ: Mapping[str, str] = os.environ) -> int:
@@ -105,6 +103,29 @@ def read_shape(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | Non
             hint="srun --ntasks-per-node=N, or torchrun with the same --nproc-per-node=N on each",
         )
     return ranks // local, local
+
+
+def check_place(environ: Mapping[str, str], *, nodes: int, devices: int) -> None:
+    """Refuse to start where nothing but Lightning's variables tells this process its place.
+
+    Raises:
+        LaunchError: The run has no such process, and it would neither say nor write a word; or no
+            variable says which of several nodes this is, and it would wait for the others.
+    """
+    for name, number in (("LOCAL_RANK", devices), ("NODE_RANK", nodes)):
+        if int(environ.get(name, "0")) >= number:
+            raise LaunchError(
+                f"{name}={environ[name]} is set, but it ends at {number - 1} in this run",
+                hint=f"if it is left over from another launcher: unset {name}",
+            )
+    told = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in told if name not in environ]
+    if nodes > 1 and absent:
+        raise LaunchError(
+            f"--nodes {nodes}: nothing tells this process which node it is on ({absent[0]} is not"
+            " set)",
+            hint=f"convnext launch slurm --nodes {nodes}, or set {', '.join(told)} on each node",
+        )
 
 
 def describe_step(environ: Mapping[str, str]) -> dict[str, str]:

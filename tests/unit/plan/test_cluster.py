@@ -3,7 +3,14 @@
 import pytest
 
 from convnext_cli.errors import LaunchError
-from convnext_cli.plan.cluster import Cluster, count_cpus, describe_step, read_rank, read_shape
+from convnext_cli.plan.cluster import (
+    Cluster,
+    check_place,
+    count_cpus,
+    describe_step,
+    read_rank,
+    read_shape,
+)
 
 STEP = {
     "SLURM_JOB_ID": "20007",
@@ -36,6 +43,8 @@ def test_at_least_one_core_is_there():
         ({"RANK": "13", "LOCAL_RANK": "5", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 13),
         # Lightning's own launcher names the local rank and the node
         ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, 1),
+        # and knows nothing of the node before it starts the others
+        ({"NODE_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}, 1),
         # srun, a task a device
         (STEP, 5),
         # and a script that tells its tasks some of torchrun's words
@@ -99,3 +108,25 @@ def test_a_step_of_srun_is_told_in_the_words_of_torchrun():
     assert describe_step(STEP | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != told["MASTER_PORT"]
     chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     assert describe_step(STEP | chosen) == told | chosen
+
+
+@pytest.mark.parametrize(
+    ("environ", "nodes", "sentence"),
+    [
+        ({"LOCAL_RANK": "1"}, 1, "LOCAL_RANK=1 is set, but it ends at 0"),
+        ({"NODE_RANK": "1"}, 1, "NODE_RANK=1 is set, but it ends at 0"),
+        ({}, 2, "NODE_RANK is not set"),
+        ({"NODE_RANK": "1"}, 2, "MASTER_ADDR is not set"),
+    ],
+)
+def test_a_place_that_a_run_does_not_have_is_refused(environ, nodes, sentence):
+    with pytest.raises(LaunchError, match=sentence):
+        check_place(environ, nodes=nodes, devices=1)
+
+
+def test_lightnings_own_processes_and_nodes_have_their_place():
+    check_place({}, nodes=1, devices=2)
+    check_place({"LOCAL_RANK": "1", "NODE_RANK": "0"}, nodes=1, devices=2)
+    node = {"NODE_RANK": "1", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+    check_place(node, nodes=2, devices=2)
+    check_place(node | {"LOCAL_RANK": "1", "WORLD_SIZE": "4"}, nodes=2, devices=2)
