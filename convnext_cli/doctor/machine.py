@@ -240,6 +240,9 @@ def judge_job(environ: Mapping[str, str], *, now: float, has_slurm: bool) -> Fin
         advice = "training cannot save before the job's end: export SLURM_JOB_END_TIME (Unix time)"
         return Finding("Slurm", "warning", f"{found}, its time limit is not known", advice)
     minutes = (deadline - now) / 60
+    if minutes < 0:
+        advice = "leave the shell of that job, or: unset ${!SLURM_*}"
+        return Finding("Slurm", "warning", f"{found}, whose time limit is over", advice)
     if minutes < 10:
         advice = "ask for more time: sbatch --time=24:00:00"
         return Finding("Slurm", "warning", f"{found}, {minutes:.0f} minutes are left", advice)

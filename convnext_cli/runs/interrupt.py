@@ -38,11 +38,14 @@ class StopRequest:
     """What this process was asked.
 
     Args:
-        deadline: Unix time at which the job will be ended; None: nobody says.
+        deadline: Unix time at which the job will be ended; None: nobody says. One that is over is
+            not heeded: this process lives, so it is another job's, in whose shell tmux began, or
+            the job was given more time.
     """
 
     def __init__(self, *, deadline: float | None = None) -> None:
-        self.deadline = deadline
+        over = deadline is not None and deadline <= time.time()
+        self.deadline = None if over else deadline
         self.received: signal.Signals | None = None
         self._arrivals: int | None = None
 

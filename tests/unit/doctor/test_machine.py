@@ -156,6 +156,7 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
     [
         ("", "warning", "its time limit is not known"),
         ("1300", "warning", "5 minutes are left"),
+        ("700", "warning", "whose time limit is over"),
         ("8200", "ok", "2.0 hours are left"),
     ],
 )

@@ -47,8 +47,12 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(("left", "stops"), [(200.0, False), (100.0, True), (-5.0, True)])
+@pytest.mark.parametrize(("left", "stops"), [(200.0, False), (100.0, True), (1.0, True)])
 def test_a_job_stops_while_there_is_time_for_a_step_a_save_and_a_margin(left, stops):
     request = StopRequest(deadline=time.time() + left)
 
     assert (request.reason(needed_seconds=90.0) is not None) == stops
+
+
+def test_the_time_limit_of_a_job_that_is_over_is_not_heeded():
+    assert StopRequest(deadline=time.time() - 5.0).reason(needed_seconds=90.0) is None
