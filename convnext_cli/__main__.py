@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 import os
 import sys
 from contextlib import suppress
@@ -28,6 +29,9 @@ def main() -> None:
     """Run the command line; the only place that ends the process."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     code = 1  # whatever else escapes is a bug
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Data has one encoding in every locale, and paths keep their own bytes.
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         code = _run()
     finally:

@@ -10,6 +10,7 @@ without pyplot, so that no display is needed and no state is shared; Agg draws t
 """
 
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,8 @@ def _load_curves(run: RunDir, label: str, colour: str) -> _Curves:
             hint=f"leave it out, or see how far it is: convnext runs show {quote_path(run.root)}",
         )
     steps_per_epoch = number(read_json(run.plan), "steps_per_epoch")
-    return _Curves(label=label, colour=colour, rows=rows, steps_per_epoch=steps_per_epoch)
+    drawn = os.fsencode(label).decode(errors="replace")  # no font has what is not UTF-8
+    return _Curves(label=drawn, colour=colour, rows=rows, steps_per_epoch=steps_per_epoch)
 
 
 def _panel_of(key: str, curves: Sequence[_Curves]) -> _Panel:

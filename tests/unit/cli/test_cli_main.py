@@ -98,6 +98,15 @@ def test_a_full_disk_behind_stdout_ends_with_74():
     assert hint == "hint: look: df -h"
 
 
+def test_data_has_the_same_bytes_in_every_locale():
+    done = subprocess.run(
+        [sys.executable, "-m", "convnext_cli", "recipes", "show", "quickstart", "about=köln"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True,
+    )  # fmt: skip
+
+    assert done.stdout.startswith("about: köln\n".encode())
+
+
 @pytest.mark.parametrize("command", [("plan",), ("runs", "show"), ("weights", "inspect")])
 def test_a_path_that_the_system_refuses_is_a_mistake(run_cli, command):
     done = run_cli(*command, 300 * "a")

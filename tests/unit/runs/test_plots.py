@@ -1,6 +1,7 @@
 """Curves are drawn for one run and for several, also where rows are few or damaged."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,9 @@ def test_losses_that_were_not_finite_are_gaps(tmp_path):
     assert (tmp_path / "a.png").exists()
 
 
-def test_a_name_with_dollar_signs_and_underscore_is_drawn_as_it_is(tmp_path):
-    plot_runs([make_run(tmp_path / "_$x^{$")], tmp_path / "a.png")
+@pytest.mark.parametrize("name", ["_$x^{$", os.fsdecode(b"caf\xe9")])
+def test_a_name_that_is_no_plain_text_is_drawn(tmp_path, name):
+    plot_runs([make_run(tmp_path / name)], tmp_path / "a.png")
 
     assert colours_of(tmp_path / "a.png")[BLUE] > 1000
 
