@@ -296,6 +296,7 @@ def parse_override(text: str) -> dict[str, Any]:
         RecipeError: The text has another form, or the key is not one of a recipe's.
     """
     name, equals, value = text.partition("=")
+    name = name.strip()
     text = text if len(text) <= 80 else f"{text[:80]}..."  # for messages
     if not equals or not name:
         raise RecipeError(

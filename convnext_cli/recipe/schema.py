@@ -8,9 +8,10 @@ arXiv 2301.00808), Tables 8 to 13.
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from convnext_cli.catalog.datasets import DATASETS, IMAGENET_MEAN, IMAGENET_STD
 from convnext_cli.catalog.models import VARIANTS
@@ -80,10 +81,18 @@ class Model(Section):
         return name
 
 
+def _expand_home(path: str) -> str:
+    # no shell has read what a recipe says, nor --data=~/images
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
+
+
+HomePath = Annotated[str, AfterValidator(_expand_home)]
+
+
 class Init(Section):
     """The weights that training starts from."""
 
-    weights: str | None = None
+    weights: HomePath | None = None
     """Checkpoint or weight file in any published layout; null: from scratch."""
 
     source: Literal["auto", "raw", "ema"] = "auto"
@@ -105,7 +114,7 @@ class Data(Section):
     dataset: str | None = None
     """Known data set whose sizes are used for planning, such as imagenet1k; null: your own."""
 
-    path: str | None = None
+    path: HomePath | None = None
     """Packed data set: folder or URL with a dataset.json (`convnext data pack` makes it). The
     flag --data sets it. In stream mode: the training shards, such as shards/{000..127}.tar."""
 

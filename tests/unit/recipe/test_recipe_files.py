@@ -293,6 +293,10 @@ def test_any_path_can_be_given_as_an_override(path):
     assert parse_override(render_override("data.path", path)) == {"data": {"path": path}}
 
 
+def test_spaces_around_a_key_and_its_value_are_none_of_theirs():
+    assert parse_override("optim.lr = 1e-3") == {"optim": {"lr": 1e-3}}
+
+
 def test_an_empty_value_is_null():
     assert parse_override("ema.decay=") == {"ema": {"decay": None}}
 

@@ -128,3 +128,11 @@ def test_a_policy_in_timms_notation_is_taken(policy):
 def test_another_policy_is_refused_before_anything_starts(policy):
     with pytest.raises(ValidationError, match="a policy in timm's notation is wanted"):
         Augment(rand_augment=policy)
+
+
+def test_a_path_that_no_shell_has_read_begins_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    recipe = make_recipe(data={"path": "~/images"}, init={"weights": "~/a.pt"})
+
+    assert (recipe.data.path, recipe.init.weights) == ("/home/ada/images", "/home/ada/a.pt")
+    assert make_recipe(data={"path": "s3://b/~/images"}).data.path == "s3://b/~/images"
