@@ -258,7 +258,8 @@ def writing_to(path: Path) -> Iterator[None]:
                     f"cannot write {path}: {file} is a file, not a folder",
                     hint=f"name another place, or look: ls -l {quote_path(file)}",
                 ) from error
-        folder = quote_path(path.parent)
+        there = (folder for folder in path.parents if os.access(folder, os.F_OK))
+        folder = quote_path(next(there, path.parent))
         raise WriteError(
             f"cannot write {path}: {error.strerror or error}",
             hint=f"check space and permission: df -h {folder}; ls -ld {folder}",

@@ -21,6 +21,7 @@ from convnext_cli.runs.record import (
     utc_now,
     write_csv,
     write_json,
+    writing_to,
 )
 
 
@@ -197,6 +198,13 @@ def test_a_full_disk_is_a_users_error(tmp_path):
         lines.write({"step": 1})
     with pytest.raises(OSError, match="No space left"):  # the buffered row cannot be flushed
         lines.close()
+
+
+def test_the_hint_looks_at_a_folder_that_is_there(tmp_path):
+    with pytest.raises(StorageError) as refused, writing_to(tmp_path / "a" / "b" / "file"):
+        raise PermissionError(13, "Permission denied")
+
+    assert str(refused.value.hint).endswith(f"ls -ld {shlex.quote(str(tmp_path))}")
 
 
 def test_reading_a_folder_as_rows_is_a_users_error(tmp_path):
