@@ -17,6 +17,12 @@ from convnext_cli.recipe.schema import Precision, Recipe
 LARGEST = 2**63 - 1
 """Of a seed, a step or an epoch: the generators take so much."""
 
+
+def expand_home(path: Path) -> Path:
+    """A path whose ~ no shell has read, as in --root=~/runs: else a folder is called so."""
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe: a name (convnext recipes list) or a YAML file.")
 ]
@@ -36,7 +42,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 DeviceOption = Annotated[DeviceChoice, typer.Option(help="Kind of device.")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="Same as compute.precision=...")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of a run.")]
-RootOption = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
+RootOption = Annotated[Path, typer.Option(help="Folder that holds the runs.", callback=expand_home)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 
 

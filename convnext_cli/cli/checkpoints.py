@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from convnext_cli.cli._console import console, print_json, print_rows
-from convnext_cli.cli._inputs import JsonOption, RootOption, RunArgument
+from convnext_cli.cli._inputs import JsonOption, RootOption, RunArgument, expand_home
 from convnext_cli.cli._models import WeightsOption
 from convnext_cli.errors import CheckpointError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step, find_run
@@ -102,7 +102,9 @@ def fetch(
         str, typer.Argument(metavar="URL", help="checkpoint.copy_to, and the name of the run.")
     ],
     *,
-    runs_dir: Annotated[Path, typer.Option(help="Folder that the run is put into.")] = Path("runs"),
+    runs_dir: Annotated[
+        Path, typer.Option(help="Folder that the run is put into.", callback=expand_home)
+    ] = Path("runs"),
 ) -> None:
     """Bring a run back from the copies that checkpoint.copy_to made, to go on with it.
 

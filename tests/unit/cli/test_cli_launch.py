@@ -68,3 +68,11 @@ def test_a_job_that_could_not_begin_is_not_submitted(
     assert sentence in done.stderr
     assert "hint: " in done.stderr
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_home_folder_that_no_shell_has_read_is_that_of_the_job(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    done = run_cli("launch", "slurm", "in1k_tiny", "--runs-dir=~/own", "--dry-run")
+
+    assert f"export RUNS_DIR={tmp_path}/own\n" in done.stdout

@@ -232,3 +232,12 @@ def test_durations_read_as_their_two_largest_units(root, seconds, words):
 
 def repo_root() -> str:
     return str(Path(__file__).parents[3])
+
+
+def test_a_home_folder_that_no_shell_has_read_is_found(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own").mkdir()
+
+    done = run_cli("runs", "list", "--root=~/own")
+
+    assert (done.exit_code, done.stderr) == (0, f"no runs in {tmp_path}/own\n")
