@@ -35,7 +35,7 @@ fi
 # sbatch runs a copy of this file; the job knows where the original lies.
 here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
 stem=${RECIPE##*/}
-export NAME=${NAME:-${stem%.yaml}}-seed$SLURM_ARRAY_TASK_ID
+export NAME=${NAME:-${stem%.*}}-seed$SLURM_ARRAY_TASK_ID
 export EXTRA="${EXTRA:-} seed=$SLURM_ARRAY_TASK_ID"
 # shellcheck source=slurm/multinode.sh
 source "$(dirname "$here")/multinode.sh"

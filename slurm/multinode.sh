@@ -72,7 +72,7 @@ say() { echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) job $SLURM_JOB_ID attempt ${SLURM_R
 
 [[ -n ${RECIPE:-} ]] || fail "RECIPE is not set" "RECIPE=in1k_tiny DATA=/data/imagenet $0"
 stem=${RECIPE##*/}
-NAME=${NAME:-${stem%.yaml}}
+NAME=${NAME:-${stem%.*}}
 RUNS_DIR=${RUNS_DIR:-runs}
 RESTARTS=${RESTARTS:-3}
 
