@@ -42,6 +42,7 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 DeviceOption = Annotated[DeviceChoice, typer.Option(help="Kind of device.")]
 PrecisionOption = Annotated[Precision | None, typer.Option(help="Same as compute.precision=...")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name or path of a run.")]
+RunsDirOption = Annotated[Path, typer.Option(help="Folder of all runs.", callback=expand_home)]
 RootOption = Annotated[Path, typer.Option(help="Folder that holds the runs.", callback=expand_home)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON to stdout.")]
 

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, print_json
-from convnext_cli.cli._inputs import DataOption, JsonOption, expand_home
+from convnext_cli.cli._inputs import DataOption, JsonOption, RunsDirOption
 from convnext_cli.doctor.findings import Finding, find_worst, merge_hosts
 from convnext_cli.plan.cluster import read_local_rank, read_rank, read_shape
 
@@ -24,9 +24,7 @@ def doctor(
     *,
     data: DataOption = None,
     images: Annotated[int, typer.Option(help="Images that are read of each split.", min=1)] = 200,
-    runs_dir: Annotated[
-        Path, typer.Option(help="Folder of all runs.", callback=expand_home)
-    ] = Path("runs"),
+    runs_dir: RunsDirOption = Path("runs"),
     cache_dir: Annotated[
         Path | None, typer.Option(help="Same as data.cache_dir (default: the user's cache).")
     ] = None,

@@ -18,13 +18,13 @@ from convnext_cli.cli._inputs import (
     DevicesOption,
     NodesOption,
     PrecisionOption,
+    RunsDirOption,
     find_cluster,
     load_asked_recipe,
 )
 from convnext_cli.cli.train import (
     NameOption,
     ResumeOption,
-    RunsDirOption,
     listen_for_stop,
     run_training,
 )

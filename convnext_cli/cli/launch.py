@@ -16,11 +16,12 @@ from convnext_cli.cli._inputs import (
     OverridesArgument,
     PrecisionOption,
     RecipeArgument,
+    RunsDirOption,
     load_asked_recipe,
     read_facts,
 )
 from convnext_cli.cli.plan import show_plan
-from convnext_cli.cli.train import NameOption, RunsDirOption, check_name, check_start_weights
+from convnext_cli.cli.train import NameOption, check_name, check_start_weights
 from convnext_cli.data.card import require_path
 from convnext_cli.errors import LaunchError, quote_path
 from convnext_cli.launch.exits import repeat

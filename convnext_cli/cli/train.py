@@ -17,7 +17,7 @@ from convnext_cli.cli._inputs import (
     OverridesArgument,
     PrecisionOption,
     RecipeArgument,
-    expand_home,
+    RunsDirOption,
     find_cluster,
     load_asked_recipe,
     read_facts,
@@ -35,7 +35,6 @@ from convnext_cli.runs.lock import RunLock
 NameOption = Annotated[
     str | None, typer.Option(help="Name of the run's folder (default: the recipe's name).")
 ]
-RunsDirOption = Annotated[Path, typer.Option(help="Folder of all runs.", callback=expand_home)]
 ResumeOption = Annotated[
     str,
     typer.Option(
