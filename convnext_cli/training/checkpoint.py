@@ -1,8 +1,8 @@
 """What is saved of a run, when, and which are kept; written so that a kill loses nothing.
 
 ```
-step=00000312.ckpt    the whole state after 312 optimizer steps, written beside and renamed
 step=00000312.json    its size and hash (`runs/manifest.py`): without it, it does not count
+step=00000312.ckpt    the whole state after 312 optimizer steps, written beside and renamed last
 last.ckpt             -> the newest
 best.ckpt             -> the best val/top1
 best_ema.ckpt         -> the best val_ema/top1
@@ -83,9 +83,10 @@ def copy_to_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_checkpoint(checkpoint: dict[str, Any], target: Path, *, world_size: int) -> Manifest:
-    """Write one checkpoint beside its place, make it durable, rename it, then write its manifest.
+    """Write one checkpoint beside its place, make it durable, write its manifest, then rename it.
 
-    At every instant the path holds the old checkpoint or the new one, whole.
+    At every instant the path holds the old checkpoint or the new one, whole; and a first one never
+    lies there without its manifest, which would look as if a whole one had been damaged.
 
     Raises:
         WriteError: The place cannot be written; what was there is untouched.
@@ -98,16 +99,15 @@ def write_checkpoint(checkpoint: dict[str, Any], target: Path, *, world_size: in
                 hashed = HashedFile(file)
                 _save(checkpoint, hashed)
             sync(beside)  # may take long, and until then the old one of this step counts
-            manifest_path(target).unlink(missing_ok=True)  # the bytes that it speaks of go
-        manifest = Manifest(
-            step=int(checkpoint[CHECKPOINT_KEY]["step"]),
-            bytes=hashed.bytes,
-            sha256=hashed.sha256,
-            time=utc_now(),
-            world_size=world_size,
-        )
-        with written_whole(manifest_path(target)) as beside:
-            beside.write_text(manifest.to_json(), encoding="utf-8")
+            manifest = Manifest(
+                step=int(checkpoint[CHECKPOINT_KEY]["step"]),
+                bytes=hashed.bytes,
+                sha256=hashed.sha256,
+                time=utc_now(),
+                world_size=world_size,
+            )
+            with written_whole(manifest_path(target)) as beside_manifest:
+                beside_manifest.write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 

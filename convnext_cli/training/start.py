@@ -105,10 +105,12 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
     if newest is not None:
         return _start_from(newest.path, plan, damaged)
     if damaged:
+        trusted = f"if you know it whole: --resume {quote_path(damaged[0].path)}; else "
         raise CheckpointError(
             f"{damaged[0].path} is damaged, and there is no older one that is whole:"
             f" {damaged[0].problem}",
-            hint=f"start the run anew with --name NAME, or first move {run.checkpoints} away",
+            hint=(trusted if damaged[0].manifest is None else "")
+            + f"start the run anew with --name NAME, or first move {run.checkpoints} away",
         )
     copies = find_copies(plan, run) if plan.cluster.rank == 0 else None
     if copies is not None and resume != "never" and copies.list_steps():
