@@ -37,6 +37,9 @@ _LOOKS = 20
 """Within the time that is allowed."""
 _HELD_SECONDS = 60.0
 
+_OTHERS_SECONDS = 3.0
+"""For the other ranks to write theirs too, at least: a rank that ends takes them with it."""
+
 _MEETING_SECONDS = 3.0
 """For the ranks to find each other after a stop was asked: then they agree on it."""
 
@@ -175,6 +178,8 @@ class HangWatch(pl.Callback):
                     _tell(told, file)
             except OSError as error:
                 sys.stderr.write(f"cannot write {path}: {error.strerror or error}\n")
+            if self.plan.world_size > 1:
+                time.sleep(max(2 * self._allowed / _LOOKS, _OTHERS_SECONDS))
             for process in multiprocessing.active_children():
                 with suppress(ProcessLookupError):
                     os.kill(cast("int", process.pid), TELL_AND_END)
