@@ -39,7 +39,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from fsspec.core import url_to_fs
 
-from convnext_cli.errors import DISK_FULL, DataError, StorageError
+from convnext_cli.errors import DISK_FULL, DataError, StorageError, WriteError
 from convnext_cli.runs.record import sync
 
 BLOCK_BYTES = 8 << 20
@@ -175,7 +175,8 @@ class Store:
                         self._download(url, path, expected=expected)
                         make_room(cache_dir, limit_bytes=self.cache_bytes, keep=path)
         except OSError as error:
-            raise StorageError(
+            kind = WriteError if error.errno in DISK_FULL else StorageError
+            raise kind(
                 f"{path}: {error.strerror or error}; shards from {without_secrets(self.location)}"
                 f" are kept there",
                 hint="choose another folder: data.cache_dir=DIR",
@@ -214,7 +215,7 @@ class Store:
         """Evict as much as is missing.
 
         Raises:
-            StorageError: There is nothing to evict, or not enough.
+            WriteError: There is nothing to evict, or not enough.
         """
         free = shutil.disk_usage(part.parent).free
         held = part.stat().st_size if part.exists() else 0
@@ -222,7 +223,7 @@ class Store:
         freed = evict(part.parent, num_bytes=missing, keep=part)
         if freed < missing:
             part.unlink(missing_ok=True)
-            raise StorageError(
+            raise WriteError(
                 f"{part.parent}: {error.strerror}: {missing:,} bytes are missing for a shard,"
                 f" {free:,} are free",
                 hint="free some, or keep shards elsewhere: data.cache_dir=DIR",

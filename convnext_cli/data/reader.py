@@ -21,6 +21,7 @@ import atexit
 import faulthandler
 import os
 import signal
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -566,6 +567,9 @@ def build_loader(
         prefetch_factor=_PREFETCH if num_workers else None,
         pin_memory=pin_memory,
         persistent_workers=persistent and num_workers > 0,
+        # Python 3.14's own choice takes seconds and a copy of torch for each process, and torch
+        # does not see at once that one is lost.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         worker_init_fn=partial(start_worker, leaving=_leaving()),
         # Its own generator: else every iterator moves the global random state on.
         generator=torch.Generator(),

@@ -21,7 +21,7 @@ from convnext_cli.data.fetch import (
     read_stream,
     without_secrets,
 )
-from convnext_cli.errors import DataError, StorageError
+from convnext_cli.errors import DataError, WriteError
 
 DATA = bytes(range(256)) * 400
 WHOLE = Expected(num_bytes=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
@@ -335,7 +335,7 @@ def test_a_disk_that_is_full_of_other_things_is_told(faulty_server, tmp_path, sm
     (small_disk / ".other").write_bytes(bytes(260_000))
 
     with pytest.raises(
-        StorageError, match=r"No space left on device: .* bytes are missing"
+        WriteError, match=r"No space left on device: .* bytes are missing"
     ) as full:
         store(faulty_server, tmp_path, cache_bytes=10**9).path("a.tar", expected=WHOLE)
 

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import signal
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -411,6 +413,19 @@ def test_workers_outlive_the_signals_of_a_batch_system(dataset):
     time.sleep(0.2)
 
     assert_equal([first, *batches], train_batches(dataset, num_workers=0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each Python has its own way")
+def test_workers_are_forked_whatever_python_does_by_itself(dataset, monkeypatch):
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context",
+                        multiprocessing.get_context("forkserver"))  # fmt: skip
+    reader = reader_of(*dataset)
+    sampler = EvaluationSampler(len(reader), rank=0, world=1, batch=4)
+
+    batches = iter(build_loader(reader, sampler=sampler, num_workers=1, pin_memory=False))
+    next(batches)
+
+    assert [psutil.Process(worker.pid).ppid() for worker in batches._workers] == [os.getpid()]
 
 
 @pytest.mark.parametrize(
