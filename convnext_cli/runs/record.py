@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import psutil
 
@@ -73,18 +73,19 @@ class JsonLines:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             _mend_last_line(path)
-            self._file: BinaryIO = path.open("ab")
+            self._file = self._open()
 
     def write(self, row: Mapping[str, object]) -> None:
-        """Append one row and flush it to the operating system.
+        """Append one row and hand it to the operating system.
 
         Raises:
             WriteError: The disk is full or gone.
         """
-        line = json.dumps(_jsonable(row), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(_jsonable(row), allow_nan=False, ensure_ascii=False)
+        line = text.encode(errors="backslashreplace") + b"\n"
         with writing_to(self.path):
-            self._file.write(line.encode(errors="backslashreplace") + b"\n")
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
 
     def truncate_after(self, step: int, *, key: str | None = None) -> int:
         """Drop the rows of later steps, and return how many were dropped.
@@ -112,8 +113,12 @@ class JsonLines:
             with writing_to(self.path):
                 self._file.close()
                 _write_whole(self.path, b"".join(line + b"\n" for line in kept))
-                self._file = self.path.open("ab")
+                self._file = self._open()
         return dropped
+
+    def _open(self) -> io.FileIO:
+        # without a buffer: what a full disk refused would be tried again by close, which raises
+        return self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from convnext_cli.errors import RunError, StorageError
+from convnext_cli.errors import RunError, StorageError, WriteError
 from convnext_cli.runs.record import (
     JsonLines,
     read_json,
@@ -20,6 +21,7 @@ from convnext_cli.runs.record import (
     record_environment,
     utc_now,
     write_csv,
+    write_event,
     write_json,
     writing_to,
 )
@@ -186,18 +188,19 @@ def test_a_folder_that_is_a_file_is_a_users_error(tmp_path):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_a_users_error(tmp_path):
-    (tmp_path / "m.jsonl").symlink_to("/dev/full")
+def test_a_full_disk_is_a_users_error_and_the_next_row_is_whole(tmp_path):
+    path, before = tmp_path / "events.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_event(path, "started", step=0)
 
-    # /dev/full reads as endless zeros, so open the writer on a plain file and swap the target.
-    lines = JsonLines(tmp_path / "plain.jsonl")
-    with (tmp_path / "m.jsonl").open("ab", buffering=0) as full:
-        os.dup2(full.fileno(), lines._file.fileno())
-    with pytest.raises(StorageError, match="No space left"):
-        lines.write({"step": 1})
-    with pytest.raises(OSError, match="No space left"):  # the buffered row cannot be flushed
-        lines.close()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"cannot write .*events\.jsonl: File too large"):
+            write_event(path, "checkpoint", step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    write_event(path, "stopped", step=2)
+    assert [row["step"] for row in read_jsonl(path)] == [0, 2]
 
 
 def test_the_hint_looks_at_a_folder_that_is_there(tmp_path):
