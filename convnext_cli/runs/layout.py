@@ -174,6 +174,10 @@ class RunDir:
         found = [(checkpoint_step(path), path) for path in self.list_checkpoints()]
         return [path for at, path in found if at is not None and at > step]
 
+    def list_torn(self) -> list[Path]:
+        """Files that a kill left half-written, under the names of `record.written_whole`."""
+        return [path for folder in (self.root, self.checkpoints) for path in folder.glob(".*.tmp")]
+
     def is_run(self) -> bool:
         """Whether a recipe and a plan are on disk here."""
         return self.recipe.is_file() and self.plan.is_file()

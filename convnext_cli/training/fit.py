@@ -33,7 +33,13 @@ from convnext_cli.runs.copies import Copier
 from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import manifest_path
-from convnext_cli.runs.record import record_environment, write_event, write_json, writing_to
+from convnext_cli.runs.record import (
+    record_environment,
+    write_event,
+    write_json,
+    writing_to,
+    written_whole,
+)
 from convnext_cli.training.agreement import Agreement
 from convnext_cli.training.build import build_trainer
 from convnext_cli.training.checkpoint import (
@@ -71,8 +77,11 @@ def _write_run(plan: Plan, run: RunDir) -> None:
     """
     with writing_to(run.root):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not run.recipe.is_file():
-            run.recipe.write_text(render_recipe(plan.recipe), encoding="utf-8")
+        for path in run.list_torn():  # each may be as large as a checkpoint
+            path.unlink()
+        if not run.is_run():  # a start that was killed here may have left another's
+            with written_whole(run.recipe) as beside:
+                beside.write_text(render_recipe(plan.recipe), encoding="utf-8")
         write_json(run.plan, plan.to_json())
         write_json(run.environment, record_environment())
 

@@ -14,13 +14,13 @@ from convnext_cli.errors import DataError, DeviceError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
-from convnext_cli.runs.compare import summarise_run
+from convnext_cli.runs.compare import read_recipe_keys, summarise_run
 from convnext_cli.runs.interrupt import StopRequest
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.record import write_json
 from convnext_cli.training import fit as fit_module
 from convnext_cli.training.checkpoint import write_checkpoint
-from convnext_cli.training.fit import _run_trainer, fit
+from convnext_cli.training.fit import _run_trainer, _write_run, fit
 from convnext_cli.training.guard import RolledBack
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.start import Start
@@ -83,6 +83,29 @@ def test_a_run_that_lost_too_many_images_in_its_last_step_is_not_finished_by_a_s
     assert start_again("data.bad_frac=0.001") == 8
     assert summarise_run(run).state == "finished"
     assert "200 images could not be used, and neighbours stood in" in said.getvalue()
+
+
+def test_what_a_kill_left_of_a_start_gives_way_to_the_next(tmp_path):
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="mine")
+    run = RunDir(tmp_path / "mine")
+    run.checkpoints.mkdir(parents=True)
+    torn = [run.root / ".plan.json.7.tmp", run.checkpoints / ".step=00000312.ckpt.7.tmp"]
+    for path in (run.recipe, *torn):
+        path.touch()  # opened, and killed before it was written
+
+    _write_run(plan, run)
+
+    assert read_recipe_keys(run)["model.name"] == "convnext_tiny"
+    assert not any(path.exists() for path in torn)
+
+
+def test_the_recipe_of_a_run_stays_as_it_was_asked_first(tmp_path):
+    run = RunDir(tmp_path / "mine")
+    for seed in (1, 2):
+        plan = make_plan(load_recipe("in1k_tiny", [f"seed={seed}"]), Cluster(), name="mine")
+        _write_run(plan, run)
+
+    assert read_recipe_keys(run)["seed"] == 1
 
 
 @pytest.mark.parametrize(
