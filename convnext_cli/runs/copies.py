@@ -11,18 +11,20 @@ have arrived. A copy that fails does not end a run: it is told, and the next one
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from convnext_cli.errors import DISK_FULL, CheckpointError, RunError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path, read_manifest
-from convnext_cli.runs.record import write_event, writing_to
+from convnext_cli.runs.record import write_event, writing_to, written_whole
 
 _LINKS = "links.json"
 _BUCKETS = ("s3://", "s3a://", "gs://", "gcs://")
@@ -65,22 +67,31 @@ class RemoteFolder:
         """Make this folder hold what the run's folder holds."""
         if not self.url.startswith(_BUCKETS):  # its back end would make a bucket, mistyped or not
             self._files.makedirs(f"{self._root}/checkpoints", exist_ok=True)
+        # listed before the rows are copied: a copy must not go on from a step whose rows it lacks
+        wanted = {
+            step: path
+            for path in run.list_checkpoints()
+            if (step := checkpoint_step(path)) is not None and manifest_path(path).is_file()
+        }
+        there = self._names()
+        for name in sorted(there):
+            step = checkpoint_step(Path(name).with_suffix(".ckpt"))
+            if step is None or not name.endswith(".json"):
+                continue
+            # What the run went back from must not meet the new rows and skips; of a step that was
+            # taken again, a half-replaced copy has to be torn.
+            replaced = step in wanted and not self._holds(manifest_path(wanted[step]))
+            if replaced or step > max(wanted, default=0):
+                self._files.rm_file(f"{self._root}/checkpoints/{name}")
+                there.remove(name)
         for path in _small_files(run):
             if path.is_file():
-                self._files.put_file(str(path), f"{self._root}/{path.name}")
-        there = self._names()
-        wanted = [
-            path
-            for path in run.list_checkpoints()
-            if checkpoint_step(path) is not None and manifest_path(path).is_file()
-        ]
-        for path in wanted:
+                with self._written_whole(path.name) as place:
+                    self._files.put_file(str(path), place)
+        for path in wanted.values():
             manifest = manifest_path(path)
             if path.name in there and manifest.name in there:
-                if self._holds(manifest):
-                    continue
-                # a step that was taken again; without its manifest, a half-replaced copy is torn
-                self._files.rm_file(f"{self._root}/checkpoints/{manifest.name}")
+                continue
             try:
                 for one in (path, manifest):
                     self._files.put_file(str(one), f"{self._root}/checkpoints/{one.name}")
@@ -90,8 +101,9 @@ class RemoteFolder:
                 continue  # meanwhile there are newer ones
         links = {link.name: link.resolve().name for link in run.links if link.exists()}
         content = json.dumps(links).encode()
-        self._files.pipe_file(f"{self._root}/checkpoints/{_LINKS}", content)
-        kept = {path.name for path in wanted} | {manifest_path(path).name for path in wanted}
+        with self._written_whole(f"checkpoints/{_LINKS}") as place:
+            self._files.pipe_file(place, content)
+        kept = {name for path in wanted.values() for name in (path.name, manifest_path(path).name)}
         for name in there - kept:
             if checkpoint_step(Path(name).with_suffix(".ckpt")) is None:
                 continue  # not of a run
@@ -131,6 +143,15 @@ class RemoteFolder:
             if path.exists() or self._pull_checkpoint(path):
                 link.symlink_to(target)
         return newest
+
+    @contextmanager
+    def _written_whole(self, name: str) -> Iterator[str]:
+        """Where to write a file, of which a kill leaves the old or the new; buckets see to it."""
+        if isinstance(self._files, LocalFileSystem):
+            with written_whole(Path(self._root, name)) as beside:
+                yield str(beside)
+        else:
+            yield f"{self._root}/{name}"
 
     def _holds(self, manifest: Path) -> bool:
         """Whether the copy of a manifest is of the same bytes."""

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import time
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -94,6 +95,57 @@ def test_a_step_that_is_taken_again_is_copied_again_after_its_manifest_is_gone(
     assert sent == [("step=00000004.ckpt", [2])]
     back, step = fetch_run(url, run.root.parent.parent / "back")
     assert (step, back.checkpoint(4).read_bytes()) == (4, b"taken again")
+
+
+class Killed(BaseException):
+    """Of the process, in the middle of a copy."""
+
+
+def test_a_copy_that_is_killed_in_a_small_file_leaves_the_one_before(run, url, monkeypatch):
+    def put_half(self, source, target, **kwargs):
+        Path(target).write_bytes(Path(source).read_bytes()[:1])
+        raise Killed
+
+    folder = RemoteFolder(url)
+    folder.push(run)
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_half)
+    with pytest.raises(Killed):
+        folder.push(run)
+
+    back, _ = fetch_run(url, run.root.parent.parent / "back")
+    assert back.recipe.read_text() == run.recipe.read_text()
+
+
+def test_a_checkpoint_is_not_copied_before_the_rows_up_to_its_step(run, url, monkeypatch):
+    put = LocalFileSystem.put_file
+
+    def put_file(self, source, target, **kwargs):
+        put(self, source, target, **kwargs)
+        if source == str(run.metrics):  # the run goes on meanwhile
+            run.metrics.write_text('{"step": 4}\n{"step": 6}\n')
+            write(run, 6)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", put_file)
+    RemoteFolder(url).push(run)
+
+    back, step = fetch_run(url, run.root.parent.parent / "back")
+    assert [row["step"] for row in read_jsonl(back.metrics)] == [step]
+
+
+def test_what_a_run_went_back_from_is_not_fetched_with_what_it_leaves_out_since(
+    run, url, monkeypatch
+):
+    folder = RemoteFolder(url)
+    folder.push(run)
+    run.checkpoint(4).unlink()
+    manifest_path(run.checkpoint(4)).unlink()
+    run.skips.write_text('{"skips": [[2, 3]]}')
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+        folder.push(run)
+
+    back, step = fetch_run(url, run.root.parent.parent / "back")
+    assert (step, back.skips.is_file()) == (2, True)
 
 
 def test_a_torn_copy_does_not_count_and_a_damaged_one_is_passed_over(run, url, tmp_path):
