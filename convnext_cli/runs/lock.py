@@ -97,7 +97,7 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        if self._read() == self.holder:
+        if _read(self.path) == self.holder:
             self.path.unlink(missing_ok=True)
         with suppress(OSError):  # it is not empty, or another start that was refused was faster
             self.path.parent.rmdir()  # a start that was refused leaves no trace
@@ -113,19 +113,13 @@ class RunLock:
             self._beside.unlink()
         return True
 
-    def _read(self) -> Holder | None:
-        try:
-            return Holder(**json.loads(self.path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return None
-
     def _wait_for_end(self) -> None:
         """Remove the lock of a holder that is gone.
 
         Raises:
             RunError: It lives.
         """
-        holder = self._read()
+        holder = _read(self.path)
         told, before = False, 0.0
         while holder is not None and not self._is_gone(holder):
             silent = self._silent_seconds()
@@ -146,12 +140,15 @@ class RunLock:
                 told = True
             before = silent
             time.sleep(1.0)
-            holder = self._read()
+            holder = _read(self.path)
         # Renamed first: of two that find the holder gone, one takes its lock away.
         try:
             self.path.rename(self._beside)
         except FileNotFoundError:
             return
+        if _read(self._beside) != holder:  # by now it is that of the other, which was faster
+            with suppress(FileExistsError):
+                os.link(self._beside, self.path)
         self._beside.unlink()
 
     def _silent_seconds(self) -> float:
@@ -207,6 +204,13 @@ def is_free(path: Path) -> bool:
     with suppress(OSError):  # it is not empty
         path.parent.rmdir()
     return True
+
+
+def _read(path: Path) -> Holder | None:
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _read_pid_space() -> str | None:

@@ -71,6 +71,24 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_at_once(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_of_two_starts_that_find_the_holder_gone_one_gets_the_folder(tmp_path, monkeypatch):
+    path = tmp_path / "lock.json"
+    write_holder(path, pid=0)
+    is_gone = RunLock._is_gone
+
+    def is_gone_when_the_other_is_faster(own, holder):
+        if holder.pid == 0:
+            write_holder(path, host="elsewhere")
+            return True
+        return is_gone(own, holder)
+
+    monkeypatch.setattr(RunLock, "_is_gone", is_gone_when_the_other_is_faster)
+    with pytest.raises(RunError, match="on elsewhere"), lock(path):
+        pass
+
+    assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
     path = tmp_path / "lock.json"
     write_holder(path, started=lock(path).holder.started - 1000)
