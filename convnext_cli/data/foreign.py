@@ -54,7 +54,7 @@ from convnext_cli.data.index import (
 )
 from convnext_cli.data.pool import iter_done
 from convnext_cli.errors import DataError, Stopped, quote_path
-from convnext_cli.runs.record import write_json, writing_to
+from convnext_cli.runs.record import write_json, writing_to, written_whole
 
 STATE_NAME = "index-state"
 INFO_NAMES = ("_info.json", "info.json")
@@ -429,8 +429,12 @@ def _scan_shard(task: _Task) -> tuple[str, _Record]:
     )
     out = Path(task.out)
     places = np.array([place[text] for text in scan.label_texts], dtype=np.int32)
-    with writing_to(_places_path(out, task.name)):
-        np.save(_places_path(out, task.name), places)
+    path = _places_path(out, task.name)
+    with writing_to(path):
+        # until its successor is there, for it knows nothing of the files that are written now
+        _record_path(out, task.name).unlink(missing_ok=True)
+        with written_whole(path) as beside, beside.open("wb") as file:
+            np.save(file, places)
     write_index(scan.index, out / index_name(task.name))
     write_json(_record_path(out, task.name), asdict(record))
     return task.name, record

@@ -8,12 +8,14 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from convnext_cli.data import foreign
 from convnext_cli.data.audit import check_dataset
 from convnext_cli.data.augment import EvalView
 from convnext_cli.data.card import index_name, read_card
@@ -28,7 +30,7 @@ from convnext_cli.data.foreign import (
 )
 from convnext_cli.data.index import read_index
 from convnext_cli.data.reader import ImageReader
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, Stopped
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 
@@ -277,6 +279,30 @@ def test_other_labels_are_scanned_and_other_classes_only_renamed(timm_shards, tm
     assert (by_json.reused_shards, named.reused_shards) == (0, 3)
     assert named.card.classes == ("a", "b", "c")
     assert check_dataset(tmp_path / "out", deep=False).damage == ()
+
+
+def test_a_kill_while_other_labels_are_scanned_leaves_nothing_of_them(tmp_path, monkeypatch):
+    members = [
+        (f"{number}.{ending}", data)
+        for number in range(4)
+        for ending, data in (
+            ("jpg", jpeg(number)),
+            ("cls", str(number % 2).encode()),
+            ("json", json.dumps({"half": number // 2}).encode()),
+        )
+    ]
+    write_shard(tmp_path / "wds" / "train-0000.tar", members)
+    index_all([str(tmp_path / "wds")], tmp_path / "out")
+    with monkeypatch.context() as patch:
+        # before the record of the shard, the last of its files
+        patch.setattr(foreign, "write_json", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(Stopped):
+            index_all([str(tmp_path / "wds")], tmp_path / "out", labels="json:half")
+
+    index_all([str(tmp_path / "wds")], tmp_path / "out")
+
+    labels = [label for _, label in reader_of(tmp_path / "out").names(range(4))]
+    assert labels == [0, 1, 0, 1]
 
 
 def test_a_node_that_has_an_index_fetches_the_one_of_other_classes(tmp_path):
