@@ -309,9 +309,10 @@ def evict(cache_dir: Path, *, num_bytes: int, keep: Path) -> int:
         return freed
     with _locked(cache_dir / ".evict.lock"):
         for used, size, path in _list_files(cache_dir):
-            if freed >= num_bytes or time.time() - used < _IN_USE_SECONDS:
+            if freed >= num_bytes:
                 break
-            if path != keep:
+            # a time in the future is that of a clock which was set back since
+            if path != keep and abs(time.time() - used) >= _IN_USE_SECONDS:
                 path.unlink(missing_ok=True)
                 freed += size
     return freed

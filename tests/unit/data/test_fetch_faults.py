@@ -277,6 +277,17 @@ def test_parts_that_nobody_went_on_with_are_cleared_away(tmp_path):
     assert (stale.exists(), fresh.exists()) == (False, True)
 
 
+def test_a_clock_that_was_set_back_keeps_no_room_from_new_shards(tmp_path):
+    paths = [tmp_path / f"{number:016x}-a.tar" for number in range(3)]
+    for path, ahead in zip(paths, (0, 7200, 7300), strict=True):
+        path.write_bytes(bytes(5000))
+        os.utime(path, (time.time() + ahead,) * 2)
+
+    assert evict(tmp_path, num_bytes=5000, keep=tmp_path / "none") == 5000
+
+    assert [path.exists() for path in paths] == [True, False, True]
+
+
 def test_an_open_shard_survives_its_eviction(faulty_server, tmp_path):
     file = store(faulty_server, tmp_path).open("a.tar", expected=WHOLE)
     for path in (tmp_path / "cache").glob("*.tar"):
