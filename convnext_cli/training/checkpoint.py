@@ -307,6 +307,10 @@ class BackgroundWriter(TorchCheckpointIO):
 
     def _run(self, checkpoint: dict[str, Any], path: Path, names: tuple[Path, ...]) -> None:
         started = time.monotonic()
+        rows = self.run.metrics
+        if rows.exists():  # a power cut must not leave the checkpoint and take the rows before it
+            with writing_to(rows):
+                sync(rows)
         manifest = write_checkpoint(checkpoint, path, world_size=self.plan.world_size)
         seconds = time.monotonic() - started
         self.point(path, names)

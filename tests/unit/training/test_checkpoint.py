@@ -16,7 +16,12 @@ from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint
-from convnext_cli.training.checkpoint import Checkpoints, read_step, write_checkpoint
+from convnext_cli.training.checkpoint import (
+    BackgroundWriter,
+    Checkpoints,
+    read_step,
+    write_checkpoint,
+)
 from convnext_cli.training.task import Classifier
 
 
@@ -123,6 +128,26 @@ def test_a_checkpoint_of_the_same_step_counts_until_the_new_one_is_on_the_disk(
 
     assert seen[0] is None
     assert check_checkpoint(path).problem is None
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_they_lead_to(tmp_path: Path, monkeypatch):
+    run = RunDir(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    run.metrics.touch()
+    fsync, synced = os.fsync, []
+
+    def note(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+        fsync(handle)
+
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="run")
+    writer = BackgroundWriter(run, plan)
+    monkeypatch.setattr(os, "fsync", note)
+    writer.save_checkpoint(content(3), run.checkpoint(3), storage_options=())
+    writer.wait()
+
+    assert synced[0] == run.metrics
+    assert check_checkpoint(run.checkpoint(3)).problem is None
 
 
 class Saved:
