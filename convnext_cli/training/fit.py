@@ -267,7 +267,12 @@ def _run_trainer(
         if is_lost_worker(error):
             # torch's handler raises for each further one, in whatever runs then.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        _record(run, plan, event="stopped", step=task.step, why=type(error).__name__)
+        # of Ctrl-C twice Lightning makes exit code 1, which is that of a bug
+        twice = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        why = KeyboardInterrupt if twice else type(error)
+        _record(run, plan, event="stopped", step=task.step, why=why.__name__)
+        if twice:
+            raise KeyboardInterrupt from error
         if isinstance(error, RolledBack):
             # Lightning ends nothing after an exception: a watch of this attempt would end the next.
             for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -142,6 +142,22 @@ def test_a_full_device_is_told_with_what_takes_less_of_it(tmp_path, changes, hin
     assert json.loads(run.events.read_text())["event"] == "stopped"
 
 
+def test_ctrl_c_twice_is_no_bug(tmp_path):
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="mine")
+
+    def interrupt(*_: object, **__: object) -> None:
+        end = SystemExit(1)  # as Lightning does
+        end.__context__ = KeyboardInterrupt()
+        raise end
+
+    run, start = RunDir(tmp_path), Start(None, 0)
+    trainer, task = SimpleNamespace(fit=interrupt), SimpleNamespace(step=4)
+    with pytest.raises(KeyboardInterrupt):
+        _run_trainer(trainer, task, None, start=start, run=run, plan=plan)
+
+    assert json.loads(run.events.read_text())["why"] == "KeyboardInterrupt"
+
+
 def test_a_run_that_goes_back_leaves_nothing_of_the_attempt_before_in_memory(tmp_path, monkeypatch):
     plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="back")
     networks: list[weakref.ref[torch.nn.Module]] = []
