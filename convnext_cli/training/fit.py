@@ -157,7 +157,6 @@ def _attempt(
         _write_run(plan, run)
         for state in start.damaged:
             display.say(f"passed over {state.path.name}: {state.problem}")
-            _record(run, plan, event="damaged", step=start.step, file=state.path.name)
         display.say(told)
         if plan.recipe.data.mode == "stream":
             display.say(WEAKER_PROMISE)
@@ -213,9 +212,8 @@ def _attempt(
         )
     if plan.cluster.rank == 0 and start.abandoned:
         _set_aside(run, start.abandoned)
-        names = [path.name for path in start.abandoned]
-        display.say(f"newer checkpoints are set aside in {run.abandoned}: {', '.join(names)}")
-        _record(run, plan, event="abandoned", step=start.step, files=names)
+        names = ", ".join(path.name for path in start.abandoned)
+        display.say(f"newer checkpoints are set aside in {run.abandoned}: {names}")
     if start.checkpoint is None and not back:
         _record(run, plan, event="started", step=start.step)
     else:
@@ -223,6 +221,12 @@ def _attempt(
         # told when newer ones are out of the way: what is newer from now on was made since
         asked = {} if start.asked is None else {"asked": str(start.asked.absolute())}
         _record(run, plan, event="resumed", step=start.step, lost_steps=lost, **asked)
+    # of this attempt, and so after its start: before it, the wait would be time of the last one
+    for state in start.damaged:
+        _record(run, plan, event="damaged", step=start.step, file=state.path.name)
+    if start.abandoned:
+        files = [path.name for path in start.abandoned]
+        _record(run, plan, event="abandoned", step=start.step, files=files)
     watch.start()
     try:
         _run_trainer(trainer, task, data, start=start, run=run, plan=plan)

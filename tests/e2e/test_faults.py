@@ -16,6 +16,8 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
+from convnext_cli.runs.record import read_jsonl
+
 FAULTY = Path(__file__).with_name("faulty.py")
 STEPS = 8
 RECIPE = f"""
@@ -232,6 +234,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(runner, undist
     assert again.returncode == 0, again.stderr
     assert "passed over step=00000006.ckpt" in again.stderr
     assert "going on from step=00000004.ckpt" in again.stderr
+    told = [row["event"] for row in read_jsonl(runner.run / "events.jsonl")]
+    assert told[told.index("damaged") - 1] == "resumed"
     assert_as_undisturbed(runner.run, undisturbed[1])
 
 

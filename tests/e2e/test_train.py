@@ -288,8 +288,11 @@ def test_a_resume_from_an_older_checkpoint_sets_the_newer_ones_aside(recipe, tin
     assert f"newer checkpoints are set aside in {older.parent / 'abandoned'}" in done.stderr
     aside = sorted(path.name for path in (older.parent / "abandoned").iterdir())
     assert aside == sorted([*newer, *(name.replace("ckpt", "json") for name in newer)])
-    (told,) = [row for row in read_jsonl(run / "events.jsonl") if row["event"] == "abandoned"]
+    events = read_jsonl(run / "events.jsonl")
+    (told,) = [row for row in events if row["event"] == "abandoned"]
     assert (told["step"], told["files"]) == (3, newer)
+    # after the start: else the time since the last attempt would count as that attempt's own
+    assert events[events.index(told) - 1]["event"] == "resumed"
     assert_same_weights(older.parent / "last.ckpt", finished.root / "checkpoints" / "last.ckpt")
 
 
