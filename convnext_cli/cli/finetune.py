@@ -19,6 +19,7 @@ from convnext_cli.cli._inputs import (
     NodesOption,
     PrecisionOption,
     RunsDirOption,
+    expand_home,
     find_cluster,
     load_asked_recipe,
 )
@@ -109,6 +110,7 @@ def finetune(
     Example: convnext finetune --from convnext_base_22k_224.pth --data /data/imagenet
     """
     request = listen_for_stop()
+    checkpoint = str(expand_home(Path(checkpoint)))
     asked = [*([recipe] if recipe is not None else []), *(overrides or ())]
     if asked and "=" in asked[0]:  # the recipe was left out, so its place holds an override
         recipe = None
@@ -127,10 +129,8 @@ def finetune(
     if source == "ema" and not start.has_ema:
         # a file with one set of weights, such as a published one: there is nothing to choose
         source = "auto"
-    from convnext_cli.training.loading import find_checkpoint
-
-    path = find_checkpoint(Path(checkpoint), prefer=source)
-    changes += [render_override("init.weights", str(path)), *asked, f"init.source={source}"]
+    # as it is asked: which checkpoint of a run is its best may have changed when this one goes on
+    changes += [named, *asked, f"init.source={source}"]
     if read_rank() != 0:
         console.quiet = True
     label = "chosen" if recipe is None else "from"

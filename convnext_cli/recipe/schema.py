@@ -93,7 +93,7 @@ class Init(Section):
     """The weights that training starts from."""
 
     weights: HomePath | None = None
-    """Checkpoint or weight file in any published layout; null: from scratch."""
+    """Weight file in any published layout, or a run: its best checkpoint; null: from scratch."""
 
     source: Literal["auto", "raw", "ema"] = "auto"
     """Which weights of a training checkpoint; auto: the averaged ones where there are any.

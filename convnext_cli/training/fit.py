@@ -51,6 +51,7 @@ from convnext_cli.training.checkpoint import (
 from convnext_cli.training.devices import quiet_lightning
 from convnext_cli.training.guard import FiniteGuard, RolledBack
 from convnext_cli.training.kernels import ChooseKernels
+from convnext_cli.training.loading import find_checkpoint
 from convnext_cli.training.preempt import StopOnRequest
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.quarantine import (
@@ -344,6 +345,7 @@ def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]
 
     Raises:
         CheckpointError: The file cannot be read, is of another architecture, or holds NaN.
+        RunError: It is a run, which has no checkpoint yet.
     """
     init = plan.recipe.init
     assert init.weights is not None
@@ -353,7 +355,8 @@ def load_start_weights(model: nn.Module, plan: Plan, *, classes: tuple[str, ...]
             f" {plan.recipe.model.name}",
             hint="leave init.weights out, or train a ConvNeXt",
         )
-    weights = read_weights(Path(init.weights), prefer=init.source)
+    path = find_checkpoint(Path(init.weights), prefer=init.source)
+    weights = read_weights(path, prefer=init.source)
     report = load_into(model, weights, head=init.head, target_classes=classes)
     if bad := count_non_finite(model.state_dict()):
         raise CheckpointError(

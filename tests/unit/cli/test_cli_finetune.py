@@ -24,6 +24,7 @@ from convnext_cli.models.weights import CARD_KEY
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, make_plan
 from convnext_cli.recipe.files import list_recipes, load_recipe
+from convnext_cli.runs.layout import RunDir
 from convnext_cli.training.fit import load_start_weights, make_card
 
 IN1K = TargetData(kind="imagenet1k", classes=imagenet1k_wnids())
@@ -240,6 +241,31 @@ def test_a_head_can_be_mapped_from_a_checkpoint(run_cli, tmp_path, monkeypatch):
 
     assert done.exit_code == 0, done.stderr
     assert (begun[0].init.weights, begun[0].init.head) == ("x.pth", "map")
+
+
+def test_a_run_that_finds_a_better_checkpoint_meanwhile_asks_for_no_other_recipe(
+    run_cli, tmp_path, monkeypatch
+):
+    model = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    run = RunDir(tmp_path / "source")
+    run.checkpoints.mkdir(parents=True)
+    run.recipe.touch()
+    run.plan.touch()
+    torch.save({"model": model.state_dict()}, run.last)
+    write_card(DatasetCard(classes=CATS.classes, splits={}, options={}), tmp_path)
+    begun = []
+    monkeypatch.setattr(finetuning, "run_training", lambda recipe, **more: begun.append(recipe))
+
+    before = run_cli("finetune", "--from", f"{run.root}/", "--data", tmp_path)
+    run.best.symlink_to(run.last.name)
+    after = run_cli("finetune", "--from", run.root, "--data", tmp_path)
+
+    assert (before.exit_code, after.exit_code) == (0, 0), after.stderr
+
+    assert begun[0] == begun[1]
+    facts = DataFacts(train_images=99, val_images=0, num_classes=3, source="packed")
+    plan = make_plan(begun[0], Cluster(), name="x", facts=facts)
+    assert f"from {run.best}" in load_start_weights(build_model(plan), plan, classes=CATS.classes)
 
 
 @pytest.mark.parametrize("head", ["keep", "reset"])
