@@ -469,7 +469,7 @@ def _retry(
             return work()
         except (DataError, StorageError, _DiskError):
             raise
-        except Exception as error:  # every fsspec back end raises its own
+        except Exception as error:  # noqa: BLE001  # every fsspec back end raises its own
             failure = error if isinstance(error, _Passing) else _classify(error, shown)
             late = time.monotonic() - begin > DEADLINE_SECONDS
             if attempt == attempts or late:
@@ -477,7 +477,7 @@ def _retry(
                 raise DataError(
                     f"{shown}: {failure} ({tries})",
                     hint="try again later; what is already fetched is kept",
-                ) from error
+                ) from _unmask(error)  # whose kind says to others whether the file is absent
             pause = random.uniform(0, backoff_seconds * 2 ** (attempt - 1))
             time.sleep(min(_LONGEST_PAUSE_SECONDS, max(pause, failure.pause_seconds)))
     raise AssertionError

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from convnext_cli.data import fetch
+from convnext_cli.data.card import read_card
 from convnext_cli.data.fetch import (
     Expected,
     Store,
@@ -170,6 +171,7 @@ def test_a_part_of_another_file_is_noticed_and_thrown_away(faulty_server, tmp_pa
 DOWNLOAD = """
 import sys
 from convnext_cli.data import fetch
+from convnext_cli.data.card import read_card
 from convnext_cli.data.fetch import Expected, Store
 fetch.BLOCK_BYTES = 16_000
 url, cache, size, digest = sys.argv[1:]
@@ -406,9 +408,12 @@ def test_a_file_that_its_reader_refuses_twice_is_refused_in_its_words(faulty_ser
         read_stream(f"{faulty_server.url}/a.tar", refuse, backoff_seconds=0.01)
 
 
-def test_a_server_that_is_away_is_not_a_file_that_is_absent():
+def test_a_server_that_is_away_is_not_a_file_that_is_absent(monkeypatch):
     with pytest.raises(DataError, match=r"ClientConnectorError \(2 tries\)"):
         read_file("http://127.0.0.1:1/dataset.json", attempts=2, backoff_seconds=0.01)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(DataError, match=r"ClientConnectorError \(5 tries\)"):
+        read_card("http://127.0.0.1:1")
 
 
 def test_threads_that_stalled_do_not_keep_a_program_alive(faulty_server, tmp_path):
