@@ -442,7 +442,7 @@ def _with_sorted_classes(
         raise DataError(
             f"{source}: the training part lacks {len(unknown)} of the classes of the validation "
             f"part: {', '.join(unknown[:3])}",
-            hint="name the class folders alike in both parts",
+            hint="give training images of each of them, and name classes alike in both parts",
         )
     if len(classes) < 2:
         raise DataError(
@@ -623,7 +623,8 @@ def _list_csv(source: Path) -> Source:
     text = _read_text(source)
     first = text.split("\n", 1)[0]
     delimiter = "\t" if "\t" in first else ";" if ";" in first and "," not in first else ","
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # a quote after ", " quotes too: else it would be part of the label
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         rows, begin = [], 1
         for row in table:
@@ -638,9 +639,10 @@ def _list_csv(source: Path) -> Source:
         ) from error
     if not rows:
         raise DataError(f"{source} is empty", hint="write a line of path,label for each image")
-    columns = _find_columns([cell.lower() for cell in rows[0][1]])
+    head = rows[0][1]
+    columns = _find_columns([cell.lower() for cell in head])
     if columns is None:
-        _check_no_header(source, rows[0][1])
+        _check_no_header(source, head)
         at_path, at_label = 0, 1
         thirds = {row[2].lower() for _, row in rows if len(row) > 2}
         at_split = 2 if thirds & {*_TRAIN_NAMES, *_VAL_NAMES} else None
@@ -651,9 +653,16 @@ def _list_csv(source: Path) -> Source:
             f"{source} has a header and nothing below it",
             hint="write a line of path,label for each image",
         )
+    width = max(len(head), (at_split or 0) + 1)
     found, num_there = _Found(), 0
     for number, row in rows:
         where = f"{source} line {number}"
+        if any(row[width:]):
+            raise DataError(
+                f"{where}: {delimiter.join(row)[:_SHOWN_CHARS]!r} has more cells than the"
+                f" {width} of line 1",
+                hint=f"put a path or a label that holds {delimiter!r} in quotes",
+            )
         if len(row) <= max(at_path, at_label) or not row[at_path] or not row[at_label]:
             raise DataError(
                 f"{where}: {delimiter.join(row)[:_SHOWN_CHARS]!r} is not path{delimiter}label",

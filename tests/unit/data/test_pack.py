@@ -451,6 +451,14 @@ def test_a_table_with_a_header_names_and_splits(folders, tmp_path):
     assert labels_by_source(tmp_path / "out", "val") == {"val/b/001.jpg": 0}
 
 
+def test_a_table_may_have_spaces_before_quotes_and_commas_at_the_ends_of_lines(folders, tmp_path):
+    rows = ["path, label", '"train/a/000.jpg", "big, dog",', "train/b/000.jpg, cat"]
+
+    packed = pack(write_table(folders / "table.csv", rows), tmp_path / "out")
+
+    assert (packed.card.classes, packed.unreadable) == (("big, dog", "cat"), 0)
+
+
 @pytest.mark.parametrize("point", ["", ".0"])
 def test_a_table_of_numbers_keeps_them_as_labels(folders, tmp_path, point):
     rows = [f"train/a/000.jpg,3{point}", f"{folders}/train/b/001.jpg,1{point}"]
@@ -519,6 +527,8 @@ def test_the_same_path_twice_gives_two_samples(folders, tmp_path):
             "line 3: '.{80,90}' is not path",
         ),
         (["a.jpg"], "line 1: 'a.jpg' is not path,label"),
+        (["path,label", "a.jpg,x", "b.jpg,crane, bird"], "line 3: .* more cells than the 2 of"),
+        (["a.jpg,x", "b.jpg,y,val", "c.jpg,y,val,z"], "line 3: .* more cells than the 3 of"),
         (["id,label", "a.jpg,0", "b.jpg,1"], "'id,label' is neither an image nor a header"),
         (["path,label", f"{'a' * 200_000}.jpg,x"], "line 2 cannot be read: field larger"),
         (["path,label", "a.jpg,x", "b.jpg,"], "line 3: 'b.jpg,' is not path,label"),
