@@ -316,7 +316,12 @@ def scan_stream(
                 " convnext data index --label json:FIELD",
             )
         if not found[1]:
-            raise DataError(f"{where}: sample {key} has an empty label", hint=_REPACK)
+            if isinstance(labels, str):
+                raise DataError(f"{where}: sample {key} has an empty label", hint=_REPACK)
+            raise DataError(
+                f"{where}: the .json of sample {key} has no label under {labels[1]!r}",
+                hint="say which field is the label: convnext data index --label json:FIELD",
+            )
         columns.append(found[0])
         texts.append(found[1])
     if num_bytes is not None and forward.tell() != num_bytes:

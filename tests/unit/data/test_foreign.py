@@ -268,6 +268,15 @@ def test_a_shard_on_the_web_that_changed_is_scanned_again(web_address, timm_shar
     assert index_all(urls, tmp_path / "out").reused_shards == 1
 
 
+def test_a_field_that_no_sample_has_is_told_with_how_to_name_another(timm_shards, tmp_path):
+    with pytest.raises(
+        DataError, match=r"the \.json of sample .* has no label under 'breed'"
+    ) as told:
+        index_all([str(timm_shards)], tmp_path / "out", labels="json:breed")
+
+    assert "--label json:FIELD" in told.value.hint
+
+
 def test_other_labels_are_scanned_and_other_classes_only_renamed(timm_shards, tmp_path):
     index_all([str(timm_shards)], tmp_path / "out")
 
