@@ -49,7 +49,7 @@ def iter_done(
             yield future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            f"a {doing} process died, perhaps for want of memory",
+            f"a process died while {doing}, perhaps for want of memory",
             hint="give fewer: --workers 1; the same command goes on where it stopped",
         ) from error
     except KeyboardInterrupt:
