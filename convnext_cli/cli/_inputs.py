@@ -23,6 +23,13 @@ def expand_home(path: Path) -> Path:
     return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
+def expand_home_text(location: str | None) -> str | None:
+    """The same of a location that may be a URL, or not be given."""
+    if location is None or not location.startswith("~/"):
+        return location
+    return str(Path(location).expanduser())
+
+
 RecipeArgument = Annotated[
     str, typer.Argument(help="Recipe: a name (convnext recipes list) or a YAML file.")
 ]
@@ -32,7 +39,12 @@ OverridesArgument = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", help="Packed data set: a folder or URL.", metavar="DIR"),
+    typer.Option(
+        "--data",
+        help="Packed data set: a folder or URL.",
+        metavar="DIR",
+        callback=expand_home_text,
+    ),
 ]
 DevicesOption = Annotated[
     int | None, typer.Option(help="Devices on each node (default: all GPUs, or 1 CPU).", min=1)

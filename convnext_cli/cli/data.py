@@ -8,7 +8,7 @@ import typer
 from rich.progress import Progress
 
 from convnext_cli.cli._console import console, count_columns, make_table, print_json, print_table
-from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.cli._inputs import JsonOption, expand_home
 from convnext_cli.cli.data_index import index, print_splits
 from convnext_cli.cli.data_order import order
 from convnext_cli.cli.data_show import show
@@ -22,9 +22,13 @@ app = typer.Typer(no_args_is_help=True, help="Pack, check and show data sets.")
 @app.command()
 def pack(
     source: Annotated[
-        Path, typer.Argument(help="Folder of class folders, CSV of path,label, or ImageNet tars.")
+        Path,
+        typer.Argument(
+            help="Folder of class folders, CSV of path,label, or ImageNet tars.",
+            callback=expand_home,
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the data set.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the data set.", callback=expand_home)],
     *,
     val_fraction: Annotated[
         float | None, typer.Option(help="Share of the images to set aside for validation.")
@@ -54,8 +58,8 @@ def pack(
     with Progress(*count_columns("images"), console=console, transient=True) as progress:
         bar = progress.add_task("packing", total=None)
         packed = pack_images(
-            source.expanduser(),
-            out.expanduser(),
+            source,
+            out,
             options=PackOptions(
                 images_per_shard=images_per_shard,
                 resize_short=resize_short,

@@ -7,7 +7,7 @@ import typer
 from rich.progress import Progress
 
 from convnext_cli.cli._console import console, count_columns, make_table, print_json, print_table
-from convnext_cli.cli._inputs import JsonOption
+from convnext_cli.cli._inputs import JsonOption, expand_home
 from convnext_cli.data.card import DatasetCard
 from convnext_cli.errors import DataError, quote_path
 from convnext_cli.plan.cluster import count_cpus
@@ -21,7 +21,9 @@ def index(
         typer.Argument(help="Shards: paths or URLs with {0000..1023}, or their folder."),
     ],
     *,
-    out: Annotated[Path, typer.Option(help="Folder for dataset.json and the indexes.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for dataset.json and the indexes.", callback=expand_home)
+    ],
     val: Annotated[
         list[str] | None,
         typer.Option(help="Shards for validation (default: those named val or valid, else test)."),
@@ -58,7 +60,7 @@ def index(
         made = index_shards(
             train_shards,
             val_shards,
-            out=out.expanduser(),
+            out=out,
             labels=None if label is None else parse_label_source(label),
             classes=names,
             workers=workers or count_cpus(),

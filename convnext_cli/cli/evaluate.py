@@ -24,6 +24,7 @@ from convnext_cli.cli._inputs import (
     DevicesOption,
     JsonOption,
     check_folder_of,
+    expand_home_text,
     find_cluster,
 )
 from convnext_cli.cli._models import (
@@ -49,7 +50,13 @@ def evaluate(
     checkpoint: CheckpointArgument,
     *,
     data: Annotated[
-        str, typer.Option("--data", help="Packed data set: a folder or URL.", metavar="DIR")
+        str,
+        typer.Option(
+            "--data",
+            help="Packed data set: a folder or URL.",
+            metavar="DIR",
+            callback=expand_home_text,
+        ),
     ],
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     weights: WeightsOption = "auto",

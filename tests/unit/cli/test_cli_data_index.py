@@ -4,6 +4,7 @@ import shutil
 import fsspec
 import pytest
 
+from convnext_cli.cli._inputs import expand_home_text
 from convnext_cli.data.card import read_card
 
 
@@ -25,6 +26,18 @@ def test_shards_are_indexed_checked_and_ready_to_train(run_cli, foreign, tmp_pat
     assert run_cli("data", "check", tmp_path / "out", "--deep").exit_code == 0
     order = run_cli("data", "order", tmp_path / "out", "--global-images", 8, "--step", 2, "--json")
     assert len(json.loads(order.stdout)["samples"]) == 8
+
+
+def test_a_home_folder_that_no_shell_has_read_is_named_so_that_it_can_be_pasted(
+    run_cli, foreign, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    done = run_cli("data", "index", foreign, "--out=~/out", "--workers", 1)
+
+    assert f"convnext data check {tmp_path}/out\n" in done.stderr
+    assert expand_home_text("~/out") == str(tmp_path / "out")
+    assert expand_home_text("s3://~/out") == "s3://~/out"
 
 
 def test_the_same_command_again_reads_nothing(run_cli, foreign, tmp_path):
