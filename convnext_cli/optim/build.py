@@ -1,9 +1,12 @@
 """The door of the optimizer: a plan and a network become AdamW over the published groups."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
-from convnext_cli.errors import PlanError
+from convnext_cli.errors import CheckpointError, PlanError
 from convnext_cli.optim.groups import make_parameter_groups
 from convnext_cli.plan.resolve import Plan
 
@@ -43,20 +46,49 @@ def build_optimizer(plan: Plan, model: nn.Module) -> torch.optim.AdamW:
         # None leaves torch the choice of many weights at once
         fused=True if plan.cluster.device == "cuda" and plan.precision != "fp16" else None,
     )
+    optimizer.register_load_state_dict_pre_hook(keep_settings)
     optimizer.register_load_state_dict_post_hook(fit_state)
     return optimizer
+
+
+def check_groups(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Make sure that the state of an optimizer is about the same groups of weights.
+
+    Raises:
+        CheckpointError: It is not: the run that wrote it had another layer decay.
+    """
+    if [group["names"] for group in own] != [group.get("names") for group in saved]:
+        raise CheckpointError(
+            f"the optimizer of the checkpoint has its weights in {len(saved)} groups, and this run"
+            f" has others, in {len(own)}",
+            hint="go on with optim.layer_decay and its kind as they were, or start a new run from"
+            " its weights: init.weights=CHECKPOINT --name NAME",
+        )
+
+
+def keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state to load without its settings: what the groups are set to is the plan's.
+
+    torch takes weight decay, betas and the rest from the state, which may be that of another run,
+    and whether AdamW is fused, which may have been written on another device.
+
+    Raises:
+        CheckpointError: It is about other groups of weights.
+    """
+    own, saved = optimizer.param_groups, state["param_groups"]
+    check_groups(own, saved)
+    groups = [a | {"params": b["params"]} for a, b in zip(own, saved, strict=True)]
+    return state | {"param_groups": groups}
 
 
 def fit_state(optimizer: torch.optim.Optimizer) -> None:
     """Fit a state that was loaded to this device and precision, whatever wrote it; values stay.
 
     A run that goes on may hold its weights in another memory format, and fused AdamW refuses
-    moments of other strides. Whether AdamW is fused comes with the state, too, and so does the
-    place of its counts of steps, which fused AdamW reads on the device.
+    moments of other strides. So does the place of its counts of steps, which fused AdamW reads on
+    the device.
     """
     fused = optimizer.defaults["fused"]
-    for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = fused, optimizer.defaults["foreach"]
     for weight, state in optimizer.state.items():
         for key, value in state.items():
             if key == "step":

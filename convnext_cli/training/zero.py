@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from convnext_cli.optim.build import check_groups
 from convnext_cli.training.sharding import WholeCheckpointStrategy
 
 ZeroStage = Literal[1, 2, 3]
@@ -176,8 +177,13 @@ class ZeroStrategy(WholeCheckpointStrategy):
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Share out the moments; every rank has read all of them."""
+        """Share out the moments; every rank has read all of them.
+
+        Raises:
+            CheckpointError: They are about other groups of weights.
+        """
         (state,) = checkpoint["optimizer_states"]
+        check_groups(self._groups, state["param_groups"])
         if not state["state"]:
             return
         self._fill_state(step=float(state["state"][0]["step"]))

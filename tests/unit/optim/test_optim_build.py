@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convnext_cli.catalog.models import find_variant
-from convnext_cli.errors import PlanError
+from convnext_cli.errors import CheckpointError, PlanError
 from convnext_cli.models.convnext import build_convnext
 from convnext_cli.optim.build import apply_lr, build_optimizer
 from convnext_cli.plan.cluster import Cluster
@@ -77,6 +77,8 @@ def test_a_run_goes_on_with_the_kernels_of_its_own_device_whatever_wrote_the_sta
         weight.grad = torch.randn_like(weight)
     written.step()
     optimizer.defaults["fused"] = fused  # as on a GPU, or in fp16
+    for group in optimizer.param_groups:
+        group["fused"] = fused
 
     state = written.state_dict()
     for group in state["param_groups"]:
@@ -88,6 +90,36 @@ def test_a_run_goes_on_with_the_kernels_of_its_own_device_whatever_wrote_the_sta
     optimizer.step()
     counts = {int(moments["step"]) for moments in optimizer.state.values()}
     assert counts == {1 if fused else 2}  # fused AdamW leaves out a step on the device
+
+
+def test_a_state_of_another_run_brings_its_moments_and_not_its_settings():
+    network = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    decay = {"layer_decay_kind": "single", "weight_decay": 0.05}
+    written = build_optimizer(make(layer_decay=0.8, **decay)[0], network)
+    for weight in network.parameters():
+        weight.grad = torch.randn_like(weight)
+    written.step()
+    asked = {"layer_decay": 0.9, "betas": (0.8, 0.99), "eps": 1e-6}
+    optimizer = build_optimizer(make(**(decay | asked | {"weight_decay": 0.3}))[0], network)
+    own = [{**group} for group in optimizer.param_groups]
+
+    optimizer.load_state_dict(written.state_dict())
+
+    settings = ("weight_decay", "betas", "eps", "lr_scale")
+    assert [[group[key] for key in settings] for group in optimizer.param_groups] == [
+        [group[key] for key in settings] for group in own
+    ]
+    for weight, moments in written.state.items():
+        assert torch.equal(optimizer.state[weight]["exp_avg"], moments["exp_avg"])
+
+
+def test_a_state_with_other_groups_of_weights_is_refused():
+    network = build_convnext(find_variant("convnextv2_atto"), num_classes=3)
+    written = build_optimizer(make()[0], network)
+    single = make(layer_decay=0.8, layer_decay_kind="single")[0]
+
+    with pytest.raises(CheckpointError, match="in 2 groups, and this run has others, in 2"):
+        build_optimizer(single, network).load_state_dict(written.state_dict())
 
 
 def test_layer_decay_of_a_kind_that_the_model_lacks_is_refused_with_a_hint_that_works():
