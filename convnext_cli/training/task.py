@@ -302,7 +302,7 @@ class Classifier(pl.LightningModule):
         """Go on at the step of the checkpoint.
 
         Raises:
-            CheckpointError: It is of another model, or has other classes.
+            CheckpointError: It is of another model, or has other classes or weights.
         """
         saved = checkpoint[CHECKPOINT_KEY]
         theirs, ours = ModelCard.from_dict(saved), self.card
@@ -311,6 +311,15 @@ class Classifier(pl.LightningModule):
                 f"the checkpoint is of {theirs.variant} with {theirs.num_classes} classes, and this"
                 f" run trains {ours.variant} with {ours.num_classes}",
                 hint="start a new run from its weights: init.weights=CHECKPOINT --name NAME",
+            )
+        own = self.state_dict().keys()
+        if strange := own ^ checkpoint["state_dict"].keys():
+            name = min(strange)
+            raise CheckpointError(
+                "the checkpoint is of a run with other weights than this one:"
+                f" {name} is {'missing there' if name in own else 'there alone'}",
+                hint="go on with ema.decay and model.layer_scale_init as they were, or start a new"
+                " run from its weights: init.weights=CHECKPOINT --name NAME",
             )
         self.step = int(saved["step"])
         self.validation_due = bool(saved["validation_due"])

@@ -96,6 +96,18 @@ def test_a_checkpoint_with_other_classes_is_refused_before_its_weights_are_looke
         task.on_load_checkpoint({CHECKPOINT_KEY: saved})
 
 
+def test_a_checkpoint_of_a_run_with_other_weights_is_refused_in_a_sentence():
+    checkpoint = save(Stepper(fused=False))
+    plain, scaled = Stepper(fused=False).task, Stepper(fused=False).task
+    plain.ema_model = None
+    scaled.model.stages[0][0].gamma = torch.nn.Parameter(torch.ones(8))
+
+    with pytest.raises(CheckpointError, match=r"ema_model\.\S+ is there alone"):
+        plain.on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=r"model\.stages\.0\.0\.gamma is missing there"):
+        scaled.on_load_checkpoint(checkpoint)
+
+
 def test_a_row_that_spans_a_checkpoint_is_to_the_bit_that_of_a_run_left_alone():
     def start_ranks() -> list[Stepper]:
         ranks = [Stepper(fused=False) for _ in range(2)]
@@ -116,7 +128,7 @@ def test_a_row_that_spans_a_checkpoint_is_to_the_bit_that_of_a_run_left_alone():
     for _ in range(6):
         for rank in alone:
             rank()
-        checkpoint: dict = {}
+        checkpoint: dict = {"state_dict": alone[0].task.state_dict()}
         alone[0].task.on_save_checkpoint(checkpoint)
         parts = [(rank.task.state_dict(), rank.optimizer.state_dict()) for rank in alone]
         saved.append((checkpoint, copy.deepcopy(parts)))
@@ -136,7 +148,7 @@ def save(stepper: Stepper) -> dict:
     """What a checkpoint of a run of one rank holds, read back as a resume reads it."""
     strategy = SimpleNamespace(reduce=lambda own, reduce_op: own)
     stepper.task._trainer = SimpleNamespace(global_rank=0, strategy=strategy)
-    checkpoint: dict = {}
+    checkpoint: dict = {"state_dict": stepper.task.state_dict()}
     stepper.task.on_save_checkpoint(checkpoint)
     file = io.BytesIO()
     torch.save(checkpoint, file)
