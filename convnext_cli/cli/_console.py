@@ -73,7 +73,6 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table.show_header = any(columns)
     for column in table.columns:
         column.header = Text(str(column.header))  # a name may hold [brackets]
-        column.overflow = "fold"  # half a path is of no use
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     print_table(table)
@@ -104,5 +103,9 @@ def make_table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+        table.add_column(
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            overflow="fold",  # half a path or a number is of no use
+        )
     return table

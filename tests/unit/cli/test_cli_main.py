@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from convnext_cli import __version__
+from convnext_cli.cli._console import make_table
 
 
 def test_a_mistake_is_one_sentence_a_blank_line_and_a_hint_on_stderr(run_cli):
@@ -124,3 +126,15 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(run_cli, monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         run_cli("recipes", "list")
+
+
+def test_a_terminal_that_is_too_narrow_for_a_table_cuts_nothing_off():
+    table = make_table("image", ">images")
+    table.add_row("holiday/0001.jpg", "1,281,167")
+    narrow = Console(width=14)
+
+    with narrow.capture() as captured:
+        narrow.print(table)
+
+    shown = captured.get().splitlines()[1:]  # below the head
+    assert sorted("".join(shown).replace(" ", "")) == sorted("holiday/0001.jpg1,281,167")
