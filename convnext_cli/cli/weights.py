@@ -135,6 +135,13 @@ def convert(
         Text(f"wrote {out}: {found.variant.name}, {found.source} weights, {to} layout"),
         soft_wrap=True,
     )
+    if found.card is not None and to == "torchvision" and out.suffix != ".safetensors":
+        console.print(
+            "it has no place for the names of classes and for how images are prepared, without"
+            " which an evaluation comes to other numbers; a .safetensors keeps both",
+            soft_wrap=True,
+            style="yellow",
+        )
 
 
 def _check_out(out: Path, *, to: Target, force: bool) -> None:

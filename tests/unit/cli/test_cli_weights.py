@@ -6,7 +6,7 @@ from safetensors import safe_open
 
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.convnext import build_convnext
-from convnext_cli.models.weights import read_weights
+from convnext_cli.models.weights import CARD_KEY, ModelCard, read_weights
 
 
 @pytest.fixture
@@ -55,6 +55,25 @@ def test_convert_writes_the_same_values_and_keeps_what_is_there(run_cli, checkpo
         assert "stages.0.blocks.0.conv_dw.weight" in file.keys()  # noqa: SIM118  # not a dict
     before, after = read_weights(checkpoint).state, read_weights(out).state
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_file_that_cannot_say_how_images_are_prepared_is_told(run_cli, tmp_path):
+    state = build_convnext(find_variant("convnext_tiny"), num_classes=2).state_dict()
+    card = ModelCard(
+        variant="convnext_tiny", num_classes=2, image_px=64, classes=("cat", "dog"),
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop="center",
+        crop_frac=1.0,
+    )  # fmt: skip
+    torch.save({"model": state, CARD_KEY: card.to_dict()}, tmp_path / "run.pth")
+    told = {}
+    for name in ("x.pth", "x.safetensors"):
+        out = tmp_path / name
+        done = run_cli(
+            *("weights", "convert", tmp_path / "run.pth", "--to", "torchvision", "--out", out)
+        )
+        told[read_weights(out).card] = "a .safetensors keeps both" in done.stderr
+
+    assert told == {None: True, card: False}
 
 
 @pytest.mark.parametrize(
