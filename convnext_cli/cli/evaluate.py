@@ -189,6 +189,8 @@ def _append_row(path: Path, report: Report) -> None:
         writer = csv.DictWriter(file, TIMM_COLUMNS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
+        elif not path.read_bytes().endswith(b"\n"):  # an editor left the last line open
+            file.write("\n")
         writer.writerow(report.to_timm_row())
 
 
