@@ -347,9 +347,7 @@ def test_a_full_disk_evicts_and_goes_on(faulty_server, tmp_path, small_disk):
 def test_a_disk_that_is_full_of_other_things_is_told(faulty_server, tmp_path, small_disk):
     (small_disk / ".other").write_bytes(bytes(260_000))
 
-    with pytest.raises(
-        WriteError, match=r"No space left on device: .* bytes are missing"
-    ) as full:
+    with pytest.raises(WriteError, match=r"No space left on device: .* bytes are missing") as full:
         store(faulty_server, tmp_path, cache_bytes=10**9).path("a.tar", expected=WHOLE)
 
     assert "data.cache_dir" in (full.value.hint or "")
