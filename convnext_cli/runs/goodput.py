@@ -77,19 +77,19 @@ def measure_goodput(run: RunDir) -> Goodput:
         rows, read_json(run.plan), begins=[_whole(part[0], "step") for part in parts], kept=kept
     )
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        last_time = _time(part[-1])
+        times = [_time(event) for event in part]
         if following is None and rows:
-            last_time = max(last_time, _time(rows[-1]))
+            times.append(_time(rows[-1]))
         attempts.append(
             Attempt(
                 first_step=_whole(part[0], "step"),
                 last_step=max(_whole(event, "step") for event in part) if following else kept,
-                seconds=last_time - _time(part[0]),
+                seconds=_lasted(times),
                 start_seconds=next(
-                    (_time(e) - _time(part[0]) for e in part if e.get("event") == "ready"), 0.0
+                    (_lasted([times[0], _time(e)]) for e in part if e.get("event") == "ready"), 0.0
                 ),
                 lost_steps=_whole(following[0], "lost_steps") if following else 0,
-                waited_seconds=_time(following[0]) - last_time if following else 0.0,
+                waited_seconds=_lasted([times[-1], _time(following[0])]) if following else 0.0,
                 ended=_end(part, last=following is None),
             )
         )
@@ -141,6 +141,11 @@ def _end(part: list[dict[str, object]], *, last: bool) -> str:
 def _whole(row: dict[str, object], key: str) -> int:
     value = row.get(key, 0)
     return value if isinstance(value, int) else 0
+
+
+def _lasted(times: list[float]) -> float:
+    """Seconds from the first to the last; where the clock was set back, time stands still."""
+    return sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
 
 
 def _time(row: dict[str, object]) -> float:

@@ -48,6 +48,30 @@ def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
     assert measured.goodput == pytest.approx(100 * 1.0 / 150)
 
 
+def test_a_clock_that_was_set_back_makes_no_time_negative(tmp_path):
+    run = RunDir(tmp_path)
+    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 40}))
+    # set back by 100 seconds after the checkpoint, and again before the second attempt
+    run.events.write_text(
+        lines(
+            {"event": "started", "time": at(200), "step": 0},
+            {"event": "checkpoint", "time": at(220), "step": 20},
+            {"event": "stopped", "time": at(125), "step": 20, "why": "Stopped"},
+            {"event": "resumed", "time": at(30), "step": 20, "lost_steps": 0},
+            {"event": "finished", "time": at(50), "step": 40},
+        )
+    )
+    run.metrics.write_text(
+        lines(*({"step": s, "time": at(50), "speed/images_per_second": 100.0} for s in (20, 40)))
+    )
+
+    measured = measure_goodput(run)
+
+    assert [attempt.seconds for attempt in measured.attempts] == [20.0, 20.0]
+    assert measured.attempts[0].waited_seconds == 0.0
+    assert (measured.wall_seconds, measured.goodput) == (40.0, 1.0)
+
+
 def test_attempts_and_sizes_of_another_speed_count_with_their_own(tmp_path):
     run = RunDir(tmp_path)
     sizes = [{"image_px": 160, "first_step": 0}, {"image_px": 224, "first_step": 30}]
