@@ -7,7 +7,8 @@ URL/NAME/checkpoints/links.json                       what last, best and best_e
 ```
 
 A copy holds what the run's folder holds: what is removed there is removed here, after the new ones
-have arrived. A copy that fails does not end a run: it is told, and the next one makes up for it.
+have arrived, but for what the run went back from, which goes first. A copy that fails does not
+end a run: it is told, and the next one makes up for it.
 """
 
 import json
