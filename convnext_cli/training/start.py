@@ -85,8 +85,9 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
     if isinstance(resume, Path) and not _has_gone_back(run, resume):
         if not resume.is_file():
             raise RunError(
-                f"--resume {resume}: there is no such file",
-                hint="leave --resume out to go on from the newest checkpoint of the run",
+                f"--resume {resume}: {'a folder' if resume.is_dir() else 'there is no such file'}",
+                hint="name one of the files that convnext checkpoints list RUN shows, or leave"
+                " --resume out to go on from the newest checkpoint of the run",
             )
         require_whole(resume)
         start = _start_from(resume, plan)

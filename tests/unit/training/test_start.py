@@ -37,6 +37,11 @@ def test_a_checkpoint_named_by_path_says_its_step(plan, tmp_path):
         assert (start.checkpoint, start.step) == (path, 3)
 
 
+def test_a_folder_in_the_place_of_a_checkpoint_is_told_as_one(plan, tmp_path):
+    with pytest.raises(RunError, match=f"--resume {tmp_path}: a folder"):
+        find_start(plan, RunDir(tmp_path / "mine"), resume=tmp_path)
+
+
 def test_a_start_from_an_older_checkpoint_of_the_run_abandons_the_newer_ones(plan, tmp_path):
     run = RunDir(tmp_path / "mine")
     run.checkpoints.mkdir(parents=True)
