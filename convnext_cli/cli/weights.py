@@ -86,6 +86,11 @@ def convert(
     Example: convnext weights convert runs/mine --to timm --out model.pth
     """
     _check_out(out, to=to, force=force)
+    if image_px is not None and to != "onnx":
+        raise CheckpointError(
+            f"--image-px {image_px}: weights in the {to} layout take images of any size",
+            hint="leave it out; evaluation has its own: convnext evaluate --help",
+        )
     from convnext_cli.models.convnext import build_convnext
     from convnext_cli.models.export import check_onnx, export_onnx
     from convnext_cli.models.weights import (

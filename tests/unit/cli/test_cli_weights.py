@@ -96,6 +96,18 @@ def test_what_cannot_be_written_gets_a_sentence(run_cli, checkpoint, tmp_path, t
     assert not (tmp_path / name).exists()
 
 
+def test_a_size_is_not_taken_for_a_layout_that_has_none(run_cli, checkpoint, tmp_path):
+    out = tmp_path / "x.pth"
+
+    told = run_cli(
+        "weights", "convert", checkpoint, "--to", "timm", "--out", out, "--image-px", "384"
+    )
+
+    assert told.exit_code == 2
+    assert "--image-px 384: weights in the timm layout take images of any size" in told.stderr
+    assert not out.exists()
+
+
 def test_a_22k_head_becomes_one_for_1k_and_the_missing_class_is_named(run_cli, tmp_path):
     model = build_convnext(find_variant("convnextv2_atto"), num_classes=21_841)
     torch.save({"model": model.state_dict()}, tmp_path / "x.pth")
