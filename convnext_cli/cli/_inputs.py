@@ -12,7 +12,7 @@ from convnext_cli.errors import DataError, RecipeError, StorageError
 from convnext_cli.plan.cluster import Cluster, check_place, count_cpus, read_rank, read_shape
 from convnext_cli.plan.resolve import DataFacts
 from convnext_cli.recipe.files import load_recipe, render_override
-from convnext_cli.recipe.schema import Precision, Recipe
+from convnext_cli.recipe.schema import Precision, Recipe, expand_home_text
 
 LARGEST = 2**63 - 1
 """Of a seed, a step or an epoch: the generators take so much."""
@@ -23,11 +23,8 @@ def expand_home(path: Path) -> Path:
     return path.expanduser() if path.parts[:1] == ("~",) else path
 
 
-def expand_home_text(location: str | None) -> str | None:
-    """The same of a location that may be a URL, or not be given."""
-    if location is None or not location.startswith("~/"):
-        return location
-    return str(Path(location).expanduser())
+def _expand_given(location: str | None) -> str | None:
+    return None if location is None else expand_home_text(location)
 
 
 RecipeArgument = Annotated[
@@ -37,15 +34,11 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the recipe, such as optim.lr=2e-3.", metavar="KEY=VALUE"),
 ]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="Packed data set: a folder or URL.",
-        metavar="DIR",
-        callback=expand_home_text,
-    ),
-]
+_DATA = typer.Option(
+    "--data", help="Packed data set: a folder or URL.", metavar="DIR", callback=_expand_given
+)
+DataOption = Annotated[str | None, _DATA]
+RequiredDataOption = Annotated[str, _DATA]
 DevicesOption = Annotated[
     int | None, typer.Option(help="Devices on each node (default: all GPUs, or 1 CPU).", min=1)
 ]

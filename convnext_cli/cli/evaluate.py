@@ -23,8 +23,8 @@ from convnext_cli.cli._inputs import (
     DeviceOption,
     DevicesOption,
     JsonOption,
+    RequiredDataOption,
     check_folder_of,
-    expand_home_text,
     find_cluster,
 )
 from convnext_cli.cli._models import (
@@ -49,15 +49,7 @@ Listener = Callable[[int, int], None]
 def evaluate(
     checkpoint: CheckpointArgument,
     *,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            help="Packed data set: a folder or URL.",
-            metavar="DIR",
-            callback=expand_home_text,
-        ),
-    ],
+    data: RequiredDataOption,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "val",
     weights: WeightsOption = "auto",
     image_px: ImagePxOption = None,

@@ -85,8 +85,8 @@ def fit_state(optimizer: torch.optim.Optimizer) -> None:
     """Fit a state that was loaded to this device and precision, whatever wrote it; values stay.
 
     A run that goes on may hold its weights in another memory format, and fused AdamW refuses
-    moments of other strides. So does the place of its counts of steps, which fused AdamW reads on
-    the device.
+    moments of other strides. The counts of steps lie where they were written, and fused AdamW reads
+    them on the device.
     """
     fused = optimizer.defaults["fused"]
     for weight, state in optimizer.state.items():

@@ -81,12 +81,12 @@ class Model(Section):
         return name
 
 
-def _expand_home(path: str) -> str:
-    # no shell has read what a recipe says, nor --data=~/images
-    return str(Path(path).expanduser()) if path.startswith("~/") else path
+def expand_home_text(location: str) -> str:
+    """A path or URL whose ~ no shell has read, as in a recipe or in --data=~/images."""
+    return str(Path(location).expanduser()) if location.startswith("~/") else location
 
 
-HomePath = Annotated[str, AfterValidator(_expand_home)]
+HomePath = Annotated[str, AfterValidator(expand_home_text)]
 
 
 class Init(Section):

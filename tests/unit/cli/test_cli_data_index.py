@@ -4,8 +4,8 @@ import shutil
 import fsspec
 import pytest
 
-from convnext_cli.cli._inputs import expand_home_text
 from convnext_cli.data.card import read_card
+from convnext_cli.recipe.schema import expand_home_text
 
 
 @pytest.fixture
