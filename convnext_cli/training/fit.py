@@ -24,7 +24,13 @@ from convnext_cli.data.stream import WEAKER_PROMISE
 from convnext_cli.errors import CheckpointError, DataError, DeviceError
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
-from convnext_cli.models.weights import ModelCard, count_non_finite, load_into, read_weights
+from convnext_cli.models.weights import (
+    ModelCard,
+    count_non_finite,
+    load_into,
+    read_content,
+    read_weights,
+)
 from convnext_cli.optim.ema import make_averaged
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.recipe.files import render_recipe
@@ -150,17 +156,8 @@ def _attempt(
     data = build_data(plan, first_step=start.step, skips=read_skips(run))
     model = build_model(plan)
     told = f"run: {run.root}"
-    if start.checkpoint is not None:
-        told += f", going on from {start.checkpoint.name} at step {start.step}"
-    elif plan.recipe.init.weights is not None:
+    if start.checkpoint is None and plan.recipe.init.weights is not None:
         told += f"; {load_start_weights(model, plan, classes=data.classes)}"
-    if plan.cluster.rank == 0:
-        _write_run(plan, run)
-        for state in start.damaged:
-            display.say(f"passed over {state.path.name}: {state.problem}")
-        display.say(told)
-        if plan.recipe.data.mode == "stream":
-            display.say(WEAKER_PROMISE)
     task = Classifier(
         model,
         averaged=None if plan.recipe.ema.decay is None else make_averaged(model),
@@ -168,6 +165,16 @@ def _attempt(
         mix=build_batch_mix(plan),
         card=make_card(plan, classes=data.classes),
     )
+    if start.checkpoint is not None:
+        task.check_fits(read_content(start.checkpoint)[0])
+        told += f", going on from {start.checkpoint.name} at step {start.step}"
+    if plan.cluster.rank == 0:
+        _write_run(plan, run)
+        for state in start.damaged:
+            display.say(f"passed over {state.path.name}: {state.problem}")
+        display.say(told)
+        if plan.recipe.data.mode == "stream":
+            display.say(WEAKER_PROMISE)
     if plan.fp8_layers:
         use_fp8(model)  # after the averages are copied from it, which stay plain
     if plan.channels_last:

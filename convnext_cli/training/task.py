@@ -20,7 +20,7 @@ Metric names, as they appear in metrics.jsonl and every tracker:
 | `memory/gib` | peak of the device (GPU), or what the process has (CPU) |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -298,19 +298,21 @@ class Classifier(pl.LightningModule):
             distributed.all_gather_object(parts, self.bad)
         return [bad for part in parts for bad in part]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on at the step of the checkpoint.
+    def check_fits(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse the checkpoint of another model.
 
         Raises:
             CheckpointError: It is of another model, or has other classes or weights.
         """
-        saved = checkpoint[CHECKPOINT_KEY]
-        theirs, ours = ModelCard.from_dict(saved), self.card
+        theirs, ours = ModelCard.from_dict(checkpoint[CHECKPOINT_KEY]), self.card
         if (theirs.variant, theirs.num_classes) != (ours.variant, ours.num_classes):
             raise CheckpointError(
                 f"the checkpoint is of {theirs.variant} with {theirs.num_classes} classes, and this"
                 f" run trains {ours.variant} with {ours.num_classes}",
-                hint="start a new run from its weights: init.weights=CHECKPOINT --name NAME",
+                hint="start a new run from its weights: init.weights=CHECKPOINT --name NAME"
+                if theirs.variant == ours.variant
+                else f"train the same model: model.name={theirs.variant}; or name a checkpoint of"
+                f" {ours.variant}",
             )
         own = self.state_dict().keys()
         if strange := own ^ checkpoint["state_dict"].keys():
@@ -321,6 +323,10 @@ class Classifier(pl.LightningModule):
                 hint="go on with ema.decay and model.layer_scale_init as they were, or start a new"
                 " run from its weights: init.weights=CHECKPOINT --name NAME",
             )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on at the step of a checkpoint that fits."""
+        saved = checkpoint[CHECKPOINT_KEY]
         self.step = int(saved["step"])
         self.validation_due = bool(saved["validation_due"])
         # As if the steps before had had as many passes; checkpoints of before do not say it.

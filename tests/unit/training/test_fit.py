@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from convnext_cli.errors import DataError, DeviceError
+from convnext_cli.errors import CheckpointError, DataError, DeviceError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import make_plan
 from convnext_cli.recipe.files import load_recipe
@@ -20,7 +20,7 @@ from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.record import write_json
 from convnext_cli.training import fit as fit_module
 from convnext_cli.training.checkpoint import write_checkpoint
-from convnext_cli.training.fit import _run_trainer, _write_run, fit
+from convnext_cli.training.fit import _run_trainer, _write_run, fit, make_card
 from convnext_cli.training.guard import RolledBack
 from convnext_cli.training.progress import ProgressDisplay
 from convnext_cli.training.start import Start
@@ -106,6 +106,26 @@ def test_the_recipe_of_a_run_stays_as_it_was_asked_first(tmp_path):
         _write_run(plan, run)
 
     assert read_recipe_keys(run)["seed"] == 1
+
+
+def test_a_checkpoint_of_another_model_leaves_no_run_of_the_name(tmp_path, monkeypatch):
+    plan = make_plan(load_recipe("in1k_tiny"), Cluster(device="cpu"), name="mine")
+    run, theirs = RunDir(tmp_path / "mine"), tmp_path / "theirs.ckpt"
+    card = make_card(plan, classes=()).to_dict() | {"variant": "convnext_small", "step": 4}
+    write_checkpoint({"convnext": card, "w": torch.zeros(3)}, theirs, world_size=1)
+    monkeypatch.setattr(fit_module, "build_data", lambda *_, **__: SimpleNamespace(classes=()))
+
+    with pytest.raises(CheckpointError, match="of convnext_small with 1000 classes") as told:
+        fit(
+            plan,
+            run,
+            start=Start(theirs, 4, asked=theirs),
+            request=StopRequest(),
+            console=Console(quiet=True),
+        )
+
+    assert "model.name=convnext_small" in told.value.hint
+    assert not run.root.exists()
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_checkpoint_with_other_classes_is_refused_before_its_weights_are_looke
     saved = task.card.to_dict() | {"num_classes": CLASSES + 1}
 
     with pytest.raises(CheckpointError, match=r"with 4 classes, and this run trains .* with 3"):
-        task.on_load_checkpoint({CHECKPOINT_KEY: saved})
+        task.check_fits({CHECKPOINT_KEY: saved})
 
 
 def test_a_checkpoint_of_a_run_with_other_weights_is_refused_in_a_sentence():
@@ -103,9 +103,9 @@ def test_a_checkpoint_of_a_run_with_other_weights_is_refused_in_a_sentence():
     scaled.model.stages[0][0].gamma = torch.nn.Parameter(torch.ones(8))
 
     with pytest.raises(CheckpointError, match=r"ema_model\.\S+ is there alone"):
-        plain.on_load_checkpoint(checkpoint)
+        plain.check_fits(checkpoint)
     with pytest.raises(CheckpointError, match=r"model\.stages\.0\.0\.gamma is missing there"):
-        scaled.on_load_checkpoint(checkpoint)
+        scaled.check_fits(checkpoint)
 
 
 def test_a_row_that_spans_a_checkpoint_is_to_the_bit_that_of_a_run_left_alone():
