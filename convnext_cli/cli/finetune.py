@@ -30,7 +30,7 @@ from convnext_cli.cli.train import (
     run_training,
 )
 from convnext_cli.data.card import read_card
-from convnext_cli.errors import CheckpointError, DataError, RecipeError
+from convnext_cli.errors import CheckpointError, DataError, RecipeError, quote_path
 from convnext_cli.plan.cluster import read_rank
 from convnext_cli.recipe.files import (
     list_recipes,
@@ -38,6 +38,7 @@ from convnext_cli.recipe.files import (
     parse_override,
     render_override,
 )
+from convnext_cli.runs.layout import RunDir
 
 Target = Literal["imagenet1k", "imagenet22k", "own"]
 """What is trained on: a published data set, or one's own."""
@@ -116,6 +117,8 @@ def finetune(
         recipe = None
     elif asked:
         asked = asked[1:]
+    if name is not None:
+        _check_is_there(checkpoint, RunDir(runs_dir / name))
     start = read_start(checkpoint, prefer=weights or "auto")
     if recipe is None:
         choice = choose_recipe(start, read_target(data, asked), overrides=asked)
@@ -143,6 +146,16 @@ def finetune(
         resume=resume,
         request=request,
     )
+
+
+def _check_is_there(checkpoint: str, run: RunDir) -> None:
+    """Say how a run goes on that was begun from a file which is gone: it needs it no more."""
+    if run.is_run() and not Path(checkpoint).exists():
+        raise CheckpointError(
+            f"there is no file {checkpoint}",
+            hint=f"{run.root} was begun already and goes on without it: convnext train"
+            f" {quote_path(run.recipe)} --name {run.name} --runs-dir {quote_path(run.root.parent)}",
+        )
 
 
 def read_start(checkpoint: str, *, prefer: Literal["auto", "raw", "ema"]) -> Start:

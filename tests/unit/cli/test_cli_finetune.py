@@ -303,3 +303,15 @@ def test_other_normalisation_than_the_weights_know_is_told(tmp_path):
 
     assert "normalised with data.mean=[0.5, 0.5, 0.5] data.std=[0.229, 0.224, 0.225]" in told
     assert "normalised" not in same
+
+
+def test_a_run_whose_start_is_gone_is_told_how_to_go_on(run_cli, tmp_path):
+    run = RunDir(tmp_path / "runs" / "mine")
+    run.root.mkdir(parents=True)
+    run.recipe.write_text("about: begun\n")
+    run.plan.write_text("{}\n")
+
+    done = run_cli("finetune", "--from", "gone.pth", "--data", "shards", "--name", "mine")
+
+    assert done.exit_code == 2
+    assert "convnext train runs/mine/recipe.yaml --name mine --runs-dir runs" in done.stderr
