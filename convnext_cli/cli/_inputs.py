@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -73,23 +74,24 @@ def find_cluster(*, devices: int | None, nodes: int, device: DeviceChoice) -> Cl
     """
     import torch
 
-    kind = device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    alone = find_device(device)
     shape = read_shape()
     if shape is not None:
         nodes, devices = shape
     if devices is None:
-        devices = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+        devices = max(1, torch.cuda.device_count()) if alone.device == "cuda" else 1
     if shape is None:
         check_place(os.environ, nodes=nodes, devices=devices)
-    return Cluster(
-        num_nodes=nodes,
-        devices_per_node=devices,
-        device=kind,
-        cpus_per_node=count_cpus(),
-        rank=read_rank(),
-    )
+    return replace(alone, num_nodes=nodes, devices_per_node=devices, rank=read_rank())
+
+
+def find_device(device: DeviceChoice) -> Cluster:
+    """One device, for what is no run: a launcher's variables, where some are set, say nothing."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Cluster(device=device, cpus_per_node=count_cpus())
 
 
 def load_asked_recipe(

@@ -39,7 +39,7 @@ from convnext_cli.cli._inputs import (
     JsonOption,
     OverridesArgument,
     PrecisionOption,
-    find_cluster,
+    find_device,
     load_asked_recipe,
 )
 from convnext_cli.errors import DataError, RecipeError
@@ -123,7 +123,7 @@ def step(
     if kernels is not None:
         asked.append(f"compute.kernels={kernels}")
     asked += overrides or ()
-    cluster = find_cluster(devices=1, nodes=1, device=device)
+    cluster = find_device(device)
 
     def make(recipe: str, images: int, *more: str) -> Plan:
         batches = (f"batch.global_images={images}", f"batch.per_device_images={images}")
@@ -202,7 +202,7 @@ def depthwise(
         )
     if out is not None:
         _make_folder(out)
-    cluster = find_cluster(devices=1, nodes=1, device=device)
+    cluster = find_device(device)
     precision: Literal["bf16", "fp32"] = "bf16" if cluster.device == "cuda" else "fp32"
     check_devices(cluster, precision=precision)
     with telling() as tell:

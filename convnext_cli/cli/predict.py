@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from convnext_cli.cli._console import console, make_table, print_json, print_table
-from convnext_cli.cli._inputs import DeviceOption, JsonOption, find_cluster
+from convnext_cli.cli._inputs import DeviceOption, JsonOption, find_device
 from convnext_cli.cli._models import (
     CheckpointArgument,
     CropFracOption,
@@ -53,7 +53,7 @@ def predict(
     from convnext_cli.training.loading import AskedView, load_model
     from convnext_cli.training.prediction import predict_images
 
-    cluster = find_cluster(devices=1, nodes=1, device=device)
+    cluster = find_device(device)
     check_devices(cluster, precision="fp32")
     asked = AskedView(image_px=image_px, crop=crop, crop_frac=crop_frac)
     with console.status("reading the weights"):

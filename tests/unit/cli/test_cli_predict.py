@@ -127,6 +127,17 @@ def test_the_hint_is_about_what_is_wrong_with_the_image(run_cli, album, asked, r
 
 
 @pytest.mark.usefixtures("album")
+@pytest.mark.parametrize("left_over", [{"NODE_RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_what_a_launcher_says_is_nothing_to_one_process(run_cli, monkeypatch, left_over):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+
+    done = run_cli("predict", "x.pth", "b.JPG", "--device", "cpu")
+
+    assert done.stderr.startswith("error: there is no file x.pth")
+
+
+@pytest.mark.usefixtures("album")
 def test_nothing_to_look_at_is_said_before_the_model_is_read():
     with pytest.raises(DataError, match=r"\*\.gif: no file matches"):
         predict("no-such-checkpoint", ["*.gif"])
