@@ -27,6 +27,9 @@ from typing import ClassVar
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Of an `OSError`: no space is left, or none of this user's."""
 
+HINT_NOTE = "hint: "
+"""What a hint begins with in a traceback."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend; shown as one sentence and a hint, without a traceback.
@@ -41,6 +44,8 @@ class UserError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint is not None:  # a traceback has it too: all that comes of a loader's process
+            self.add_note(f"{HINT_NOTE}{hint}")
 
 
 def quote_path(path: str | Path) -> str:

@@ -47,7 +47,7 @@ from convnext_cli.data.header import BadImage
 from convnext_cli.data.index import ShardIndex, read_index
 from convnext_cli.data.order import Order, evaluation_share, image_seed, own_global_random
 from convnext_cli.data.slots import Slots
-from convnext_cli.errors import DataError, Hung
+from convnext_cli.errors import HINT_NOTE, DataError, Hung, UserError
 from convnext_cli.runs.interrupt import leave_to_main
 
 PADDING = -1
@@ -512,12 +512,14 @@ def start_worker(worker: int, *, leaving: "Synchronized[bool]") -> None:
     leave_to_main()
 
 
-def from_worker(error: DataError) -> DataError:
+def from_worker(error: UserError) -> UserError:
     """The error as it was raised; a loader's worker sends its traceback in place of its message."""
-    text, mark, message = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")
+    kind = type(error)
+    text, mark, told = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")
     if not mark or not text.startswith("Caught "):
         return error
-    return DataError(message.strip(), hint="see all bad images: convnext data check DIR --deep")
+    message, _, hint = told.strip().partition(f"\n{HINT_NOTE}")
+    return kind(message, hint=hint or None)
 
 
 def is_lost_worker(error: BaseException) -> bool:

@@ -28,7 +28,7 @@ from convnext_cli.data.reader import (
     is_lost_worker,
     make_lost_worker_error,
 )
-from convnext_cli.errors import DataError, DeviceError, quote_path
+from convnext_cli.errors import DataError, DeviceError, UserError, quote_path
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.recipe.schema import Precision
 from convnext_cli.training.devices import check_devices, lightning_precision, quiet_lightning
@@ -162,7 +162,7 @@ def evaluate_model(
     )
     try:
         trainer.test(task, datamodule=images, verbose=False)
-    except DataError as error:
+    except UserError as error:
         raise from_worker(error) from error
     except torch.OutOfMemoryError as error:
         raise DeviceError(

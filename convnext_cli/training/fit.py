@@ -21,7 +21,7 @@ from convnext_cli.catalog.models import find_variant
 from convnext_cli.data.build import ImageData, build_batch_mix, build_data
 from convnext_cli.data.reader import from_worker, is_lost_worker, make_lost_worker_error
 from convnext_cli.data.stream import WEAKER_PROMISE
-from convnext_cli.errors import CheckpointError, DataError, DeviceError
+from convnext_cli.errors import CheckpointError, DeviceError, UserError
 from convnext_cli.models.build import build_model
 from convnext_cli.models.fp8 import use_fp8
 from convnext_cli.models.weights import (
@@ -290,7 +290,7 @@ def _run_trainer(
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.teardown(trainer, task, "fit")
             data.teardown("fit")
-        if isinstance(error, DataError):
+        if isinstance(error, UserError):
             raise from_worker(error) from error
         if is_lost_worker(error):
             raise make_lost_worker_error(

@@ -402,7 +402,7 @@ def test_a_file_that_its_reader_refuses_twice_is_refused_in_its_words(faulty_ser
     def refuse(file, size):
         raise DataError("damaged", hint="copy it again")
 
-    with pytest.raises(DataError, match=r"^damaged$"):
+    with pytest.raises(DataError, match=r"(?m)^damaged$"):
         read_stream(f"{faulty_server.url}/a.tar", refuse, backoff_seconds=0.01)
 
 

@@ -28,9 +28,10 @@ from convnext_cli.data.reader import (
     ImageReader,
     StepSampler,
     build_loader,
+    from_worker,
     make_lost_worker_error,
 )
-from convnext_cli.errors import DataError
+from convnext_cli.errors import DataError, WriteError
 
 NUM_CLASSES = 5
 
@@ -338,6 +339,23 @@ def test_a_bad_image_in_evaluation_is_fatal_and_named(damaged):
 
     with pytest.raises(DataError, match=r"train-000000\.tar/0004: PostScript"):
         reader[0, 4]
+
+
+@pytest.mark.parametrize("hint", ["choose another folder: data.cache_dir=DIR", None])
+@pytest.mark.parametrize("kind", [DataError, WriteError])
+def test_what_ends_a_loader_process_keeps_its_kind_its_sentence_and_its_hint(
+    dataset, monkeypatch, kind, hint
+):
+    def refuse(*_: object) -> None:
+        raise kind("the cache is full", hint=hint) from OSError("No space left on device")
+
+    monkeypatch.setattr(ImageReader, "read", refuse)
+
+    with pytest.raises(kind) as caught:
+        train_batches(dataset, num_workers=1)
+
+    error = from_worker(caught.value)
+    assert (type(error), str(error), error.hint) == (kind, "the cache is full", hint)
 
 
 def test_a_split_without_any_readable_image_is_refused(tmp_path):

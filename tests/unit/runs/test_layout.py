@@ -119,7 +119,7 @@ def test_without_any_run_the_hint_says_so(tmp_path):
 def test_a_folder_that_is_not_a_run_is_told_what_it_lacks(tmp_path):
     make_run(tmp_path / "half").plan.unlink()
 
-    with pytest.raises(RunError, match=r"half is not a run: it has no plan\.json$"):
+    with pytest.raises(RunError, match=r"(?m)half is not a run: it has no plan\.json$"):
         find_run("half", tmp_path)
 
 
