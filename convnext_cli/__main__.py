@@ -59,6 +59,8 @@ def _run() -> int:
 
 
 def _tell(error: UserError) -> int:
+    # what one rank alone has met no other can tell
+    console.quiet = console.quiet and not error.of_one_rank
     with suppress(OSError, SystemExit):  # a reader that left does not change what it was
         # Text, not markup: a message may hold brackets, which rich would take for tags.
         console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)

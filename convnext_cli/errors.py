@@ -14,6 +14,7 @@ UserError              2   what, where, found value; a hint that works
 |- Diverged           71   gradients or outputs are not finite
 |- Stopped            75   a signal came; a checkpoint is written; run the same command again
 `- Hung               76   a process is lost or stands still; run the same command again
+   `- LostRank        76   another rank is lost, which says why by itself
 ```
 
 Anything else that escapes is a bug: its traceback stays, exit code 1.
@@ -40,6 +41,8 @@ class UserError(Exception):
     """
 
     exit_code: ClassVar[int] = 2
+    of_one_rank: ClassVar[bool] = False
+    """Whether a rank may meet it alone, and so tells it; of what all meet alike rank 0 tells."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -64,13 +67,19 @@ class PlanError(UserError):
 class DeviceError(UserError):
     """A device, a number of devices or a precision is not there, or there is no room."""
 
+    of_one_rank = True
+
 
 class DataError(UserError):
     """A data set, a shard, a label or an image cannot be used."""
 
+    of_one_rank = True
+
 
 class CheckpointError(UserError):
     """A checkpoint or weight file cannot be read, trusted or matched to the model."""
+
+    of_one_rank = True
 
 
 class RunError(UserError):
@@ -83,6 +92,8 @@ class LaunchError(UserError):
 
 class StorageError(UserError):
     """A destination cannot be written: it holds something else, or is no folder."""
+
+    of_one_rank = True
 
 
 class WriteError(StorageError):
@@ -107,3 +118,10 @@ class Hung(UserError):
     """Another process is lost, or this one stands still; the same command goes on."""
 
     exit_code = 76
+    of_one_rank = True
+
+
+class LostRank(Hung):
+    """Another rank is lost; those that are left end with it."""
+
+    of_one_rank = False

@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 from torch import distributed
 
 from convnext_cli.data.reader import TELL_AND_END
-from convnext_cli.errors import Hung, Stopped
+from convnext_cli.errors import Hung, LostRank, Stopped
 from convnext_cli.plan.resolve import Plan
 from convnext_cli.runs.exit_code import leave_exit_code
 from convnext_cli.runs.interrupt import StopRequest
@@ -72,7 +72,8 @@ def make_lost_peer_error(error: BaseException, *, when: str, hint: str) -> Hung:
             hint="every node has to reach it, and nothing else may use the port (MASTER_PORT, or"
             " PORT of slurm/multinode.sh); nothing was lost: run the same command again",
         )
-    return Hung(f"another rank was lost {when} ({why})", hint=f"its own messages say why; {hint}")
+    hint = f"its own messages say why; {hint}"
+    return LostRank(f"another rank was lost {when} ({why})", hint=hint)
 
 
 class HangWatch(pl.Callback):

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from convnext_cli import __version__
-from convnext_cli.cli._console import make_table
+from convnext_cli.cli._console import console, make_table
+from convnext_cli.errors import DataError, LostRank, Stopped
 
 
 def test_a_mistake_is_one_sentence_a_blank_line_and_a_hint_on_stderr(run_cli):
@@ -42,6 +43,25 @@ def test_a_wrong_override_is_named_and_nothing_is_written(run_cli, tmp_path, ove
     assert sentence in done.stderr.splitlines()[0]
     assert "hint: " in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(DataError("shard 3 is gone"), True), (Stopped("saved"), False), (LostRank("lost"), False)],
+)
+def test_a_rank_tells_what_it_alone_has_met_and_leaves_the_rest_to_rank_0(
+    run_cli, monkeypatch, error, told
+):
+    def end() -> None:
+        raise error
+
+    monkeypatch.setattr("convnext_cli.__main__.app", end)
+    monkeypatch.setattr(console, "quiet", True)  # as of every rank but 0
+
+    done = run_cli("train", "quickstart")
+
+    assert done.exit_code == error.exit_code
+    assert (str(error) in done.stderr) is told
 
 
 def test_an_image_that_no_memory_holds_is_refused(run_cli):
