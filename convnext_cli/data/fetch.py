@@ -54,6 +54,8 @@ RESERVE_BYTES, RESERVE_FRAC = 10_000_000_000, 0.05
 """What a cache without a limit leaves free on its disk: the lesser of both."""
 
 _PASSING_STATUS = frozenset({408, 425, 429})
+_GCSFS_WORDS = (("Forbidden: ", 403), ("Bad Request: ", 400))
+"""How gcsfs tells of some statuses. Source: gcsfs/retry.py `validate_response`."""
 _LONGEST_PAUSE_SECONDS = 60.0
 _OLD_SECONDS = 86_400.0
 _IN_USE_SECONDS = 5.0
@@ -489,13 +491,13 @@ def _classify(error: Exception, shown: str) -> _Passing:
     Raises:
         DataError: It is not worth one.
     """
-    if isinstance(error, ImportError | ValueError):
+    error = _unmask(error)
+    status = _status(error)
+    if status is None and isinstance(error, ImportError | ValueError):
         raise DataError(
             f"{shown}: this protocol cannot be read ({error})",
             hint="install its fsspec package: pip install 'convnext[s3]' or 'convnext[gcs]'",
         ) from error
-    error = _unmask(error)
-    status = _status(error)
     if isinstance(error, FileNotFoundError) or status == 404:
         raise DataError(
             f"{shown}: there is no such file", hint="check the address and the list of shards"
@@ -509,9 +511,11 @@ def _classify(error: Exception, shown: str) -> _Passing:
             f"{shown}: the server's certificate is not trusted",
             hint="check the address, and the certificates of this machine",
         ) from error
-    if status is not None and 400 <= status < 500 and status not in _PASSING_STATUS:
+    passing = status in _PASSING_STATUS or isinstance(error, TimeoutError)  # S3's has status 400
+    if status is not None and 400 <= status < 500 and not passing:
+        why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise DataError(
-            f"{shown}: refused with HTTP status {status}",
+            f"{shown}: refused with HTTP status {status}{why}",
             hint="check the address and the credentials of this machine",
         ) from error
     told = f"HTTP status {status}" if status is not None else f"{type(error).__name__}"
@@ -536,13 +540,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: Exception) -> int | None:
-    """HTTP status of a back end's error, where it has one (aiohttp, requests, botocore)."""
+    """HTTP status of a back end's error, where it has one (aiohttp, requests, s3fs, gcsfs)."""
     for holder in (error, getattr(error, "response", None)):
-        for name in ("status", "status_code"):
+        for name in ("status", "status_code", "code"):
             value = getattr(holder, name, None)
             if isinstance(value, int):
                 return value
-    return None
+    # botocore's error, which s3fs translates
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        value = response["ResponseMetadata"].get("HTTPStatusCode")
+        return value if isinstance(value, int) else None
+    return next((code for word, code in _GCSFS_WORDS if str(error).startswith(word)), None)
 
 
 def _retry_after(error: Exception) -> float:

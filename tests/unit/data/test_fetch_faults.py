@@ -93,6 +93,35 @@ def test_what_will_not_pass_is_refused_at_once(faulty_server, tmp_path, status):
     assert len(faulty_server.gets) == 1
 
 
+class GcsError(Exception):
+    """As gcsfs raises for a status that it has no other error for."""
+
+    code = 401
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (GcsError("Anonymous caller does not have storage.objects.get access, 401"), 401),
+        (OSError("Forbidden: b/bucket/o/a.tar\nthe caller may not"), 403),
+        (ValueError("Bad Request: b/bucket/o/a.tar\ninvalid argument"), 400),
+    ],
+)
+def test_what_gcs_refuses_is_not_tried_again(monkeypatch, error, status):
+    calls = []
+
+    def refuse(*_: object) -> None:
+        calls.append(error)
+        raise error
+
+    monkeypatch.setattr(fetch.fsspec, "open", refuse)
+
+    with pytest.raises(DataError, match=f"gs://bucket/a.tar: refused with HTTP status {status}"):
+        read_file("gs://bucket/a.tar")
+
+    assert len(calls) == 1
+
+
 def test_a_server_that_never_recovers_is_given_up_with_a_sentence(faulty_server, tmp_path):
     faulty_server.always["a.tar"] = "503"
 

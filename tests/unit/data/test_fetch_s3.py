@@ -84,3 +84,12 @@ def test_a_denied_object_is_refused_at_once(tmp_path, faulty_bucket):
         store(tmp_path).path("a.tar", expected=WHOLE)
 
     assert len(faulty_bucket.gets) == 1
+
+
+def test_what_s3_will_not_answer_is_refused_at_once_in_its_words(tmp_path, faulty_bucket):
+    faulty_bucket.always["bucket/a.tar"] = "400"  # as for another region than the bucket's
+
+    with pytest.raises(DataError, match=r"refused with HTTP status 400 \(Bad Request\)"):
+        store(tmp_path).path("a.tar", expected=WHOLE)
+
+    assert len(faulty_bucket.gets) == 1
