@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from convnext_cli.errors import DISK_FULL, CheckpointError, RunError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path, read_manifest
-from convnext_cli.runs.record import write_event, writing_to, written_whole
+from convnext_cli.runs.record import redact_text, write_event, writing_to, written_whole
 
 _LINKS = "links.json"
 _BUCKETS = ("s3://", "s3a://", "gs://", "gcs://")
@@ -39,18 +39,23 @@ class RemoteFolder:
         url: Its folder, with the run's name.
 
     Raises:
-        RunError: Nothing can read such URLs, or the package for them is not installed.
+        RunError: Nothing can read such URLs, the package for them is not installed, or nobody
+            answers there.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self.shown = redact_text(self.url)
+        """For messages and rows: without a password."""
         try:
             files, root = url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise RunError(
-                f"{url}: {error}",
+                f"{self.shown}: {error}",
                 hint="give a URL of fsspec, such as s3://BUCKET/FOLDER with the extra s3",
             ) from error
+        except Exception as error:  # some log in here, and each raises its own
+            raise self._make_error(error) from error
         self._files: Any = files
         self._root: str = root
 
@@ -129,7 +134,7 @@ class RemoteFolder:
                 break
         if newest is None:
             raise CheckpointError(
-                f"{self.url} has no whole checkpoint",
+                f"{self.shown} has no whole checkpoint",
                 hint="give the URL of checkpoint.copy_to with the name of the run at its end",
             )
         for path in _small_files(run):
@@ -192,7 +197,7 @@ class RemoteFolder:
 
     def _make_error(self, error: Exception) -> RunError:
         return RunError(
-            f"{self.url} cannot be read: {' '.join(str(error).split())} ({type(error).__name__})",
+            f"{self.shown} cannot be read: {' '.join(str(error).split())} ({type(error).__name__})",
             hint="check the URL, and the credentials for it on this machine",
         )
 
@@ -234,7 +239,7 @@ class Copier:
         self._pool.shutdown(wait=False)
         if self._failed:
             self.say(
-                f"{self.folder.url} lacks what was saved last; the same command again copies it"
+                f"{self.folder.shown} lacks what was saved last; the same command again copies it"
             )
 
     def _push(self) -> None:
@@ -243,9 +248,9 @@ class Copier:
             self.folder.push(self.run)
         except Exception as error:  # noqa: BLE001  # each fsspec back end raises its own
             self._failed = True
-            self.say(f"could not copy to {self.folder.url}: {error}")
+            self.say(f"could not copy to {self.folder.shown}: {error}")
             why = f"{type(error).__name__}: {error}"
-            write_event(self.run.events, "copy_failed", url=self.folder.url, why=why)
+            write_event(self.run.events, "copy_failed", url=self.folder.shown, why=why)
 
 
 def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:

@@ -116,9 +116,9 @@ def find_start(plan: Plan, run: RunDir, *, resume: ResumeMode | Path) -> Start:
     copies = find_copies(plan, run) if plan.cluster.rank == 0 else None
     if copies is not None and resume != "never" and copies.list_steps():
         raise RunError(
-            f"{run.root} has no checkpoint, but {copies.url} has copies of one",
+            f"{run.root} has no checkpoint, but {copies.shown} has copies of one",
             hint=f"move {run.root} away if it is there, then: convnext checkpoints fetch"
-            f" {quote_path(copies.url)} --runs-dir {quote_path(run.root.parent)};"
+            f" {quote_path(copies.shown)} --runs-dir {quote_path(run.root.parent)};"
             " or start anew with --name NAME",
         )
     if resume == "must":

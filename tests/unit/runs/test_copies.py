@@ -181,6 +181,13 @@ def test_a_url_that_nothing_can_read_gets_a_sentence():
         RemoteFolder("nosuch://bucket/runs/mine")
 
 
+def test_a_server_that_does_not_answer_is_told_without_the_password():
+    with pytest.raises(RunError, match=r"cannot be read: .*ConnectionRefusedError") as refused:
+        RemoteFolder("ftp://bob:sesame@127.0.0.1:1/runs/mine")
+
+    assert "sesame" not in str(refused.value)
+
+
 def test_a_copy_that_fails_is_told_and_the_next_one_makes_up_for_it(run, url, tmp_path):
     told: list[str] = []
     blocked = tmp_path / "elsewhere"
