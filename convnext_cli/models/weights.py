@@ -283,7 +283,7 @@ def _find_file(path: Path) -> Path:
         )
     if not file:
         hint = "check the path; the weights of runs: ls runs/*/checkpoints"
-        if re.match(r"https?:/", str(path)):
+        if re.match(r"\w+:/", str(path)):
             hint = "nothing is downloaded: fetch the file first, and name where it is"
         raise CheckpointError(f"there is no file {path}", hint=hint)
     return path

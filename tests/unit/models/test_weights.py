@@ -637,8 +637,11 @@ def test_a_disk_that_takes_no_more_is_told_and_leaves_nothing(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_address_is_told_that_nothing_is_downloaded():
-    with pytest.raises(CheckpointError, match="there is no file https:") as caught:
-        read_weights(Path("https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth"))
+@pytest.mark.parametrize(
+    "address", ["https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth", "s3://runs/a"]
+)
+def test_an_address_is_told_that_nothing_is_downloaded(address):
+    with pytest.raises(CheckpointError, match="there is no file") as caught:
+        read_weights(Path(address))
 
     assert caught.value.hint == "nothing is downloaded: fetch the file first, and name where it is"
