@@ -194,6 +194,12 @@ class IndexedData(DeviceData):
         self.card = read_card(path)
         self.classes: tuple[str, ...] = tuple(self.card.classes)
         self.prefetcher: Prefetcher | None = None
+        _, order = self._build_order()
+        if plan.world_size not in order.worlds:
+            raise DataError(
+                f"{plan.world_size} devices cannot share {order.num_lanes} lanes of a window order",
+                hint=f"use one of {', '.join(map(str, order.worlds))} devices, or data.order=full",
+            )
         check_shards(self.card, self.store)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,11 +236,6 @@ class IndexedData(DeviceData):
         """This rank's passes of all steps that are left."""
         plan = self.plan
         reader, order = self._build_order()
-        if plan.world_size not in order.worlds:
-            raise DataError(
-                f"{plan.world_size} devices cannot share {order.num_lanes} lanes of a window order",
-                hint=f"use one of {', '.join(map(str, order.worlds))} devices, or data.order=full",
-            )
         sampler = StepSampler(
             order,
             rank=_rank(self),

@@ -160,6 +160,10 @@ def test_what_ends_a_run_is_in_its_log_too(run_cli, tiny_shards, tmp_path, monke
         (["init.weights=/no/such/file.pth"], "there is no file /no/such/file.pth"),
         (["--runs-dir", "/dev/null/runs"], "cannot write /dev/null/runs/run"),
         (["--data", "/no/such/folder"], "there is no folder /no/such/folder"),
+        (
+            ["--devices", 3, "batch.global_images=12", "data.order=window", "data.lanes=4"],
+            "3 devices cannot share 4 lanes of a window order",
+        ),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_a_hint(
