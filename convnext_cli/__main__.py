@@ -41,6 +41,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
+        _check_folder()
         app()
     except SystemExit as end:  # typer's own way
         if isinstance(end.__context__, BrokenPipeError):
@@ -56,6 +57,21 @@ def _run() -> int:
         )
         return _tell(UserError(f"{error.filename}: {error.strerror}", hint=hint))
     return 0
+
+
+def _check_folder() -> None:
+    """Refuse to run in a folder that was deleted: torch ends the process, blaming one of its files.
+
+    Raises:
+        UserError: It is gone, and perhaps another has its name by now.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError(
+            "the folder in which this command was started is gone",
+            hint='go to another one; if it was made anew: cd "$PWD"',
+        ) from error
 
 
 def _tell(error: UserError) -> int:

@@ -64,6 +64,20 @@ def test_a_rank_tells_what_it_alone_has_met_and_leaves_the_rest_to_rank_0(
     assert (str(error) in done.stderr) is told
 
 
+def test_a_folder_that_was_deleted_is_told_and_not_that_torch_is_broken(
+    run_cli, tmp_path, monkeypatch
+):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+
+    done = run_cli("train", "quickstart")
+
+    assert done.exit_code == 2
+    assert "the folder in which this command was started is gone" in done.stderr
+
+
 def test_an_image_that_no_memory_holds_is_refused(run_cli):
     done = run_cli("predict", "weights.pth", "photo.jpg", "--image-px", 100_000)
 
