@@ -97,9 +97,11 @@ class RunLock:
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        if _read(self.path) == self.holder:
-            self.path.unlink(missing_ok=True)
-        with suppress(OSError):  # it is not empty, or another start that was refused was faster
+        # the disk is gone: what that ended is told; the folder is not empty, or another start that
+        # was refused was faster
+        with suppress(OSError):
+            if _read(self.path) == self.holder:
+                self.path.unlink()
             self.path.parent.rmdir()  # a start that was refused leaves no trace
 
     def _take(self) -> bool:

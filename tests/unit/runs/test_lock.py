@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -46,6 +47,18 @@ def test_a_refused_start_leaves_no_empty_folder(tmp_path):
         pass
 
     assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_cannot_be_removed_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "lock.json"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with lock(path):
+        monkeypatch.setattr(Path, "unlink", refuse)
+
+    assert path.exists()
 
 
 def test_a_folder_that_nobody_holds_is_free_and_stays_as_it_was(tmp_path):
