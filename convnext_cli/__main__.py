@@ -4,6 +4,7 @@ import errno
 import gc
 import io
 import os
+import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.text import Text
 from convnext_cli.cli import app
 from convnext_cli.cli._console import console
 from convnext_cli.errors import UserError, quote_path
+from convnext_cli.plan.cluster import read_local_rank, read_rank
 from convnext_cli.runs.exit_code import leave_exit_code
 
 _READER_LEFT = 141
@@ -75,14 +77,22 @@ def _check_folder() -> None:
 
 
 def _tell(error: UserError) -> int:
-    # what one rank alone has met no other can tell
-    console.quiet = console.quiet and not error.of_one_rank
+    label = "error: "
+    if console.quiet and error.of_one_rank and (read_local_rank() == 0 or _has_joined()):
+        console.quiet = False
+        label = f"error (rank {read_rank()} on {socket.gethostname()}): "
     with suppress(OSError, SystemExit):  # a reader that left does not change what it was
         # Text, not markup: a message may hold brackets, which rich would take for tags.
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        console.print(Text.assemble((label, "bold red"), str(error)), soft_wrap=True)
         if error.hint:
             console.print(Text.assemble("\n", ("hint: ", "cyan"), error.hint), soft_wrap=True)
     return error.exit_code
+
+
+def _has_joined() -> bool:
+    """Whether this process trains with others: what it met before, all of its node meet alike."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 if __name__ == "__main__":

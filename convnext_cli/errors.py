@@ -42,7 +42,7 @@ class UserError(Exception):
 
     exit_code: ClassVar[int] = 2
     of_one_rank: ClassVar[bool] = False
-    """Whether a rank may meet it alone, and so tells it; of what all meet alike rank 0 tells."""
+    """Whether a rank may meet it alone, and so tells it; what all meet alike rank 0 tells."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -290,8 +290,8 @@ def _run_trainer(
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.teardown(trainer, task, "fit")
             data.teardown("fit")
-        if isinstance(error, UserError):
-            raise from_worker(error) from error
+        if isinstance(error, UserError) and (told := from_worker(error)) is not error:
+            raise told from error
         if is_lost_worker(error):
             raise make_lost_worker_error(
                 error,

@@ -46,22 +46,33 @@ def test_a_wrong_override_is_named_and_nothing_is_written(run_cli, tmp_path, ove
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
-    [(DataError("shard 3 is gone"), True), (Stopped("saved"), False), (LostRank("lost"), False)],
+    ("error", "local_rank", "joined", "told"),
+    [
+        (DataError("shard 3 is gone"), "0", False, "error (rank 8 on "),
+        (DataError("shard 3 is gone"), "1", False, ""),
+        (DataError("shard 3 is gone"), "1", True, "error (rank 9 on "),
+        (Stopped("saved"), "0", True, ""),
+        (LostRank("lost"), "0", True, ""),
+    ],
 )
-def test_a_rank_tells_what_it_alone_has_met_and_leaves_the_rest_to_rank_0(
-    run_cli, monkeypatch, error, told
+def test_a_rank_tells_what_it_alone_has_met_and_leaves_the_rest_to_others(
+    run_cli, monkeypatch, error, local_rank, joined, told
 ):
     def end() -> None:
         raise error
 
     monkeypatch.setattr("convnext_cli.__main__.app", end)
+    monkeypatch.setattr("convnext_cli.__main__._has_joined", lambda: joined)
+    for name, value in {"RANK": f"{8 + int(local_rank)}", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(console, "quiet", True)  # as of every rank but 0
 
     done = run_cli("train", "quickstart")
 
     assert done.exit_code == error.exit_code
-    assert (str(error) in done.stderr) is told
+    assert done.stderr.startswith(told)
+    assert bool(done.stderr) is bool(told)
 
 
 def test_a_folder_that_was_deleted_is_told_and_not_that_torch_is_broken(
