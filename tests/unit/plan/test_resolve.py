@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from convnext_cli.catalog.models import find_variant
 from convnext_cli.errors import PlanError, RecipeError
 from convnext_cli.plan.cluster import Cluster
 from convnext_cli.plan.resolve import DataFacts, Plan, make_plan
@@ -304,6 +305,17 @@ def test_parameters_are_those_of_the_network_that_is_built():
     assert plan_of().parameters - without.parameters == blocks_times_widths
 
 
+@pytest.mark.parametrize("recipe", ["in1k_tiny", "in1k_isotropic_large", "v2_in1k_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    ["convnext_tiny", "convnext_isotropic_small", "convnext_isotropic_large", "convnextv2_tiny"],
+)
+def test_another_architecture_is_trained_with_its_own_layer_scale(recipe, name):
+    plan = plan_of(f"model.name={name}", recipe=recipe)
+
+    assert plan.parameters == find_variant(name).parameters_1k
+
+
 def test_a_gpu_computes_in_bf16_compiled_and_a_cpu_does_neither():
     gpu, cpu = plan_of(), plan_of(cluster=Cluster(device="cpu", cpus_per_node=2))
 
@@ -462,9 +474,10 @@ def test_a_model_of_one_size_refuses_a_smaller_one():
 def test_kernels_keep_two_thirds_of_a_v2_in_any_precision(precision):
     def activations(kernels: str) -> int | None:
         plan = plan_of(
-            f"compute.precision={precision}", f"compute.kernels={kernels}",
-            "model.name=convnextv2_tiny", "model.layer_scale_init=null",
-        )  # fmt: skip
+            f"compute.precision={precision}",
+            f"compute.kernels={kernels}",
+            "model.name=convnextv2_tiny",
+        )
         return plan.memory[0].activations
 
     assert activations("fused") == pytest.approx(activations("eager") * 10 / 15, rel=0.05)
