@@ -44,6 +44,9 @@ ResumeOption = Annotated[
     ),
 ]
 
+_FROM_SCRATCH = {"imagenet1k": "in1k_tiny", "imagenet22k": "in22k_tiny"}
+"""By data set; a recipe for fine-tuning has a head of nearly nothing and slow early layers."""
+
 
 def train(
     recipe: RecipeArgument,
@@ -105,11 +108,12 @@ def check_start_weights(recipe: Recipe) -> None:
         CheckpointError: The recipe says how given weights are taken, and names none.
     """
     if recipe.init.weights is None and recipe.init != Init():
+        scratch = _FROM_SCRATCH.get(recipe.data.dataset or "", "small_data")
         raise CheckpointError(
             f"the recipe goes on from given weights (init.source={recipe.init.source}"
             f" init.head={recipe.init.head}), and none are named",
-            hint="name them with convnext finetune --from CKPT, or init.weights=CKPT; from scratch:"
-            " init.source=auto init.head=keep",
+            hint="name them with convnext finetune --from CKPT, or init.weights=CKPT; from scratch,"
+            f" by another recipe: convnext train {scratch} model.name={recipe.model.name}",
         )
 
 

@@ -53,14 +53,18 @@ def test_names_of_every_other_kind_are_taken():
         check_name(name)
 
 
-def test_a_recipe_for_fine_tuning_without_weights_is_refused_and_the_hint_works():
-    with pytest.raises(CheckpointError, match=r"init\.source=raw init\.head=reset") as refused:
-        check_start_weights(load_recipe("v2_in1k_atto"))
+@pytest.mark.parametrize("name", ["v2_in1k_atto", "v2_in22k_base", "in22k_in1k_small_224"])
+def test_a_recipe_for_fine_tuning_without_weights_is_refused_and_the_hint_works(name):
+    asked = load_recipe(name)
+    with pytest.raises(CheckpointError, match=r"init\.source=raw init\.head=") as refused:
+        check_start_weights(asked)
 
-    *_, source, head = str(refused.value.hint).split()
-    check_start_weights(load_recipe("v2_in1k_atto", [source, head]))
-    check_start_weights(load_recipe("v2_in1k_atto", ["init.weights=x.pt"]))
-    check_start_weights(load_recipe("in1k_tiny"))
+    *_, recipe, model = str(refused.value.hint).split()
+    scratch = load_recipe(recipe, [model])
+    check_start_weights(scratch)
+    check_start_weights(load_recipe(name, ["init.weights=x.pt"]))
+    assert (scratch.model.name, scratch.data) == (asked.model.name, asked.data)
+    assert (scratch.model.head_init_scale, scratch.optim.layer_decay) == (1.0, None)
 
 
 def test_a_recipe_for_fine_tuning_goes_on_from_a_checkpoint_that_is_given(run_cli, tiny_shards):
