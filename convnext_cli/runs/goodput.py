@@ -80,15 +80,20 @@ def measure_goodput(run: RunDir) -> Goodput:
         times = [_time(event) for event in part]
         if following is None and rows:
             times.append(_time(rows[-1]))
+        last, lost = kept, 0
+        if following:
+            last = max(_whole(event, "step") for event in part)
+            # the rows know of one that was killed, the events of one that went back
+            lost = max(_whole(following[0], "lost_steps"), last - _whole(following[0], "step"))
         attempts.append(
             Attempt(
                 first_step=_whole(part[0], "step"),
-                last_step=max(_whole(event, "step") for event in part) if following else kept,
+                last_step=last,
                 seconds=_lasted(times),
                 start_seconds=next(
                     (_lasted([times[0], _time(e)]) for e in part if e.get("event") == "ready"), 0.0
                 ),
-                lost_steps=_whole(following[0], "lost_steps") if following else 0,
+                lost_steps=lost,
                 waited_seconds=_lasted([times[-1], _time(following[0])]) if following else 0.0,
                 ended=_end(part, last=following is None),
             )

@@ -48,6 +48,26 @@ def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
     assert measured.goodput == pytest.approx(100 * 1.0 / 150)
 
 
+def test_steps_after_the_last_row_are_lost_too_where_a_run_goes_back(tmp_path):
+    run = RunDir(tmp_path)
+    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 40}))
+    # goes back from step 16 to 8, with a row of step 12
+    run.events.write_text(
+        lines(
+            {"event": "started", "time": at(0), "step": 0},
+            {"event": "rolled_back", "time": at(16), "step": 16, "to": 8},
+            {"event": "stopped", "time": at(16), "step": 16, "why": "RolledBack"},
+            {"event": "resumed", "time": at(16), "step": 8, "lost_steps": 4},
+            {"event": "finished", "time": at(48), "step": 40},
+        )
+    )
+    run.metrics.write_text(lines({"step": 40, "time": at(48), "speed/images_per_second": 100.0}))
+
+    measured = measure_goodput(run)
+
+    assert (measured.attempts[0].lost_steps, measured.lost_steps) == (8, 8)
+
+
 def test_a_clock_that_was_set_back_makes_no_time_negative(tmp_path):
     run = RunDir(tmp_path)
     run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 40}))
