@@ -397,18 +397,19 @@ def _find_built_variant(recipe: Recipe) -> Variant:
                 f"compute.kernels: there are none for {model.name}, found fused",
                 hint="leave it to torch.compile: compute.kernels=compile",
             )
-        if recipe.compute.gradient_checkpointing != "none":
-            raise PlanError(
-                f"compute.gradient_checkpointing: {model.name} has none,"
-                f" found {recipe.compute.gradient_checkpointing}",
-                hint="turn it off: compute.gradient_checkpointing=none",
-            )
-        if model.drop_path_kind != "scale":
-            raise PlanError(
-                f"model.drop_path_kind: {model.name} drops images in its own way,"
-                f" found {model.drop_path_kind}",
-                hint="leave it: model.drop_path_kind=scale",
-            )
+        checkpointing, start = recipe.compute.gradient_checkpointing, "begins as timm makes it"
+        asked: tuple[tuple[str, object, object, str], ...] = (
+            ("compute.gradient_checkpointing", checkpointing, "none", "has none"),
+            ("model.drop_path_kind", model.drop_path_kind, "scale", "drops images in its own way"),
+            ("model.layer_scale_init", model.layer_scale_init, "auto", start),
+            ("model.head_init_scale", model.head_init_scale, 1.0, start),
+        )
+        for key, found, own, why in asked:
+            if found != own:
+                raise PlanError(
+                    f"{key}: {model.name} {why}, found {'null' if found is None else found}",
+                    hint=f"leave it: {key}={own}",
+                )
         return variant
     if model.layer_scale_init == "auto":
         return variant
