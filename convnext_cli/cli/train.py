@@ -193,16 +193,16 @@ def _tell_result(run: RunDir, *, recipe: Recipe, steps: int, has_val: bool) -> N
         text += f", averaged weights {averaged:.2f}% (step {summary.best_ema_top1_step})"
     if recipe.published_top1 is not None:
         text += f"; published {recipe.published_top1:.1f}%"
-    data = quote_path(recipe.data.path or "DIR")
-    evaluate = f"convnext evaluate {quote_path(checkpoint)} --data {data}"
+    following = f"convnext predict {quote_path(checkpoint)} IMAGE"
+    if has_val and recipe.data.mode == "indexed":  # shards without an index are not evaluated on
+        data = quote_path(recipe.data.path or "DIR")
+        following = f"convnext evaluate {quote_path(checkpoint)} --data {data}"
     if averaged is not None and checkpoint == run.best:
-        evaluate += " --weights raw"  # the better ones here; averaged ones are the default
-    if not has_val:
-        evaluate = f"convnext predict {quote_path(checkpoint)} IMAGE"
+        following += " --weights raw"  # the better ones here; averaged ones are the default
     for name, value in (
         ("finished", text),
         ("checkpoint", str(checkpoint)),
         ("plot", str(run.curves)),
-        ("next", evaluate),
+        ("next", following),
     ):
         console.print(Text.assemble((f"{name:<11}", "bold"), value), soft_wrap=True)

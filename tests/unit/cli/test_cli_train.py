@@ -32,10 +32,15 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.mark.parametrize(
-    ("has_val", "words"), [(True, "evaluate {} --data packed"), (False, "predict {} IMAGE")]
+    ("has_val", "mode", "words"),
+    [
+        (True, "indexed", "evaluate {} --data packed"),
+        (True, "stream", "predict {} IMAGE"),
+        (False, "indexed", "predict {} IMAGE"),
+    ],
 )
-def test_the_next_command_is_one_that_the_data_allow(run, has_val, words, capsys):
-    recipe = load_recipe("small_data", ["data.path=packed"])
+def test_the_next_command_is_one_that_the_data_allow(run, has_val, mode, words, capsys):
+    recipe = load_recipe("small_data", ["data.path=packed", f"data.mode={mode}"])
 
     _tell_result(run, recipe=recipe, steps=2, has_val=has_val)
 
