@@ -27,6 +27,7 @@ CHANGEABLE = (
     "published_top1",
     "data.path",
     "data.val_path",
+    "data.val_images",
     "data.workers",
     "data.bad_frac",
     "data.cache_dir",

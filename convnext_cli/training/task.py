@@ -241,10 +241,13 @@ class Classifier(pl.LightningModule):
                 continue
             result = scores.compute_summary()
             if result.images != self.plan.val_images:
+                data, streams = self.plan.data_source, self.plan.recipe.data.mode == "stream"
                 raise DataError(
-                    f"validation counted {result.images} images instead of"
-                    f" {self.plan.val_images} in {self.plan.data_source}",
-                    hint="check the data set: convnext data check DIR",
+                    f"validation counted {result.images} images instead of {self.plan.val_images}"
+                    f" in {self.plan.recipe.data.val_path if streams else data}",
+                    hint=f"go on with as many: data.val_images={result.images}"
+                    if streams
+                    else "check the data set: convnext data check DIR",
                 )
             row |= {
                 f"{prefix}/loss": result.loss,

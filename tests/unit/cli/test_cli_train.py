@@ -111,6 +111,14 @@ def test_a_command_that_went_back_before_says_that_it_goes_on(
             ["data.path=https://x/train-{00..63}.tar?sign=1", "data.val_path=/v/val-{0..3}.tar"],
             True,
         ),
+        (
+            [
+                "data.path=/a/train-{00..63}.tar",
+                "data.val_path=/a/val-{0..3}.tar",
+                "data.val_images=91",
+            ],
+            True,
+        ),
         (["data.path=/a/train-{00..31}.tar", "data.val_path=/a/val-{0..3}.tar"], False),
         (["data.path=/a/train-{00..63}.tar", "data.val_path=/a/test-{0..3}.tar"], False),
         (["data.path=/a/train-{00..63}.tar"], False),

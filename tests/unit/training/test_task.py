@@ -1,6 +1,7 @@
 """One step of training, and what a gradient that is not finite leaves as it is."""
 
 import copy
+import dataclasses
 import io
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import Tensor
 from convnext_cli.data.augment import Choices
 from convnext_cli.data.build import build_mix
 from convnext_cli.data.reader import Batch, Unusable
-from convnext_cli.errors import CheckpointError
+from convnext_cli.errors import CheckpointError, DataError
 from convnext_cli.models.convnext import ConvNeXt
 from convnext_cli.optim.build import build_optimizer
 from convnext_cli.optim.ema import make_averaged
@@ -256,3 +257,23 @@ def test_both_weight_sets_lie_in_memory_alike_so_that_one_pass_averages_them():
     kernel = stepper.task.model.stages[0][0].dwconv.weight
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert stepper.optimizer.state[kernel]["exp_avg"].stride() == kernel.stride()
+
+
+@pytest.mark.parametrize(
+    ("mode", "where", "hint"),
+    [
+        ("indexed", "in test", "convnext data check DIR"),
+        ("stream", "in val.tar", "data.val_images=2"),
+    ],
+)
+def test_another_number_of_validation_images_than_known_ends_a_run(mode, where, hint):
+    task = Stepper(fused=False).task
+    data = task.plan.recipe.data.model_copy(update={"mode": mode, "val_path": "val.tar"})
+    recipe = task.plan.recipe.model_copy(update={"data": data})
+    task.plan = dataclasses.replace(task.plan, val_images=5, recipe=recipe)
+    task.val_scores.update(torch.zeros(3, CLASSES), torch.tensor([0, 1, -1]))
+
+    with pytest.raises(DataError, match=f"counted 2 images instead of 5 {where}") as caught:
+        task.compute_validation()
+
+    assert hint in str(caught.value.hint)
