@@ -48,8 +48,8 @@ FAST_DEVICE = 3
 H100 trains ConvNeXt-B at 3,074 images/s: 2.8 times."""
 
 CORE_IMAGES, CORE_IMAGES_AUGMENTED = 500, 350
-"""Images that a core loads in a second at 224 px, without and with RandAugment by Pillow.
-Source: benchmarks/README.md."""
+"""Images that a core loads in a second at 224 px, without and with RandAugment by Pillow: a quarter
+less than the 671 and 481 of benchmarks/README.md, for slower cores."""
 
 _AMPLE = 2
 """RandAugment is done by the cores where they load so many times what the devices take: it would
