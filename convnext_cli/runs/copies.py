@@ -12,9 +12,9 @@ end a run: it is told, and the next one makes up for it.
 """
 
 import json
+import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from convnext_cli.errors import DISK_FULL, CheckpointError, RunError, quote_path
+from convnext_cli.errors import DISK_FULL, CheckpointError, RunError, WriteError, quote_path
 from convnext_cli.runs.layout import RunDir, checkpoint_step
 from convnext_cli.runs.manifest import check_checkpoint, manifest_path, read_manifest
 from convnext_cli.runs.record import redact_text, write_event, writing_to, written_whole
@@ -30,6 +30,8 @@ from convnext_cli.runs.record import redact_text, write_event, writing_to, writt
 _LINKS = "links.json"
 _BUCKETS = ("s3://", "s3a://", "gs://", "gcs://")
 """Of places that have no folders, only names that hold /."""
+_QUIET_SECONDS = 5.0
+"""For which the end of a run waits without a word."""
 
 
 class RemoteFolder:
@@ -215,28 +217,34 @@ class Copier:
         self.run = run
         self.folder = folder
         self.say = say
-        self._pool = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
-        self._copy: futures.Future[None] | None = None
+        self._copy: threading.Thread | None = None
         self._behind = False
         self._failed = False
 
     def start(self) -> None:
         """Copy what there is now; while a copy is under way, the next one makes up for it."""
-        if self._copy is not None and not self._copy.done():
+        if self._copy is not None and self._copy.is_alive():
             self._behind = True
             return
         self._behind = False
-        self._copy = self._pool.submit(self._push)
+        # not waited for by Python itself: whoever presses Ctrl-C twice wants out
+        self._copy = threading.Thread(target=self._push, name="copies", daemon=True)
+        self._copy.start()
 
     def finish(self) -> None:
         """Wait until everything is copied or has failed."""
         if self._copy is not None:
-            futures.wait([self._copy])
+            self._copy.join(_QUIET_SECONDS)
+            if self._copy.is_alive():
+                self.say(
+                    f"waiting for copies to {self.folder.shown}; after Ctrl-C twice, the same"
+                    " command makes up for them"
+                )
+            self._copy.join()
         if self._behind:
             self.start()
             self.finish()
             return
-        self._pool.shutdown(wait=False)
         if self._failed:
             self.say(
                 f"{self.folder.shown} lacks what was saved last; the same command again copies it"
@@ -250,7 +258,8 @@ class Copier:
             self._failed = True
             self.say(f"could not copy to {self.folder.shown}: {error}")
             why = f"{type(error).__name__}: {error}"
-            write_event(self.run.events, "copy_failed", url=self.folder.shown, why=why)
+            with suppress(WriteError):  # of this disk, which training tells
+                write_event(self.run.events, "copy_failed", url=self.folder.shown, why=why)
 
 
 def fetch_run(url: str, runs_dir: Path) -> tuple[RunDir, int]:

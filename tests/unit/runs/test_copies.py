@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -8,6 +9,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from convnext_cli.errors import CheckpointError, RunError, WriteError
+from convnext_cli.runs import copies
 from convnext_cli.runs.copies import Copier, RemoteFolder, fetch_run
 from convnext_cli.runs.layout import RunDir
 from convnext_cli.runs.manifest import (
@@ -217,6 +219,27 @@ def test_the_end_says_that_the_last_copy_is_missing(run, url, tmp_path):
 
     assert "could not copy to" in told[0]
     assert told[1:] == [f"{url} lacks what was saved last; the same command again copies it"]
+
+
+def test_a_copy_that_takes_long_is_told_and_does_not_hold_up_who_presses_ctrl_c_twice(
+    run, url, monkeypatch
+):
+    told: list[str] = []
+    gone_on = threading.Event()
+    monkeypatch.setattr(copies, "_QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(RemoteFolder, "push", lambda *_: gone_on.wait(30))
+
+    def say(line: str) -> None:
+        told.append(line)
+        gone_on.set()
+
+    copier = Copier(run, RemoteFolder(url), say=say)
+    copier.start()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "copies")
+    copier.finish()
+
+    assert told[0].startswith(f"waiting for copies to {url}")
+    assert thread.daemon
 
 
 def test_a_bucket_is_written_to_and_not_made(run):
