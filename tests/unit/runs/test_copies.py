@@ -234,8 +234,9 @@ def test_a_copy_that_takes_long_is_told_and_does_not_hold_up_who_presses_ctrl_c_
         gone_on.set()
 
     copier = Copier(run, RemoteFolder(url), say=say)
+    before = set(threading.enumerate())
     copier.start()
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == "copies")
+    (thread,) = (new for new in set(threading.enumerate()) - before if new.name == "copies")
     copier.finish()
 
     assert told[0].startswith(f"waiting for copies to {url}")
