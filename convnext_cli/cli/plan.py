@@ -132,15 +132,16 @@ def _loading(plan: Plan, *, cpus_assumed: bool) -> str:
     if takes is None:
         return told
     size = f" of {plan.image_px_at(0)} px" if len(plan.train_sizes) > 1 else ""
+    devices = plan.cluster.devices_per_node
+    takers = "device takes" if devices == 1 else f"{devices} devices take"
     told += (
-        f"; its {plan.cluster.devices_per_node} devices take {takes:,.0f}{size}"
-        f" at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s each"
+        f"; its {takers} {takes:,.0f}{size} at a sustained {SUSTAINED_FLOPS / 1e12:g} TFLOP/s each"
     )
     if gives >= FAST_DEVICE * takes:
         return f"{told}: enough"
     if gives >= takes:
         return f"{told}: enough for these, but an H100 takes 2 to 3 times as many and may wait"
-    told += f": they would wait {1 - gives / takes:.0%} of the time"
+    told += f", and would wait {1 - gives / takes:.0%} of the time"
     if cpus_assumed:
         return told
     if augment and plan.augment_on == "cpu":
