@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,22 +16,34 @@ def lines(*rows: dict) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
-    run = RunDir(tmp_path)
-    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 100}))
-    # killed after step 50 at second 60; resumed 20 seconds later at step 40; finished
-    run.events.write_text(
-        lines(
-            {"event": "started", "time": at(0), "step": 0},
-            {"event": "ready", "time": at(10), "step": 0},
-            {"event": "checkpoint", "time": at(50), "step": 40},
-            {"event": "resumed", "time": at(80), "step": 40, "lost_steps": 10},
-            {"event": "ready", "time": at(90), "step": 40},
-            {"event": "finished", "time": at(150), "step": 100},
-        )
-    )
+def event(name: str, second: int, step: int, **more: object) -> dict:
+    return {"event": name, "time": at(second), "step": step, **more}
+
+
+def write_run(folder: Path, *events: dict, rates: dict[int, float], **plan: object) -> RunDir:
+    """A run whose rows tell `rates` in images a second by step, and were written at its end."""
+    run = RunDir(folder)
+    run.plan.write_text(json.dumps({"global_images": 100, **plan}))
+    run.events.write_text(lines(*events))
+    speed, end = "speed/images_per_second", events[-1]["time"]
     run.metrics.write_text(
-        lines(*({"step": s, "time": at(150), "speed/images_per_second": 100.0} for s in (50, 100)))
+        lines(*({"step": step, "time": end, speed: rate} for step, rate in rates.items()))
+    )
+    return run
+
+
+def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
+    # killed after step 50 at second 60; resumed 20 seconds later at step 40; finished
+    run = write_run(
+        tmp_path,
+        event("started", 0, 0),
+        event("ready", 10, 0),
+        event("checkpoint", 50, 40),
+        event("resumed", 80, 40, lost_steps=10),
+        event("ready", 90, 40),
+        event("finished", 150, 100),
+        rates={50: 100.0, 100: 100.0},
+        total_steps=100,
     )
 
     measured = measure_goodput(run)
@@ -49,19 +62,17 @@ def test_lost_steps_starts_and_waits_are_not_goodput(tmp_path):
 
 
 def test_steps_after_the_last_row_are_lost_too_where_a_run_goes_back(tmp_path):
-    run = RunDir(tmp_path)
-    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 40}))
     # goes back from step 16 to 8, with a row of step 12
-    run.events.write_text(
-        lines(
-            {"event": "started", "time": at(0), "step": 0},
-            {"event": "rolled_back", "time": at(16), "step": 16, "to": 8},
-            {"event": "stopped", "time": at(16), "step": 16, "why": "RolledBack"},
-            {"event": "resumed", "time": at(16), "step": 8, "lost_steps": 4},
-            {"event": "finished", "time": at(48), "step": 40},
-        )
+    run = write_run(
+        tmp_path,
+        event("started", 0, 0),
+        event("rolled_back", 16, 16, to=8),
+        event("stopped", 16, 16, why="RolledBack"),
+        event("resumed", 16, 8, lost_steps=4),
+        event("finished", 48, 40),
+        rates={40: 100.0},
+        total_steps=40,
     )
-    run.metrics.write_text(lines({"step": 40, "time": at(48), "speed/images_per_second": 100.0}))
 
     measured = measure_goodput(run)
 
@@ -69,20 +80,16 @@ def test_steps_after_the_last_row_are_lost_too_where_a_run_goes_back(tmp_path):
 
 
 def test_a_clock_that_was_set_back_makes_no_time_negative(tmp_path):
-    run = RunDir(tmp_path)
-    run.plan.write_text(json.dumps({"global_images": 100, "total_steps": 40}))
     # set back by 100 seconds after the checkpoint, and again before the second attempt
-    run.events.write_text(
-        lines(
-            {"event": "started", "time": at(200), "step": 0},
-            {"event": "checkpoint", "time": at(220), "step": 20},
-            {"event": "stopped", "time": at(125), "step": 20, "why": "Stopped"},
-            {"event": "resumed", "time": at(30), "step": 20, "lost_steps": 0},
-            {"event": "finished", "time": at(50), "step": 40},
-        )
-    )
-    run.metrics.write_text(
-        lines(*({"step": s, "time": at(50), "speed/images_per_second": 100.0} for s in (20, 40)))
+    run = write_run(
+        tmp_path,
+        event("started", 200, 0),
+        event("checkpoint", 220, 20),
+        event("stopped", 125, 20, why="Stopped"),
+        event("resumed", 30, 20, lost_steps=0),
+        event("finished", 50, 40),
+        rates={20: 100.0, 40: 100.0},
+        total_steps=40,
     )
 
     measured = measure_goodput(run)
@@ -93,28 +100,18 @@ def test_a_clock_that_was_set_back_makes_no_time_negative(tmp_path):
 
 
 def test_attempts_and_sizes_of_another_speed_count_with_their_own(tmp_path):
-    run = RunDir(tmp_path)
-    sizes = [{"image_px": 160, "first_step": 0}, {"image_px": 224, "first_step": 30}]
-    plan = {"global_images": 100, "total_steps": 100, "train_sizes": sizes}
-    run.plan.write_text(json.dumps(plan))
     # 30 small steps of 0.5 s and 30 of 1 s; then half of the devices, and 40 steps of 2 s
-    run.events.write_text(
-        lines(
-            {"event": "started", "time": at(0), "step": 0},
-            {"event": "stopped", "time": at(45), "step": 60, "why": "Stopped"},
-            {"event": "resumed", "time": at(45), "step": 60, "lost_steps": 0},
-            {"event": "finished", "time": at(125), "step": 100},
-        )
-    )
     rates = {10: 200.0, 20: 200.0, 30: 200.0, 40: 100.0, 50: 100.0, 60: 100.0}
     rates |= {70: 50.0, 80: 50.0, 90: 50.0, 100: 50.0}
-    run.metrics.write_text(
-        lines(
-            *(
-                {"step": step, "time": at(125), "speed/images_per_second": rate}
-                for step, rate in rates.items()
-            )
-        )
+    run = write_run(
+        tmp_path,
+        event("started", 0, 0),
+        event("stopped", 45, 60, why="Stopped"),
+        event("resumed", 45, 60, lost_steps=0),
+        event("finished", 125, 100),
+        rates=rates,
+        total_steps=100,
+        train_sizes=[{"image_px": 160, "first_step": 0}, {"image_px": 224, "first_step": 30}],
     )
 
     measured = measure_goodput(run)
