@@ -43,6 +43,8 @@ _AHEAD_BYTES, _AHEAD_SECONDS = 2**28, 5e-5
 """What the device writes before each piece of work, more than its cache holds, and the least time
 that it takes. Written often enough, it gives the host the time to launch all of the piece:
 otherwise a short one would be timed by how fast it is launched."""
+_MOST_WRITES = 512
+"""Before a piece of work; a device takes in about a thousand launches before the host waits."""
 
 _WORSE, _NOISE = 2.0, 1e-3
 """Error that a way may have against float32: so many times the plain one's, and that much."""
@@ -57,16 +59,23 @@ def time_on_gpu(work: Callable[[], object]) -> float:
     work()
     launching = time.perf_counter() - started
     ahead = torch.empty(_AHEAD_BYTES, dtype=torch.uint8, device="cuda")
-    marks = []
-    for _ in range(_TIMED):
-        for _ in range(1 + math.ceil(1.5 * launching / _AHEAD_SECONDS)):
+    writes = 1 + math.ceil(1.5 * launching / _AHEAD_SECONDS)
+    marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    late = 0
+    while len(marks) < _TIMED:
+        for _ in range(writes):
             ahead.zero_()
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         work()
         end.record()
-        marks.append((start, end))
+        begun: bool = start.query()  # type: ignore[no-untyped-call]
+        if begun and late < _TIMED:  # before all was launched
+            late += 1
+            writes = min(2 * writes, _MOST_WRITES)
+        else:
+            marks.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(float(start.elapsed_time(end)) for start, end in marks)
 

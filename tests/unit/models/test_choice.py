@@ -57,6 +57,43 @@ def test_the_fastest_way_of_each_stage_is_taken_and_not_measured_again(tmp_path)
     assert "2x8x8x32-bfloat16-layer_scale" in said[0]
 
 
+@pytest.mark.parametrize("late", [0, 3, 1000])
+def test_work_that_begins_before_it_is_launched_is_timed_again(late, monkeypatch):
+    """With a device whose first `late` pieces of work begin early and take a second then."""
+    writes: list[int] = []
+
+    class Device:
+        marks = 0
+
+        def zero_(self):
+            writes[-1] += 1
+
+    class Mark:
+        def __init__(self, **_):
+            Device.marks += 1
+            self.early = Device.marks <= 2 * late
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.early
+
+        def elapsed_time(self, _):
+            return 1000.0 if self.early else 2.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Device())
+
+    taken = choice.time_on_gpu(lambda: writes.append(0))
+
+    assert taken == (1000.0 if late == 1000 else 2.0)  # it ends, whatever the device does
+    times = writes[choice._WARM_UPS : -1]
+    assert len(times) == choice._TIMED + min(late, choice._TIMED)
+    assert (len(set(times)) > 1) == (late > 0)
+
+
 def test_blocks_with_a_single_way_are_neither_measured_nor_kept(tmp_path):
     class InFp8(torch.nn.Linear):
         pass
