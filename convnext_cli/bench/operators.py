@@ -63,7 +63,7 @@ KERNELS: Final[Table] = (
     (r"^depthwise_kernel", "depthwise forward"),
     (r"^mlp_\w+_kernel", "fused MLP"),
     (r"^(normalise|(gelu_)?grn)_(\w+_)?kernel", "normalisation"),
-    (r"^(gelu_(backward_)?|layer_scale_grad_)kernel", "elementwise"),
+    (r"^(gelu_(backward_)?|layer_scale_grad_|sum_kept_)kernel", "elementwise"),
     # memory alone
     (r"^Mem[a-z]+ |copy_kernel_cuda|nchwToNhwc|nhwcToNchw|AddPaddingKernel", "copies"),
     (r"CatArrayBatchedCopy|^aten::(copy_|cat|fill_|zero_)$", "copies"),

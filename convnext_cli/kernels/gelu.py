@@ -19,6 +19,7 @@ from convnext_cli.kernels.launch import count_programs, uses_triton
 from convnext_cli.kernels.triton_rows import gelu_backward_kernel, gelu_kernel
 
 _ROWS, _BLOCK = 16, 128
+_SUM_ROWS, _SUM_BLOCK = 32, 64
 _PROGRAMS = 8
 """Of a sum over rows, for each multiprocessor: a small program keeps few registers."""
 
@@ -56,10 +57,10 @@ def gelu_backward(
     if not uses_triton(h_MK):
         return gelu_backward_twin(grad_MK, h_MK, bias_K, keep_N)
     rows, units = h_MK.shape
-    blocks = triton.cdiv(units, _BLOCK)
+    blocks = triton.cdiv(units, _SUM_BLOCK)
     wanted = max(1, count_programs(h_MK.device, each=_PROGRAMS) // blocks)
-    steps = triton.cdiv(triton.cdiv(rows, _ROWS), wanted)
-    parts = triton.cdiv(triton.cdiv(rows, _ROWS), steps)
+    steps = triton.cdiv(triton.cdiv(rows, _SUM_ROWS), wanted)
+    parts = triton.cdiv(triton.cdiv(rows, _SUM_ROWS), steps)
     out_MK = torch.empty_like(h_MK)
     part = torch.empty((parts, units), dtype=torch.float32, device=h_MK.device)
     gelu_backward_kernel[(blocks, parts)](
@@ -73,8 +74,8 @@ def gelu_backward(
         count_positions(rows, keep_N),
         steps,
         HIDDEN=units,
-        ROWS=_ROWS,
-        BLOCK=_BLOCK,
+        ROWS=_SUM_ROWS,
+        BLOCK=_SUM_BLOCK,
         HAS_KEEP=keep_N is not None,
     )
     return out_MK, part.sum(dim=0)

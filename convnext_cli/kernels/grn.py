@@ -33,9 +33,10 @@ from convnext_cli.kernels.triton_rows import (
 EPS = 1e-6
 """Source: facebookresearch/ConvNeXt-V2@2553895 models/utils.py `GRN`."""
 _ROWS, _BLOCK, _UNITS = 16, 128, 1024
-_PROGRAMS = 32
-"""Of a sum over the positions, for each multiprocessor: several times what it holds at once, so
-that the last ones leave little of the device without work."""
+_SUM_ROWS, _SUM_BLOCK, _STAGES = 32, 64, 3
+_PROGRAMS = 16
+"""Of a sum over the positions, for each multiprocessor: more than it holds at once, so that the
+last ones leave little of the device without work."""
 
 
 def gelu_grn(
@@ -55,8 +56,8 @@ def gelu_grn(
     scale = torch.empty_like(squares)
     grn_scale_kernel[(images,)](squares, gamma_K, scale, EPS, HIDDEN=units, BLOCK=_UNITS)
     out_MK = torch.empty_like(h_MK)
-    grid = (triton.cdiv(units, _BLOCK) * images, triton.cdiv(positions, _ROWS))
-    gelu_grn_kernel[grid](
+    programs = triton.cdiv(units, _BLOCK) * triton.cdiv(positions, _ROWS) * images
+    gelu_grn_kernel[(programs,)](
         h_MK,
         bias_K,
         scale,
@@ -120,7 +121,7 @@ def gelu_grn_backward(
     steps, parts = _cut_positions(h_MK, images)
     dh_MK = torch.empty_like(h_MK)
     part = torch.empty((images * parts, units), dtype=torch.float32, device=h_MK.device)
-    gelu_grn_backward_kernel[(triton.cdiv(units, _BLOCK) * images, parts)](
+    gelu_grn_backward_kernel[(triton.cdiv(units, _SUM_BLOCK) * parts * images,)](
         grad_MK,
         h_MK,
         bias_K,
@@ -130,9 +131,11 @@ def gelu_grn_backward(
         part,
         len(h_MK) // images,
         steps,
+        parts,
         HIDDEN=units,
-        ROWS=_ROWS,
-        BLOCK=_BLOCK,
+        ROWS=_SUM_ROWS,
+        BLOCK=_SUM_BLOCK,
+        STAGES=_STAGES,
     )
     return dh_MK, part.sum(dim=0), dgamma_K, dbeta_K
 
@@ -171,8 +174,8 @@ def _share(squares: Tensor) -> Tensor:
 
 def _cut_positions(h_MK: Tensor, images: int) -> tuple[int, int]:
     """(steps, parts): blocks of rows of a program, and programs along an image's positions."""
-    tiles = triton.cdiv(len(h_MK) // images, _ROWS)
-    others = triton.cdiv(h_MK.shape[1], _BLOCK) * images
+    tiles = triton.cdiv(len(h_MK) // images, _SUM_ROWS)
+    others = triton.cdiv(h_MK.shape[1], _SUM_BLOCK) * images
     wanted = triton.cdiv(count_programs(h_MK.device, each=_PROGRAMS), others)
     steps = triton.cdiv(tiles, min(tiles, wanted))
     return steps, triton.cdiv(tiles, steps)
@@ -186,7 +189,7 @@ def _sum_over_positions(
     steps, parts = _cut_positions(h_MK, images)
     shape = (1 if grad_MK is None else 2, parts, images, units)
     sums = torch.empty(shape, dtype=torch.float32, device=h_MK.device)
-    gelu_grn_sums_kernel[(triton.cdiv(units, _BLOCK) * images, parts)](
+    gelu_grn_sums_kernel[(triton.cdiv(units, _SUM_BLOCK) * parts * images,)](
         h_MK if grad_MK is None else grad_MK,
         h_MK,
         bias_K,
@@ -195,9 +198,11 @@ def _sum_over_positions(
         images,
         len(h_MK) // images,
         steps,
+        parts,
         HIDDEN=units,
-        ROWS=_ROWS,
-        BLOCK=_BLOCK,
+        ROWS=_SUM_ROWS,
+        BLOCK=_SUM_BLOCK,
+        STAGES=_STAGES,
         BACKWARD=grad_MK is not None,
     )
     return sums[:, 0] if parts == 1 else sums.sum(dim=1)

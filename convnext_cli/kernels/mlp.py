@@ -43,6 +43,7 @@ from convnext_cli.kernels.triton_mlp import (
     mlp_project_kernel,
     mlp_weight_grad_kernel,
 )
+from convnext_cli.kernels.triton_rows import sum_kept_kernel
 
 Cut = TypeVar("Cut")
 
@@ -293,7 +294,7 @@ def backward_kept(
     """All gradients but that of the residual, where h was kept."""
     dh_MK, dw1_KC, product_CK, db1_K = kept_grads(grad_MC, xhat_MC, h_MK, mlp)
     dz_MC = normalise_backward(dh_MK @ mlp.w1, xhat_MC, rstd_M)
-    return _collect(dz_MC, dw1_KC, db1_K, product_CK, _sum_kept(grad_MC, mlp), mlp)
+    return _collect(dz_MC, dw1_KC, db1_K, product_CK, sum_kept(grad_MC, mlp.keep), mlp)
 
 
 def kept_grads(
@@ -486,12 +487,36 @@ def _factors(mlp: Mlp) -> tuple[Tensor, Tensor]:
     return gamma, mlp.b2 if mlp.keep is None else mlp.keep
 
 
-def _sum_kept(grad_MC: Tensor, mlp: Mlp) -> Tensor:
-    """Sum of keep times the block's gradient over the rows."""
+def sum_kept(grad_MC: Tensor, keep_N: Tensor | None) -> Tensor:
+    """Sum of keep times the block's gradient over the rows (C): the same to the bit every time."""
+    if not uses_triton(grad_MC):
+        return sum_kept_twin(grad_MC, keep_N)
+    rows, channels = grad_MC.shape
+    block, blocks = 64, triton.cdiv(channels, 64)
+    wanted = max(1, count_programs(grad_MC.device, each=4) // blocks)
+    steps = triton.cdiv(triton.cdiv(rows, block), wanted)
+    parts = triton.cdiv(triton.cdiv(rows, block), steps)
+    sums = torch.empty((parts, channels), dtype=torch.float32, device=grad_MC.device)
+    sum_kept_kernel[(blocks, parts)](
+        grad_MC,
+        sums if keep_N is None else keep_N,
+        sums,
+        rows,
+        count_positions(rows, keep_N),
+        steps,
+        CHANNELS=channels,
+        ROWS=block,
+        BLOCK=block,
+        STAGES=3,
+        HAS_KEEP=keep_N is not None,
+    )
+    return sums.sum(dim=0)
+
+
+def sum_kept_twin(grad_MC: Tensor, keep_N: Tensor | None) -> Tensor:
+    """Define `sum_kept`."""
     dtype = torch.promote_types(grad_MC.dtype, torch.float32)
-    images = 1 if mlp.keep is None else len(mlp.keep)
-    total_NC = grad_MC.view(images, -1, grad_MC.shape[1]).sum(dim=1, dtype=dtype)
-    return total_NC.sum(dim=0) if mlp.keep is None else mlp.keep @ total_NC
+    return keep_rows(grad_MC.to(dtype), keep_N).sum(dim=0)
 
 
 def _collect(

@@ -14,7 +14,7 @@ KERNELS = {
     *("mlp_project_kernel", "mlp_hidden_grad_kernel", "mlp_kept_grad_kernel"),
     *("layer_scale_grad_kernel", "gelu_kernel", "gelu_backward_kernel"),
     *("gelu_grn_sums_kernel", "gelu_grn_kernel", "gelu_grn_backward_kernel"),
-    *("grn_scale_kernel", "grn_slope_kernel"),
+    *("grn_scale_kernel", "grn_slope_kernel", "sum_kept_kernel"),
 }
 
 
