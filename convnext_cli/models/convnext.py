@@ -33,7 +33,7 @@ from convnext_cli.kernels.block import activate_grn as fused_activate_grn
 from convnext_cli.kernels.block import block as fused_block
 from convnext_cli.kernels.block import positions as fused_positions
 from convnext_cli.models.drop_path import DropPathKind, add_kept, add_scaled, draw_paths
-from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, LayerNorm
+from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, LayerNorm, PatchConv
 
 Checkpointing = Literal["none", "selective", "stages", "blocks"]
 """What is computed again in the backward pass instead of being kept: nothing, all but products and
@@ -274,13 +274,13 @@ class ConvNeXt(nn.Module):
         )
         self.isotropic = isotropic
         if isotropic:
-            self.stem = nn.Conv2d(3, dims[0], kernel_size=16, stride=16)
+            self.stem = PatchConv(3, dims[0], side=16)
             self.blocks = nn.Sequential(*blocks)
         else:
             self.downsample_layers = nn.ModuleList(
                 [
                     nn.Sequential(
-                        nn.Conv2d(3, dims[0], kernel_size=4, stride=4),
+                        PatchConv(3, dims[0], side=4),
                         ChannelsFirstLayerNorm(dims[0]),
                     )
                 ]
@@ -289,7 +289,7 @@ class ConvNeXt(nn.Module):
                 self.downsample_layers.append(
                     nn.Sequential(
                         ChannelsFirstLayerNorm(narrow),
-                        nn.Conv2d(narrow, wide, kernel_size=2, stride=2),
+                        PatchConv(narrow, wide, side=2),
                     )
                 )
             self.stages = nn.ModuleList(
@@ -359,7 +359,8 @@ class ConvNeXt(nn.Module):
         else:
             for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
                 x_NCHW = self._run(stage, downsample(x_NCHW), drawn)
-        features_NC: Tensor = self.norm(x_NCHW.mean(dim=(2, 3)))
+        # Over NHWC, so that the gradient comes in this memory format.
+        features_NC: Tensor = self.norm(x_NCHW.permute(0, 2, 3, 1).mean(dim=(1, 2)))
         return features_NC
 
     def forward(self, x_NCHW: Tensor) -> Tensor:

@@ -61,7 +61,41 @@ class ChannelsFirstLayerNorm(LayerNorm):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape and dtype."""
-        return super().forward(x_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x_NHWC = x_NCHW.permute(0, 2, 3, 1)
+        # With positions in one axis: of three, the compiler may turn two in what it keeps, and with
+        # them the gradient, which whoever takes it copies back.
+        y_MC = super().forward(x_NHWC.flatten(0, 2))
+        return y_MC.view(x_NHWC.shape).permute(0, 3, 1, 2)
+
+
+class PatchConv(nn.Conv2d):
+    """Convolution of square patches side by side, whose stride is their side.
+
+    On a GPU it is one matrix product over the patches, which the compiler has the operator before
+    write in this order. cuDNN's kernels take longer for it, most of all for the gradient of the
+    stem's weight: it pads the three colours to eight channels.
+
+    Source: ConvNeXt section 2.2 ("patchify" stem, separate downsampling layers).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, side: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=side, stride=side)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, O, H / side, W / side), rounded down."""
+        height, width = x_NCHW.shape[2:]
+        if x_NCHW.is_cuda and not (height % self.stride[0] or width % self.stride[1]):
+            return self.multiply_patches(x_NCHW)
+        return super().forward(x_NCHW)
+
+    def multiply_patches(self, x_NCHW: Tensor) -> Tensor:
+        """The same, where the sides of the images are multiples of that of a patch."""
+        (images, channels, height, width), (side, _) = x_NCHW.shape, self.stride
+        down, across = height // side, width // side
+        lines = x_NCHW.permute(0, 2, 3, 1).reshape(images, down, side, across, side * channels)
+        patches_NHWK = lines.transpose(2, 3).reshape(images, down, across, side * side * channels)
+        weight_OK = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return functional.linear(patches_NHWK, weight_OK, self.bias).permute(0, 3, 1, 2)
 
 
 class GRN(nn.Module):

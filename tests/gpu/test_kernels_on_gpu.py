@@ -9,6 +9,7 @@ from kernel_curves import assert_within_noise
 from convnext_cli.catalog.models import find_variant
 from convnext_cli.models.choice import choose_ways, list_usable
 from convnext_cli.models.convnext import Block, build_convnext
+from convnext_cli.models.layers import PatchConv
 from convnext_cli.plan.cost import estimate_activations
 
 SHAPES = [  # images, side, channels: stages of T, B and V2-atto, odd sides, a single image
@@ -55,6 +56,34 @@ def test_every_way_is_as_near_float64_as_plain_operators(images, side, dim, grn,
             scale = right.norm().clamp_min(1e-9)
             allowed = 2 * (usual.double() - right).norm() / scale + 1e-6
             assert (got.double() - right).norm() / scale <= allowed, way
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("channels", "side", "px"), [(3, 4, 64), (96, 2, 14), (96, 2, 7), (3, 16, 48)]
+)
+def test_patches_are_convolved_as_nearly_as_cudnn_does(channels, side, px, dtype):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    conv = PatchConv(channels, 64, side=side).cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(4, channels, px, px, device="cuda").to(memory_format=torch.channels_last)
+    grad = torch.randn(4, 64, px // side, px // side, device="cuda")
+
+    def run(conv, forward, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        narrow = dtype not in {torch.float32, torch.float64}
+        with torch.autocast("cuda", dtype=dtype if narrow else torch.bfloat16, enabled=narrow):
+            out = forward(conv, leaf)
+        grads = torch.autograd.grad(out, [leaf, *conv.parameters()], grad.to(out.dtype))
+        return [out.detach(), *grads]
+
+    exact = run(copy.deepcopy(conv).double(), torch.nn.Conv2d.forward, torch.float64)
+    plain = run(conv, torch.nn.Conv2d.forward, dtype)
+    product = run(conv, PatchConv.forward, dtype)
+
+    assert product[0].is_contiguous(memory_format=torch.channels_last)
+    for got, usual, right in zip(product, plain, exact, strict=True):
+        allowed = 2 * (usual.double() - right).norm() / right.norm() + 1e-6
+        assert (got.double() - right).norm() / right.norm() <= allowed
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_what_makes_a_step_cheaper_is_told_with_what_it_saves(run_cli):
     ("model", "cpus", "verdict"),
     [
         ("convnext_tiny", 16, ", and would wait 87% of the time; smaller images help: pack them"),
-        ("convnext_tiny", 96, ": enough for these, but an H100 takes 2 to 3 times as many and may"),
+        ("convnext_tiny", 96, ": enough for these, but an H100 takes 2 to 4 times as many and may"),
         ("convnext_base", 192, ": enough"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, LayerNorm
+from convnext_cli.models.layers import GRN, ChannelsFirstLayerNorm, LayerNorm, PatchConv
 
 
 def layer_norm_float64(x_NHWC, weight, bias, eps=1e-6):
@@ -67,6 +67,21 @@ def test_channels_first_layer_norm_leaves_channels_last_memory(memory_format):
 
     assert out_NCHW.shape == x_NCHW.shape
     assert out_NCHW.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("channels", "side", "height", "width"), [(3, 4, 8, 20), (5, 2, 6, 2)])
+def test_multiplied_patches_are_the_convolution(channels, side, height, width):
+    conv = PatchConv(channels, 7, side=side).double().to(memory_format=torch.channels_last)
+    x_NCHW = torch.randn(2, channels, height, width, dtype=torch.float64, requires_grad=True)
+
+    product, convolved = conv.multiply_patches(x_NCHW), conv(x_NCHW)
+
+    torch.testing.assert_close(product, convolved, check_stride=False)
+    grad = torch.randn_like(product)
+    given = [x_NCHW, *conv.parameters()]
+    grads = torch.autograd.grad(product, given, grad)
+    torch.testing.assert_close(grads, torch.autograd.grad(convolved, given, grad))
+    assert product.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_layer_norm_of_float16_near_its_largest_value_is_right():

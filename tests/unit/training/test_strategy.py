@@ -158,6 +158,26 @@ def test_gradients_are_sent_while_the_first_blocks_are_still_to_come(tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_no_compiled_part_copies_the_gradient_that_comes_to_it():
+    network = ConvNeXt(depths=(2, 2), dims=(16, 32), num_classes=3, layer_scale_init=1.0)
+    network.to(memory_format=torch.channels_last)
+    parts = [*network.downsample_layers, *iter_shard_units(network)]
+    compile_network(network)
+    grads: list[torch.Tensor] = []
+    for part in parts:
+        part.register_forward_hook(lambda *call: call[-1].register_hook(grads.append) and None)
+    images = torch.randn(2, 3, 32, 48).to(memory_format=torch.channels_last)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = network(images).float().sum()
+    loss.backward()
+
+    assert len(grads) == len(parts) == 6
+    for grad in grads:
+        assert grad.is_contiguous(memory_format=torch.channels_last), grad.stride()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_compiler_does_not_give_up_on_images_of_many_sizes():
     with torch.device("meta"):
         network = build_convnext(find_variant("convnext_base"), num_classes=3)
