@@ -140,7 +140,7 @@ def _loading(plan: Plan, *, cpus_assumed: bool) -> str:
     if gives >= FAST_DEVICE * takes:
         return f"{told}: enough"
     if gives >= takes:
-        return f"{told}: enough for these, but an H100 takes 2 to 3 times as many and may wait"
+        return f"{told}: enough for these, but an H100 takes 2 to 4 times as many and may wait"
     told += f", and would wait {1 - gives / takes:.0%} of the time"
     if cpus_assumed:
         return told

@@ -43,9 +43,9 @@ SUSTAINED_FLOPS = 1e14
 """What a device is assumed to sustain, in floating-point operations a second: said beside every
 number that depends on it."""
 
-FAST_DEVICE = 3
+FAST_DEVICE = 4
 """How many times `SUSTAINED_FLOPS` a fast device sustains at most. Source: benchmarks/README.md, an
-H100 trains ConvNeXt-B at 3,074 images/s: 2.8 times."""
+H100 trains ConvNeXt-T at 7,865 images/s and L at 1,736: 2.1 and 3.6 times."""
 
 CORE_IMAGES, CORE_IMAGES_AUGMENTED = 500, 350
 """Images that a core loads in a second at 224 px, without and with RandAugment by Pillow: a quarter
