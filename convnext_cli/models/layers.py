@@ -1,4 +1,4 @@
-"""The small parts of ConvNeXt: LayerNorm over channels and GRN.
+"""The small parts of ConvNeXt: LayerNorm over channels, GRN and the convolution of patches.
 
 Shapes: N images, C channels, H x W positions. Blocks compute in NHWC, where a linear
 layer is one matrix product; between blocks tensors are NCHW in channels_last memory, so that the
