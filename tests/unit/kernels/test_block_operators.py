@@ -81,7 +81,8 @@ def test_no_way_is_further_from_float64_than_the_plain_one(way, dim, grn, autoca
 
     for got, usual, right in zip(fused, plain, exact, strict=True):
         assert got.dtype == usual.dtype
-        assert error(got, right) <= 2 * error(usual, right) + (1e-3 if autocast else 1e-7)
+        # A short vector's own error may be small by luck: half of a bfloat16's step is allowed for.
+        assert error(got, right) <= 2 * error(usual, right) + (2e-3 if autocast else 1e-7)
 
 
 @pytest.mark.parametrize("recomputed", [True, False])
