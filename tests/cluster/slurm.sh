@@ -19,7 +19,7 @@ net=10.78.0
 export SLURM_CONF=$dir/slurm.conf
 
 install() {
-    command -v slurmctld slurmd srun munged ip unshare nsenter >/dev/null && return
+    type slurmctld slurmd srun munged ip unshare nsenter >/dev/null 2>&1 && return # all of them
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
     apt-get install -y -qq --no-install-recommends \
