@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
-from convnext_cli.kernels.launch import count_programs, uses_triton
+from convnext_cli.kernels.launch import count_programs, share_tiles, uses_triton
 from convnext_cli.kernels.norm import normalise, normalise_twin
 from convnext_cli.kernels.triton_depthwise import (
     depthwise_input_grad_kernel,
@@ -111,9 +111,8 @@ def depthwise_weight_grad(x_NHWC: Tensor, grad_NHWC: Tensor) -> tuple[Tensor, Te
         return depthwise_weight_grad_twin(x_NHWC, grad_NHWC)
     channels = x_NHWC.shape[-1]
     (blocks, tiles), groups, constants = _cut(x_NHWC)
-    wanted = count_programs(x_NHWC.device, each=_SUMMING_PROGRAMS) // blocks
-    steps = triton.cdiv(tiles, max(1, wanted))
-    parts = triton.cdiv(tiles, steps)
+    programs = count_programs(x_NHWC.device, each=_SUMMING_PROGRAMS) // blocks
+    steps, parts = share_tiles(tiles, programs=programs)
     part = torch.empty((parts, 50, channels), dtype=torch.float32, device=x_NHWC.device)
     depthwise_weight_grad_kernel[(blocks, parts)](
         x_NHWC, grad_NHWC, part, groups, steps, **constants

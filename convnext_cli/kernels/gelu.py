@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
-from convnext_cli.kernels.launch import count_programs, uses_triton
+from convnext_cli.kernels.launch import count_programs, share_tiles, uses_triton
 from convnext_cli.kernels.triton_rows import gelu_backward_kernel, gelu_kernel
 
 _ROWS, _BLOCK = 16, 128
@@ -58,9 +58,8 @@ def gelu_backward(
         return gelu_backward_twin(grad_MK, h_MK, bias_K, keep_N)
     rows, units = h_MK.shape
     blocks = triton.cdiv(units, _SUM_BLOCK)
-    wanted = max(1, count_programs(h_MK.device, each=_PROGRAMS) // blocks)
-    steps = triton.cdiv(triton.cdiv(rows, _SUM_ROWS), wanted)
-    parts = triton.cdiv(triton.cdiv(rows, _SUM_ROWS), steps)
+    programs = count_programs(h_MK.device, each=_PROGRAMS) // blocks
+    steps, parts = share_tiles(triton.cdiv(rows, _SUM_ROWS), programs=programs)
     out_MK = torch.empty_like(h_MK)
     part = torch.empty((parts, units), dtype=torch.float32, device=h_MK.device)
     gelu_backward_kernel[(blocks, parts)](

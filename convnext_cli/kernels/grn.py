@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from convnext_cli.kernels.gelu import keep_rows
-from convnext_cli.kernels.launch import count_programs, uses_triton
+from convnext_cli.kernels.launch import count_programs, share_tiles, uses_triton
 from convnext_cli.kernels.triton_rows import (
     gelu_grn_backward_kernel,
     gelu_grn_kernel,
@@ -176,9 +176,8 @@ def _cut_positions(h_MK: Tensor, images: int) -> tuple[int, int]:
     """(steps, parts): blocks of rows of a program, and programs along an image's positions."""
     tiles = triton.cdiv(len(h_MK) // images, _SUM_ROWS)
     others = triton.cdiv(h_MK.shape[1], _SUM_BLOCK) * images
-    wanted = triton.cdiv(count_programs(h_MK.device, each=_PROGRAMS), others)
-    steps = triton.cdiv(tiles, min(tiles, wanted))
-    return steps, triton.cdiv(tiles, steps)
+    programs = triton.cdiv(count_programs(h_MK.device, each=_PROGRAMS), others)
+    return share_tiles(tiles, programs=programs)
 
 
 def _sum_over_positions(

@@ -26,6 +26,17 @@ def count_programs(device: torch.device, *, each: int = SUMMING_PROGRAMS) -> int
     return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def share_tiles(tiles: int, *, programs: int) -> tuple[int, int]:
+    """(steps, parts): tiles that a program takes one after the other, and how many programs do.
+
+    Args:
+        tiles: Blocks of rows of a reduction.
+        programs: How many are wanted at most; below one, one.
+    """
+    steps = triton.cdiv(tiles, max(1, programs))
+    return steps, triton.cdiv(tiles, steps)
+
+
 def count_shared_bytes(device: torch.device) -> int:
     """Shared memory that a program may have; on a CPU there is no end to it."""
     if device.type != "cuda":

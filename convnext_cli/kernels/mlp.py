@@ -31,6 +31,7 @@ from convnext_cli.kernels.launch import (
     count_shared_bytes,
     dot_precision,
     power_of_two_in,
+    share_tiles,
     uses_triton,
 )
 from convnext_cli.kernels.norm import normalise_backward
@@ -215,9 +216,8 @@ def backward_recomputed(grad_MC: Tensor, xhat_MC: Tensor, rstd_M: Tensor, mlp: M
     )
     block, unit_block = 32, _unit_block(channels, most=128)
     blocks = units // unit_block
-    wanted = max(1, count_programs(xhat_MC.device) // blocks)
-    steps = triton.cdiv(triton.cdiv(rows, block), wanted)
-    parts = triton.cdiv(triton.cdiv(rows, block), steps)
+    programs = count_programs(xhat_MC.device) // blocks
+    steps, parts = share_tiles(triton.cdiv(rows, block), programs=programs)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty((parts, *shape), dtype=torch.float32, device=xhat_MC.device)
@@ -316,10 +316,8 @@ def kept_grads(
         return dh_MK, dh_MK.t() @ xhat_MC, grad_MC.t() @ act_MK, db1_K
     units = h_MK.shape[1]
     blocks = units // cut.units
-    tiles = triton.cdiv(rows, cut.rows)
-    programs = count_programs(h_MK.device, each=cut.programs)
-    steps = triton.cdiv(tiles, max(1, programs // blocks))
-    parts = triton.cdiv(tiles, steps)
+    programs = count_programs(h_MK.device, each=cut.programs) // blocks
+    steps, parts = share_tiles(triton.cdiv(rows, cut.rows), programs=programs)
     lift = _lift(h_MK.dtype)
     dh_MK = torch.empty_like(h_MK)
     dw2 = torch.empty((parts, units, channels), dtype=torch.float32, device=h_MK.device)
@@ -493,9 +491,8 @@ def sum_kept(grad_MC: Tensor, keep_N: Tensor | None) -> Tensor:
         return sum_kept_twin(grad_MC, keep_N)
     rows, channels = grad_MC.shape
     block, blocks = 64, triton.cdiv(channels, 64)
-    wanted = max(1, count_programs(grad_MC.device, each=4) // blocks)
-    steps = triton.cdiv(triton.cdiv(rows, block), wanted)
-    parts = triton.cdiv(triton.cdiv(rows, block), steps)
+    programs = count_programs(grad_MC.device, each=4) // blocks
+    steps, parts = share_tiles(triton.cdiv(rows, block), programs=programs)
     sums = torch.empty((parts, channels), dtype=torch.float32, device=grad_MC.device)
     sum_kept_kernel[(blocks, parts)](
         grad_MC,
